@@ -1,1 +1,90 @@
-//! Placeholder until the crate is written.
+//! What crosses the border between shim and agent, and nothing that does I/O.
+//!
+//! Three kinds of vsock connections exist:
+//!
+//! - **ready**: once, when its listeners stand, the agent connects to the host's
+//!   [`READY_PORT`] and keeps that connection open. Its end is the agent's end.
+//! - **control**: the shim connects to the guest's [`AGENT_PORT`] and speaks ttrpc
+//!   ([`agent`], [`agent_ttrpc`]).
+//! - **stream**: the shim connects to the guest's [`STREAM_PORT`], writes the stream's id
+//!   (8 bytes, little endian, see [`stream_header`]) and then nothing but the stream's bytes. A
+//!   half-close in either direction is the end of the stream in that direction. The shim may open
+//!   a stream before or after the request that names it; the agent waits [`STREAM_WAIT_SECONDS`].
+
+/// The messages of `proto/agent.proto`.
+#[allow(missing_docs, unused_attributes, unused_mut, unreachable_pub, clippy::all)] // Generated.
+#[rustfmt::skip]
+pub mod agent {
+    include!(concat!(env!("OUT_DIR"), "/agent.rs"));
+}
+
+/// The client and the server trait of `proto/agent.proto`.
+#[allow(missing_docs, unused_imports, unreachable_pub, clippy::all)] // Generated.
+#[rustfmt::skip]
+pub mod agent_ttrpc {
+    include!(concat!(env!("OUT_DIR"), "/agent_ttrpc.rs"));
+}
+
+/// The version of this protocol. Shim and agent refuse each other when it differs.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// The host's vsock port that the agent connects to when it can serve.
+pub const READY_PORT: u32 = 1024;
+/// The guest's vsock port that serves ttrpc.
+pub const AGENT_PORT: u32 = 1024;
+/// The guest's vsock port that takes stdio streams.
+pub const STREAM_PORT: u32 = 1025;
+
+/// How long a request waits for the streams it names, and a stream for its request.
+pub const STREAM_WAIT_SECONDS: u64 = 10;
+/// Streams that may wait for their request at one time.
+pub const MAX_WAITING_STREAMS: usize = 256;
+/// The largest OCI spec or process object, in bytes. ttrpc itself ends at 4 MiB a message.
+pub const MAX_SPEC_BYTES: usize = 2 << 20;
+/// The longest container or exec id, in bytes.
+pub const MAX_ID_BYTES: usize = 256;
+
+/// The tag of the shared file system, as the guest mounts it.
+pub const SHARE_TAG: &str = "vial";
+
+/// The first bytes of a stream connection.
+pub fn stream_header(id: u64) -> [u8; 8] {
+    id.to_le_bytes()
+}
+
+/// The stream's id out of the first bytes of its connection.
+pub fn stream_id(header: [u8; 8]) -> u64 {
+    u64::from_le_bytes(header)
+}
+
+/// Whether `id` can name a container or an exec: 1 to [`MAX_ID_BYTES`] bytes of
+/// `[A-Za-z0-9_.-]`, the first one a letter or digit, so that it is a safe file name too.
+pub fn is_valid_id(id: &str) -> bool {
+    let bytes = id.as_bytes();
+    (1..=MAX_ID_BYTES).contains(&bytes.len())
+        && bytes[0].is_ascii_alphanumeric()
+        && bytes.iter().all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(b))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stream_id_survives_its_header() {
+        for id in [1, 0x0102_0304_0506_0708, u64::MAX] {
+            assert_eq!(stream_id(stream_header(id)), id);
+        }
+    }
+
+    #[test]
+    fn ids_that_are_no_safe_file_name_are_refused() {
+        for bad in ["", ".", "..", "a/b", "-a", ".a", "a b", "a\n", "ä"] {
+            assert!(!is_valid_id(bad), "{bad:?}");
+        }
+        assert!(!is_valid_id(&"a".repeat(MAX_ID_BYTES + 1)));
+        for good in ["a", "0", "demo_1.x-y", &"a".repeat(MAX_ID_BYTES)] {
+            assert!(is_valid_id(good), "{good:?}");
+        }
+    }
+}

@@ -1,1 +1,360 @@
-//! Placeholder until the crate is written.
+//! The requests, replies and events on the socket between the shim and `vial-vmm`.
+//!
+//! Types and their encoding only; each side does its own I/O. The socket is one end of a
+//! `SOCK_SEQPACKET` pair that the VMM inherits. One packet carries one message, encoded by
+//! [`encode`] (postcard), at most [`MAX_MESSAGE_BYTES`], with at most [`MAX_DESCRIPTORS`] file
+//! descriptors attached (`SCM_RIGHTS`). A [`Descriptor`] in a message is an index into those.
+//!
+//! The VMM opens nothing by itself: whatever it uses comes with a message. When its end of the
+//! socket breaks, the VMM ends, and the guest with it.
+
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+/// The version of these types. The first message names it; another version is refused.
+pub const API_VERSION: u32 = 1;
+
+/// The largest encoded message, in bytes.
+pub const MAX_MESSAGE_BYTES: usize = 64 << 10;
+/// The most descriptors on one message. Linux itself ends at 253 (`SCM_MAX_FD`).
+pub const MAX_DESCRIPTORS: usize = 64;
+
+/// The fewest and the most vCPUs a VM can have.
+pub const VCPUS: std::ops::RangeInclusive<u8> = 1..=64;
+/// The least and the most memory a VM can have, in MiB.
+pub const MEMORY_MIB: std::ops::RangeInclusive<u32> = 32..=(64 << 10);
+/// The longest kernel command line that a caller can give, in bytes. The VMM adds its own words.
+pub const MAX_COMMAND_LINE_BYTES: usize = 1536;
+/// The most devices a VM can have: one PCI bus less the host bridge.
+pub const MAX_DEVICES: usize = 31;
+
+/// An index into the descriptors attached to the message that holds it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Descriptor(pub u8);
+
+/// What the shim asks. Every request is answered by one [`Reply`] with its `id`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Request {
+    /// Chosen by the shim, returned in the reply.
+    pub id: u64,
+    /// What to do.
+    pub action: Action,
+}
+
+/// What a [`Request`] asks for.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Action {
+    /// Builds the machine and lets it run. Once, and before anything else.
+    Boot(Box<VmConfig>),
+    /// Connects the attached stream socket to a port of the guest. The answer comes when the
+    /// request to the guest is queued; a guest that refuses shows as the end of the stream.
+    VsockConnect {
+        /// The guest's port.
+        port: u32,
+        /// A connected stream socket (one end of a pair), given to the VMM.
+        socket: Descriptor,
+    },
+    /// What state the VM is in.
+    Status,
+    /// Ends the VM at once, as if its power was cut.
+    Stop,
+}
+
+/// What the VMM sends.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Message {
+    /// The answer to the request of that id.
+    Reply {
+        /// The request's id.
+        id: u64,
+        /// What came of it.
+        result: Result<Reply, Failure>,
+    },
+    /// Something happened that nobody asked for.
+    Event(Event),
+}
+
+/// What came of a request that succeeded.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Reply {
+    /// Done.
+    Done,
+    /// The answer to [`Action::Status`].
+    Status(VmState),
+    /// The answer to [`Action::Boot`].
+    Booted(BootReport),
+}
+
+/// The phases of building the machine, each as its moment on the host's `CLOCK_MONOTONIC`, in
+/// nanoseconds and in order.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct BootReport {
+    /// Name and moment of each phase's end.
+    pub marks: Vec<(String, u64)>,
+}
+
+/// The states of a VM as its owner can see them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VmState {
+    /// Nothing was configured yet.
+    Empty,
+    /// The vCPUs run.
+    Running,
+    /// The guest has ended; the process is about to.
+    Ended,
+}
+
+/// Why a request failed, as one sentence with its remedy, and as a kind to branch on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Failure {
+    /// What to branch on.
+    pub kind: FailureKind,
+    /// What failed, on what, and what to do.
+    pub message: String,
+}
+
+/// The kinds of [`Failure`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FailureKind {
+    /// The request, or a file that came with it, is wrong.
+    Invalid,
+    /// The request does not fit the state the VM is in.
+    State,
+    /// The host refused something that the VM needs.
+    Host,
+}
+
+/// What the VMM tells unasked.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Event {
+    /// The guest connected to a port that [`DeviceConfig::Vsock`] names. The stream socket of
+    /// that connection is attached.
+    GuestConnected {
+        /// The host's port.
+        port: u32,
+        /// The connection.
+        socket: Descriptor,
+    },
+    /// The VM ended. The last message; the process exits with [`ExitReason::status`].
+    Exited(ExitReason),
+}
+
+/// Why a VM ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ExitReason {
+    /// The guest powered off.
+    PowerOff,
+    /// The guest asked for a reset.
+    Reset,
+    /// The guest's kernel panicked.
+    Panic,
+    /// A vCPU met a triple fault.
+    TripleFault,
+    /// [`Action::Stop`], or the socket to the shim broke.
+    Stopped,
+    /// The VMM itself, or KVM, failed.
+    Failed,
+}
+
+impl ExitReason {
+    /// All of them.
+    pub const ALL: [ExitReason; 6] =
+        [Self::PowerOff, Self::Reset, Self::Panic, Self::TripleFault, Self::Stopped, Self::Failed];
+
+    /// The exit status of the process. 1 and 2 are left to errors before a VM exists.
+    pub const fn status(self) -> u8 {
+        match self {
+            Self::PowerOff => 0,
+            Self::Reset => 10,
+            Self::Panic => 11,
+            Self::TripleFault => 12,
+            Self::Stopped => 13,
+            Self::Failed => 14,
+        }
+    }
+
+    /// The reason that an exit status stands for.
+    pub fn from_status(status: u8) -> Option<Self> {
+        Self::ALL.into_iter().find(|reason| reason.status() == status)
+    }
+}
+
+impl std::fmt::Display for ExitReason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::PowerOff => "the guest powered off",
+            Self::Reset => "the guest asked for a reset",
+            Self::Panic => "the guest's kernel panicked",
+            Self::TripleFault => "a vCPU met a triple fault",
+            Self::Stopped => "the VM was stopped",
+            Self::Failed => "the VMM failed",
+        })
+    }
+}
+
+/// A machine. Every descriptor is open, of the right kind, and given to the VMM.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct VmConfig {
+    /// [`API_VERSION`] of the sender.
+    pub version: u32,
+    /// `/dev/kvm`, open for reading and writing.
+    pub kvm: Descriptor,
+    /// See [`VCPUS`].
+    pub vcpus: u8,
+    /// See [`MEMORY_MIB`].
+    pub memory_mib: u32,
+    /// An uncompressed 64-bit ELF kernel, open for reading.
+    pub kernel: Descriptor,
+    /// An initial RAM disk, open for reading.
+    pub initrd: Option<Descriptor>,
+    /// The kernel's command line, see [`MAX_COMMAND_LINE_BYTES`].
+    pub command_line: String,
+    /// Where the guest's serial console writes to, and reads from. Without it the guest has no
+    /// serial port.
+    pub console: Option<Descriptor>,
+    /// See [`MAX_DEVICES`]. The order decides the devices' numbers on the PCI bus.
+    pub devices: Vec<DeviceConfig>,
+}
+
+/// A device of the machine.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum DeviceConfig {
+    /// A socket device (virtio 1.2, 5.10). At most one.
+    Vsock {
+        /// The guest's context id, 3 or more.
+        guest_cid: u32,
+        /// The host's ports that the guest may connect to; a connection to another is refused.
+        host_ports: Vec<u32>,
+    },
+    /// A shared directory, served by the VMM itself (virtio 1.2, 5.11).
+    Fs {
+        /// The name that the guest mounts it by, 1 to 36 bytes.
+        tag: String,
+        /// The directory (`O_PATH` or open for reading).
+        root: Descriptor,
+        /// `/proc/<pid of the VMM>/fd`, by which the server opens again what it holds. The VMM's
+        /// own `/proc/self/fd` is used without it.
+        proc_fd: Option<Descriptor>,
+    },
+    /// A network interface on a tap (virtio 1.2, 5.1).
+    Net {
+        /// A tap made with `IFF_NO_PI | IFF_VNET_HDR`, open for reading and writing.
+        tap: Descriptor,
+        /// The guest's address.
+        mac: [u8; 6],
+        /// The largest packet without its Ethernet header, 68 to 65535.
+        mtu: u16,
+    },
+    /// A disk (virtio 1.2, 5.2): a regular file or a block device, never a disk format.
+    Block {
+        /// What holds the data; open for writing too unless `read_only`.
+        file: Descriptor,
+        /// Whether the guest can only read.
+        read_only: bool,
+        /// The serial number that the guest sees, at most 20 bytes.
+        serial: String,
+    },
+    /// A source of random numbers (virtio 1.2, 5.4).
+    Rng,
+}
+
+/// Why a message could not be encoded or decoded.
+#[derive(Debug, thiserror::Error)]
+pub enum CodecError {
+    /// It would not fit [`MAX_MESSAGE_BYTES`].
+    #[error("a message of {0} bytes is over the limit of {MAX_MESSAGE_BYTES}")]
+    TooLarge(usize),
+    /// The bytes are no message of this version.
+    #[error("the message is damaged or of another version: {0}")]
+    Malformed(postcard::Error),
+}
+
+/// The bytes of a message.
+///
+/// # Errors
+/// [`CodecError::TooLarge`].
+pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, CodecError> {
+    let bytes = postcard::to_stdvec(message).map_err(CodecError::Malformed)?;
+    if bytes.len() > MAX_MESSAGE_BYTES {
+        return Err(CodecError::TooLarge(bytes.len()));
+    }
+    Ok(bytes)
+}
+
+/// The message of some bytes; nothing may be left over.
+///
+/// # Errors
+/// [`CodecError::TooLarge`] or [`CodecError::Malformed`].
+pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, CodecError> {
+    if bytes.len() > MAX_MESSAGE_BYTES {
+        return Err(CodecError::TooLarge(bytes.len()));
+    }
+    match postcard::take_from_bytes(bytes) {
+        Ok((message, [])) => Ok(message),
+        Ok(_) => Err(CodecError::Malformed(postcard::Error::DeserializeBadEncoding)),
+        Err(error) => Err(CodecError::Malformed(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn config() -> VmConfig {
+        VmConfig {
+            version: API_VERSION,
+            kvm: Descriptor(0),
+            vcpus: 2,
+            memory_mib: 128,
+            kernel: Descriptor(1),
+            initrd: Some(Descriptor(2)),
+            command_line: "quiet".into(),
+            console: None,
+            devices: vec![
+                DeviceConfig::Vsock { guest_cid: 3, host_ports: vec![1024] },
+                DeviceConfig::Rng,
+            ],
+        }
+    }
+
+    #[test]
+    fn request_survives_its_encoding() {
+        let request = Request { id: 7, action: Action::Boot(Box::new(config())) };
+        assert_eq!(decode::<Request>(&encode(&request).unwrap()).unwrap(), request);
+    }
+
+    #[test]
+    fn bytes_left_over_are_refused() {
+        let mut bytes = encode(&Request { id: 1, action: Action::Status }).unwrap();
+        bytes.push(0);
+        assert!(matches!(decode::<Request>(&bytes), Err(CodecError::Malformed(_))));
+    }
+
+    #[test]
+    fn message_over_the_limit_is_refused() {
+        let mut config = config();
+        config.command_line = "x".repeat(MAX_MESSAGE_BYTES);
+        let request = Request { id: 1, action: Action::Boot(Box::new(config)) };
+        assert!(matches!(encode(&request), Err(CodecError::TooLarge(_))));
+        assert!(matches!(
+            decode::<Request>(&vec![0; MAX_MESSAGE_BYTES + 1]),
+            Err(CodecError::TooLarge(_))
+        ));
+    }
+
+    #[test]
+    fn exit_statuses_are_told_apart() {
+        for reason in ExitReason::ALL {
+            assert_eq!(ExitReason::from_status(reason.status()), Some(reason));
+        }
+        assert_eq!(ExitReason::from_status(1), None);
+    }
+
+    proptest! {
+        #[test]
+        fn decode_of_any_bytes_does_not_panic(bytes in proptest::collection::vec(any::<u8>(), 0..512)) {
+            let _ = decode::<Request>(&bytes);
+            let _ = decode::<Message>(&bytes);
+        }
+    }
+}
