@@ -1,1 +1,39 @@
-//! Placeholder until the crate is written.
+//! The shim between containerd and one microVM, and the `vial` command.
+//!
+//! One shim process serves one sandbox, which is one VM: it opens everything that the VM uses,
+//! starts `vial-vmm`, hands it the descriptors, and then answers containerd's task API by asking
+//! the agent in the guest. What crosses to the VMM is defined by `vial-vmm-api`, what crosses to
+//! the agent by `vial-agent-protocol`; nothing else of those two is used here.
+//!
+//! - [`runtime`] is what containerd runs; [`task`] answers it by what [`pod`] does to each
+//!   [`container`] and [`process`], and [`events`] tells it what happened.
+//! - [`sandbox`] starts and stops the VM as a chain of steps that each have an undo ([`undo`]).
+//! - [`vmm_process`], [`vmm_client`] and [`agent`] are the borders to the VMM and the guest.
+//! - [`share`] and [`spec`] put a container's files where the guest can see them; [`stdio`]
+//!   copies its streams.
+//! - [`life`] holds the states as pure functions; [`state_dir`], [`timeline`] and [`cleanup`]
+//!   what is kept on disk, and how it goes away after a crash.
+//! - [`config`] is the operator's file; [`check`] and [`ps`] are behind the `vial` command.
+
+pub mod agent;
+pub mod check;
+pub mod cleanup;
+pub mod config;
+pub mod container;
+pub mod error;
+pub mod events;
+pub mod life;
+pub mod pod;
+pub mod process;
+pub mod ps;
+pub mod runtime;
+pub mod sandbox;
+pub mod share;
+pub mod spec;
+pub mod state_dir;
+pub mod stdio;
+pub mod task;
+pub mod timeline;
+pub mod undo;
+pub mod vmm_client;
+pub mod vmm_process;

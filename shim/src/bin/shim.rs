@@ -1,2 +1,39 @@
-//! Placeholder until the program is written.
-fn main() {}
+//! `containerd-shim-vial-v2`, which containerd runs for each sandbox.
+
+use std::process::ExitCode;
+
+use vial_shim::runtime::{RUNTIME, Runtime};
+
+fn main() -> ExitCode {
+    let arguments: Vec<_> = std::env::args_os().skip(1).collect();
+    match containerd_shim::parse(&arguments) {
+        Ok(flags) if flags.version => {
+            println!("containerd-shim-vial-v2 {}", env!("CARGO_PKG_VERSION"));
+            return ExitCode::SUCCESS;
+        }
+        Ok(flags) if !flags.info && flags.action.is_empty() && flags.socket.is_empty() => {
+            eprintln!(
+                "containerd-shim-vial-v2 is run by containerd, for containers of the runtime \
+                 {RUNTIME}; `vial check` tells whether this machine is ready for them"
+            );
+            return ExitCode::FAILURE;
+        }
+        Ok(_) => {}
+        Err(error) => {
+            eprintln!("containerd-shim-vial-v2: {error}");
+            return ExitCode::FAILURE;
+        }
+    }
+    // One thread: the shim mostly waits, and what a thread costs, every pod on the node pays.
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("containerd-shim-vial-v2: cannot start: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    runtime.block_on(containerd_shim::run::<Runtime>(RUNTIME, None));
+    // Whatever still copies a stream has nobody to copy for.
+    runtime.shutdown_background();
+    ExitCode::SUCCESS
+}

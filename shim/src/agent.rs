@@ -1,0 +1,209 @@
+//! The client of the agent in the guest.
+//!
+//! Calls by `vial-agent-protocol`, each with a time limit except the one that waits for a
+//! process. What the guest answers is bounded by ttrpc's 4 MiB and by whoever uses it.
+
+use std::time::Duration;
+
+use tokio::net::UnixStream;
+use ttrpc::context::{Context, with_duration};
+use vial_agent_protocol::{PROTOCOL_VERSION, agent, agent_ttrpc::AgentClient};
+
+use crate::timeline::{Timeline, now_ns};
+
+/// How long the agent may take for what it does by itself.
+const CALL_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Why the agent did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// It refused, or something failed in the guest.
+    #[error("{}", .0.message())]
+    Status(ttrpc::Status),
+    /// The connection to it failed.
+    #[error("cannot {action} in the guest: {error}")]
+    Call {
+        /// What was asked.
+        action: &'static str,
+        /// What went wrong.
+        error: ttrpc::Error,
+    },
+    /// It is of another version.
+    #[error(
+        "the guest's agent speaks version {0} of the protocol, this shim {PROTOCOL_VERSION}: \
+         install the guest image and the shim of one release"
+    )]
+    Version(u32),
+}
+
+fn failed(action: &'static str) -> impl FnOnce(ttrpc::Error) -> AgentError {
+    move |error| match error {
+        ttrpc::Error::RpcStatus(status) => AgentError::Status(status),
+        error => AgentError::Call { action, error },
+    }
+}
+
+/// A connection to the agent.
+#[derive(Clone)]
+pub struct Agent {
+    client: AgentClient,
+}
+
+impl std::fmt::Debug for Agent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Agent")
+    }
+}
+
+fn limited() -> Context {
+    with_duration(CALL_TIMEOUT)
+}
+
+impl Agent {
+    /// Greets the agent at the other end of `stream`.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn greet(
+        stream: UnixStream,
+        patience: Duration,
+        timeline: &Timeline,
+    ) -> Result<Self, AgentError> {
+        let client = ttrpc::asynchronous::Client::new(stream.into());
+        let client = AgentClient::new(client);
+        let request = agent::HelloRequest { version: PROTOCOL_VERSION, ..Default::default() };
+        let asked_ns = now_ns();
+        let hello =
+            client.hello(with_duration(patience), &request).await.map_err(failed("greet"))?;
+        if hello.version != PROTOCOL_VERSION {
+            return Err(AgentError::Version(hello.version));
+        }
+        let marks = hello.marks.into_iter().map(|mark| (mark.name, mark.at_ns));
+        timeline.mark_guest(marks, hello.now_ns, asked_ns, now_ns());
+        tracing::info!(
+            "the agent {:?} answers on kernel {:?}",
+            hello.agent_version.chars().take(64).collect::<String>(),
+            hello.kernel_release.chars().take(64).collect::<String>()
+        );
+        Ok(Self { client })
+    }
+
+    /// Makes a container and its init process.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn create(&self, request: &agent::CreateContainerRequest) -> Result<(), AgentError> {
+        let created = self.client.create_container(limited(), request).await;
+        created.map(drop).map_err(failed("create the container"))
+    }
+
+    /// Lets a container's init process run.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn start(&self, container: &str) -> Result<agent::StartResponse, AgentError> {
+        let request = container_request(container);
+        self.client.start_container(limited(), &request).await.map_err(failed("start the container"))
+    }
+
+    /// Adds a process to a container.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn exec(&self, request: &agent::ExecProcessRequest) -> Result<(), AgentError> {
+        let started = self.client.exec_process(limited(), request).await;
+        started.map(drop).map_err(failed("start the process"))
+    }
+
+    /// Waits for a process, however long it runs, and returns its exit status, 0 to 255.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn wait(&self, container: &str, exec: &str) -> Result<u32, AgentError> {
+        let request = process_request(container, exec);
+        let ended = self.client.wait_process(Context::default(), &request).await;
+        ended.map(|ended| ended.exit_status.min(255)).map_err(failed("wait for the process"))
+    }
+
+    /// Sends a signal.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn kill(
+        &self,
+        container: &str,
+        exec: &str,
+        signal: u32,
+        all: bool,
+    ) -> Result<(), AgentError> {
+        let request = agent::KillProcessRequest {
+            container_id: container.into(),
+            exec_id: exec.into(),
+            signal,
+            all,
+            ..Default::default()
+        };
+        self.client.kill_process(limited(), &request).await.map(drop).map_err(failed("kill"))
+    }
+
+    /// Sets the size of a process's terminal.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn resize(
+        &self,
+        container: &str,
+        exec: &str,
+        (columns, rows): (u32, u32),
+    ) -> Result<(), AgentError> {
+        let request = agent::ResizeTerminalRequest {
+            container_id: container.into(),
+            exec_id: exec.into(),
+            columns,
+            rows,
+            ..Default::default()
+        };
+        let resized = self.client.resize_terminal(limited(), &request).await;
+        resized.map(drop).map_err(failed("resize the terminal"))
+    }
+
+    /// The processes of a container, as the guest numbers them.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn pids(&self, container: &str) -> Result<Vec<u32>, AgentError> {
+        let listed = self.client.list_pids(limited(), &container_request(container)).await;
+        listed.map(|listed| listed.pids).map_err(failed("list the processes"))
+    }
+
+    /// Forgets an ended exec process.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn delete_process(&self, container: &str, exec: &str) -> Result<(), AgentError> {
+        let request = process_request(container, exec);
+        let deleted = self.client.delete_process(limited(), &request).await;
+        deleted.map(drop).map_err(failed("delete the process"))
+    }
+
+    /// Removes an ended container.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn delete_container(&self, container: &str) -> Result<(), AgentError> {
+        let deleted = self.client.delete_container(limited(), &container_request(container)).await;
+        deleted.map(drop).map_err(failed("delete the container"))
+    }
+}
+
+fn container_request(container: &str) -> agent::ContainerRequest {
+    agent::ContainerRequest { container_id: container.into(), ..Default::default() }
+}
+
+fn process_request(container: &str, exec: &str) -> agent::ProcessRequest {
+    agent::ProcessRequest {
+        container_id: container.into(),
+        exec_id: exec.into(),
+        ..Default::default()
+    }
+}

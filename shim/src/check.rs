@@ -1,0 +1,223 @@
+//! Whether this machine can run what Vial starts, and what to do if not.
+
+use std::{
+    io::Read,
+    path::Path,
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use crate::config::Config;
+
+/// The oldest containerd that speaks the task API of this shim.
+pub const CONTAINERD_MAJOR: u32 = 2;
+/// How long a program that is asked may take.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// The most output of a program that is looked at, in bytes.
+const MAX_OUTPUT_BYTES: u64 = 64 << 10;
+
+/// How one thing was found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// As it has to be.
+    Ok,
+    /// Not there.
+    Missing,
+    /// There, but not usable.
+    Broken,
+}
+
+/// What was found about one thing.
+#[derive(Debug)]
+pub struct Finding {
+    /// What was looked at.
+    pub subject: &'static str,
+    /// How it was found.
+    pub verdict: Verdict,
+    /// Details, and what to do.
+    pub text: String,
+    /// Whether nothing works without it.
+    pub required: bool,
+}
+
+impl Finding {
+    /// Whether pods cannot run because of it.
+    pub fn stands_in_the_way(&self) -> bool {
+        self.required && self.verdict != Verdict::Ok
+    }
+}
+
+impl std::fmt::Display for Finding {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let verdict = match self.verdict {
+            Verdict::Ok => "ok",
+            Verdict::Missing => "missing",
+            Verdict::Broken => "broken",
+        };
+        let optional = if self.required || self.verdict == Verdict::Ok { "" } else { " (optional)" };
+        write!(f, "{verdict:<8} {:<14} {}{optional}", self.subject, self.text)
+    }
+}
+
+fn finding(subject: &'static str, verdict: Verdict, text: impl Into<String>) -> Finding {
+    Finding { subject, verdict, text: text.into(), required: true }
+}
+
+/// Looks at everything.
+pub fn run() -> Vec<Finding> {
+    let mut findings = Vec::new();
+    match Config::load() {
+        Ok(config) => {
+            findings.push(finding("configuration", Verdict::Ok, "read"));
+            findings.push(file("kernel", &config.kernel, "set `kernel` or install it there"));
+            findings.push(file("guest image", &config.initrd, "set `initrd` or install it there"));
+            let vmm = file("VMM", &config.vmm, "set `vmm` or install it there");
+            let usable = vmm.verdict == Verdict::Ok;
+            findings.push(vmm);
+            findings.push(kvm(usable.then_some(config.vmm.as_path())));
+        }
+        Err(error) => {
+            findings.push(finding("configuration", Verdict::Broken, error.to_string()));
+            findings.push(kvm(None));
+        }
+    }
+    findings.push(containerd());
+    findings.push(cgroups());
+    findings.push(optional("tun", "/dev/net/tun", "`modprobe tun`; pods need it for networks"));
+    findings.push(optional("vhost-net", "/dev/vhost-net", "`modprobe vhost_net`; networks are slower without it"));
+    findings
+}
+
+fn file(subject: &'static str, path: &Path, remedy: &str) -> Finding {
+    match std::fs::File::open(path) {
+        Ok(_) => finding(subject, Verdict::Ok, path.display().to_string()),
+        Err(error) => {
+            let verdict = match error.kind() {
+                std::io::ErrorKind::NotFound => Verdict::Missing,
+                _ => Verdict::Broken,
+            };
+            finding(subject, verdict, format!("{}: {error}; {remedy}", path.display()))
+        }
+    }
+}
+
+fn optional(subject: &'static str, path: &str, remedy: &str) -> Finding {
+    Finding { required: false, ..file(subject, Path::new(path), remedy) }
+}
+
+/// Whether `/dev/kvm` opens says little: the VMM tries it with a small guest.
+fn kvm(vmm: Option<&Path>) -> Finding {
+    let device = Path::new("/dev/kvm");
+    if !device.exists() {
+        let text = "/dev/kvm: enable virtualisation in the firmware, or nested virtualisation on \
+                    the host of this VM, then `modprobe kvm_intel` or `modprobe kvm_amd`";
+        return finding("KVM", Verdict::Missing, text);
+    }
+    if let Err(error) = std::fs::File::options().read(true).write(true).open(device) {
+        let text = format!("/dev/kvm: {error}; run this as root");
+        return finding("KVM", Verdict::Broken, text);
+    }
+    let Some(vmm) = vmm else {
+        return finding("KVM", Verdict::Broken, "/dev/kvm opens, but without a VMM it is not tried");
+    };
+    match ask(Command::new(vmm).arg("probe")) {
+        Ok(Answer { success: true, text }) => finding("KVM", Verdict::Ok, text),
+        Ok(Answer { text, .. }) => finding("KVM", Verdict::Broken, text),
+        Err(error) => finding("KVM", Verdict::Broken, format!("cannot try it: {error}")),
+    }
+}
+
+fn containerd() -> Finding {
+    let remedy = "Vial needs containerd 2.0 or newer";
+    match ask(Command::new("containerd").arg("--version")) {
+        Ok(Answer { text, .. }) => match major_version(&text) {
+            Some(major) if major >= CONTAINERD_MAJOR => finding("containerd", Verdict::Ok, text),
+            _ => finding("containerd", Verdict::Broken, format!("{text}; {remedy}")),
+        },
+        Err(error) => finding("containerd", Verdict::Missing, format!("{error}; {remedy}")),
+    }
+}
+
+/// The first number of the first word that looks like a version.
+fn major_version(text: &str) -> Option<u32> {
+    text.split_ascii_whitespace().find_map(|word| {
+        let word = word.strip_prefix('v').unwrap_or(word);
+        let (major, _) = word.split_once('.')?;
+        major.parse().ok()
+    })
+}
+
+fn cgroups() -> Finding {
+    if Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
+        return finding("cgroup v2", Verdict::Ok, "/sys/fs/cgroup");
+    }
+    let text = "/sys/fs/cgroup: boot with systemd.unified_cgroup_hierarchy=1";
+    finding("cgroup v2", Verdict::Missing, text)
+}
+
+struct Answer {
+    success: bool,
+    text: String,
+}
+
+/// Runs a program with a time limit and takes the first line that it prints.
+fn ask(command: &mut Command) -> std::io::Result<Answer> {
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let since = Instant::now();
+    let status = loop {
+        if let Some(status) = child.try_wait()? {
+            break status;
+        }
+        if since.elapsed() > PATIENCE {
+            child.kill()?;
+            child.wait()?;
+            return Err(std::io::ErrorKind::TimedOut.into());
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    let mut output = Vec::new();
+    if let Some(stdout) = child.stdout.take() {
+        stdout.take(MAX_OUTPUT_BYTES).read_to_end(&mut output)?;
+    }
+    if let Some(stderr) = child.stderr.take() {
+        stderr.take(MAX_OUTPUT_BYTES).read_to_end(&mut output)?;
+    }
+    let text = String::from_utf8_lossy(&output);
+    let text = text.lines().next().unwrap_or_default().trim().to_string();
+    Ok(Answer { success: status.success(), text })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_of_containerd_are_read() {
+        for (text, major) in [
+            ("containerd containerd.io 1.7.24 abc", Some(1)),
+            ("containerd github.com/containerd/containerd/v2 2.1.9 e1b5", Some(2)),
+            ("containerd github.com/containerd/containerd/v2 v2.2.0-rc.1 e1b5", Some(2)),
+            ("nothing", None),
+        ] {
+            assert_eq!(major_version(text), major, "{text}");
+        }
+    }
+
+    #[test]
+    fn absent_file_stands_in_the_way_unless_optional() {
+        let absent = file("kernel", Path::new("/nowhere/vmlinux"), "install it");
+        assert_eq!(absent.verdict, Verdict::Missing);
+        assert!(absent.stands_in_the_way());
+        assert!(!optional("tun", "/nowhere/tun", "load it").stands_in_the_way());
+    }
+
+    #[test]
+    fn program_that_answers_is_heard() {
+        let answer = ask(Command::new("sh").args(["-c", "echo one; exit 3"])).unwrap();
+        assert_eq!((answer.success, answer.text.as_str()), (false, "one"));
+    }
+}

@@ -1,0 +1,172 @@
+//! Removing what a shim left that is no longer there.
+//!
+//! containerd runs `containerd-shim-vial-v2 delete` when it finds a shim dead or cannot reach it.
+//! Everything is found by the state directory, whichever step the start had come to.
+
+use std::{path::Path, time::Duration};
+
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    process::{Pid, PidfdFlags, Signal},
+};
+
+use crate::{
+    config::Config,
+    share,
+    spec::{Role, Spec},
+    state_dir::{ProcessIdentity, State, StateDir, StateDirError},
+};
+
+/// How long a killed process may take to be gone.
+const KILL_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Why something is left.
+#[derive(Debug, thiserror::Error)]
+pub enum CleanupError {
+    /// See [`StateDirError`].
+    #[error(transparent)]
+    StateDir(#[from] StateDirError),
+    /// See [`share::ShareError`].
+    #[error(transparent)]
+    Share(#[from] share::ShareError),
+    /// A process cannot be ended.
+    #[error("cannot end the {what} (process {pid}): {error}")]
+    Kill {
+        /// Which one.
+        what: &'static str,
+        /// Its number.
+        pid: u32,
+        /// What went wrong.
+        error: std::io::Error,
+    },
+}
+
+/// Removes all that is left of the container `id`, and of its sandbox if that is the same.
+/// Returns the process number of the VMM that there was, or 0.
+///
+/// # Errors
+/// [`CleanupError`]; what could be removed is removed.
+pub fn clean(
+    config: &Config,
+    namespace: &str,
+    id: &str,
+    bundle: &Path,
+) -> Result<u32, CleanupError> {
+    // A bundle that cannot be read does not keep the sandbox of that name from going.
+    let role = Spec::read(bundle).ok().and_then(|(_, spec)| spec.role().ok());
+    if let Some(Role::Member(sandbox)) = role {
+        StateDir::new(&config.state_directory, namespace, id)?;
+        let dir = StateDir::new(&config.state_directory, namespace, &sandbox)?;
+        dir.share().remove_container(id)?;
+        return Ok(0);
+    }
+    let dir = StateDir::new(&config.state_directory, namespace, id)?;
+    let state = dir.read_state().unwrap_or_else(|error| {
+        eprintln!("{error}");
+        None
+    });
+    let vmm = state.as_ref().and_then(|state| state.vmm);
+    let killed = state.as_ref().map_or(Ok(()), kill_both);
+    share::unmount_below(dir.path())?;
+    dir.remove()?;
+    if let Some(state) = state {
+        // It may have gone with its shim.
+        let _ = std::fs::remove_file(state.socket);
+    }
+    killed?;
+    Ok(vmm.map_or(0, |vmm| vmm.pid))
+}
+
+fn kill_both(state: &State) -> Result<(), CleanupError> {
+    // The shim first, lest it makes anew what is removed here.
+    kill("shim", state.shim)?;
+    state.vmm.map_or(Ok(()), |vmm| kill("VMM", vmm))
+}
+
+/// Kills a process, if it still is the one that was meant, and waits until it is gone.
+fn kill(what: &'static str, process: ProcessIdentity) -> Result<(), CleanupError> {
+    if process.pid == std::process::id() {
+        return Ok(());
+    }
+    let failed = |error: rustix::io::Errno| CleanupError::Kill {
+        what,
+        pid: process.pid,
+        error: error.into(),
+    };
+    let Some(pid) = i32::try_from(process.pid).ok().and_then(Pid::from_raw) else {
+        return Ok(());
+    };
+    let pidfd = match rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
+        Ok(pidfd) => pidfd,
+        Err(rustix::io::Errno::SRCH) => return Ok(()),
+        Err(error) => return Err(failed(error)),
+    };
+    // Asked after opening: the descriptor stays with the process that is checked now.
+    if !process.is_alive() {
+        return Ok(());
+    }
+    match rustix::process::pidfd_send_signal(&pidfd, Signal::KILL) {
+        Ok(()) => {}
+        Err(rustix::io::Errno::SRCH) => return Ok(()),
+        Err(error) => return Err(failed(error)),
+    }
+    let patience = Timespec {
+        tv_sec: KILL_PATIENCE.as_secs().try_into().unwrap_or(i64::MAX),
+        tv_nsec: 0,
+    };
+    match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&patience)) {
+        Ok(0) => Err(failed(rustix::io::Errno::TIMEDOUT)),
+        Ok(_) => Ok(()),
+        Err(error) => Err(failed(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state_dir::STATE_VERSION;
+
+    fn config(root: &Path) -> Config {
+        let text = format!("state_directory = {:?}", root.display().to_string());
+        Config::parse(&text, Path::new("test.toml")).unwrap()
+    }
+
+    #[test]
+    fn recorded_processes_are_killed_and_files_removed() {
+        let root = tempfile::tempdir().unwrap();
+        let config = config(root.path());
+        let dir = StateDir::new(root.path(), "default", "demo").unwrap();
+        dir.create().unwrap();
+        let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
+        let socket = root.path().join("socket");
+        std::fs::write(&socket, "").unwrap();
+        dir.write_state(&State {
+            version: STATE_VERSION,
+            namespace: "default".into(),
+            id: "demo".into(),
+            shim: ProcessIdentity { pid: 1, start_ticks: u64::MAX },
+            vmm: ProcessIdentity::of(child.id()),
+            socket: socket.clone(),
+            vcpus: 1,
+            memory_mib: 128,
+            created_unix_seconds: 0,
+        })
+        .unwrap();
+        let pid = clean(&config, "default", "demo", Path::new("/nowhere")).unwrap();
+        assert_eq!(pid, child.id());
+        assert!(!child.wait().unwrap().success());
+        assert!(!dir.path().exists() && !socket.exists());
+        // Once more, and for a start that came to nothing.
+        assert_eq!(clean(&config, "default", "demo", Path::new("/nowhere")).unwrap(), 0);
+    }
+
+    #[test]
+    fn damaged_state_does_not_keep_the_directory() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = StateDir::new(root.path(), "default", "demo").unwrap();
+        dir.create().unwrap();
+        std::fs::write(dir.path().join("state.json"), "{").unwrap();
+        clean(&config(root.path()), "default", "demo", Path::new("/nowhere")).unwrap();
+        assert!(!dir.path().exists());
+    }
+}

@@ -1,0 +1,258 @@
+//! The operator's configuration, `/etc/vial/config.toml`.
+//!
+//! [`File`] is the shape on disk; [`Config`] is what the program uses, checked. A file that is
+//! absent means the defaults; a key that is not known is an error that names it.
+
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use vial_vmm_api::{MAX_COMMAND_LINE_BYTES, MEMORY_MIB, VCPUS};
+
+/// Where the configuration lies.
+pub const DEFAULT_PATH: &str = "/etc/vial/config.toml";
+/// Names another configuration file; meant for tests and private installations.
+pub const PATH_VARIABLE: &str = "VIAL_CONFIG";
+/// Where kernel, guest image and VMM are installed.
+pub const LIBRARY_DIRECTORY: &str = "/usr/lib/vial";
+/// Where sandboxes keep what they need while they live.
+pub const STATE_DIRECTORY: &str = "/run/vial";
+
+/// How long a boot may take, in seconds.
+pub const BOOT_TIMEOUT_SECONDS: std::ops::RangeInclusive<u32> = 1..=3600;
+
+/// The file, as it is written. Every key may be left out.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct File {
+    /// The guest's kernel, an uncompressed 64-bit ELF file.
+    pub kernel: Option<PathBuf>,
+    /// The guest's initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// The `vial-vmm` program.
+    pub vmm: Option<PathBuf>,
+    /// vCPUs of a VM.
+    pub vcpus: Option<u8>,
+    /// Memory of a VM, in MiB.
+    pub memory_mib: Option<u32>,
+    /// How long a VM may take until its agent answers.
+    pub boot_timeout_seconds: Option<u32>,
+    /// Whether the guest's serial console is written to `console.log` in the state directory.
+    pub debug_console: Option<bool>,
+    /// Words added to the kernel's command line.
+    pub kernel_arguments: Option<String>,
+    /// Where sandboxes keep their state.
+    pub state_directory: Option<PathBuf>,
+}
+
+/// The configuration that the program uses.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// The guest's kernel.
+    pub kernel: PathBuf,
+    /// The guest's initial RAM disk.
+    pub initrd: PathBuf,
+    /// The `vial-vmm` program.
+    pub vmm: PathBuf,
+    /// See [`VCPUS`].
+    pub vcpus: u8,
+    /// See [`MEMORY_MIB`].
+    pub memory_mib: u32,
+    /// See [`BOOT_TIMEOUT_SECONDS`].
+    pub boot_timeout: std::time::Duration,
+    /// Whether the guest's serial console is kept.
+    pub debug_console: bool,
+    /// Words added to the kernel's command line.
+    pub kernel_arguments: String,
+    /// Where sandboxes keep their state.
+    pub state_directory: PathBuf,
+}
+
+/// Why a configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file is there but cannot be read.
+    #[error("cannot read the configuration {path}: {error}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What went wrong.
+        error: std::io::Error,
+    },
+    /// The file is no TOML, or has a key or a type that is not known.
+    #[error("the configuration {path} is wrong: {error}")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Which line, which key.
+        error: Box<toml::de::Error>,
+    },
+    /// A value is out of its bounds.
+    #[error("the configuration {path} is wrong: {key} = {value}, but it has to be {expected}")]
+    Value {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        key: &'static str,
+        /// Its value.
+        value: String,
+        /// What it can be.
+        expected: String,
+    },
+}
+
+impl Config {
+    /// Reads the file that [`PATH_VARIABLE`] names, or [`DEFAULT_PATH`].
+    ///
+    /// # Errors
+    /// [`ConfigError`]. A file that [`PATH_VARIABLE`] names has to exist.
+    pub fn load() -> Result<Self, ConfigError> {
+        let named = std::env::var_os(PATH_VARIABLE).map(PathBuf::from);
+        let path = named.clone().unwrap_or_else(|| DEFAULT_PATH.into());
+        match std::fs::read_to_string(&path) {
+            Ok(text) => Self::parse(&text, &path),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && named.is_none() => {
+                Self::check(File::default(), &path)
+            }
+            Err(error) => Err(ConfigError::Read { path, error }),
+        }
+    }
+
+    /// The configuration that `text`, the content of `path`, stands for.
+    ///
+    /// # Errors
+    /// [`ConfigError::Parse`] and [`ConfigError::Value`].
+    pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let file = toml::from_str(text)
+            .map_err(|error| ConfigError::Parse { path: path.into(), error: Box::new(error) })?;
+        Self::check(file, path)
+    }
+
+    fn check(file: File, path: &Path) -> Result<Self, ConfigError> {
+        let library = Path::new(LIBRARY_DIRECTORY);
+        let defaults = [
+            ("kernel", file.kernel, library.join("vmlinux")),
+            ("initrd", file.initrd, library.join("initrd.img")),
+            ("vmm", file.vmm, default_vmm()),
+            ("state_directory", file.state_directory, STATE_DIRECTORY.into()),
+        ];
+        let [kernel, initrd, vmm, state_directory] =
+            defaults.map(|(key, given, default)| absolute(path, key, given.unwrap_or(default)));
+        let timeout = file.boot_timeout_seconds.unwrap_or(60);
+        let arguments = file.kernel_arguments.unwrap_or_default();
+        // Half of the room is left to the shim's own words.
+        let most = MAX_COMMAND_LINE_BYTES / 2;
+        if arguments.len() > most || arguments.bytes().any(|b| !(0x20..0x7f).contains(&b)) {
+            let expected = format!("at most {most} printable ASCII characters");
+            return Err(wrong(path, "kernel_arguments", arguments, expected));
+        }
+        Ok(Self {
+            kernel: kernel?,
+            initrd: initrd?,
+            vmm: vmm?,
+            vcpus: within(path, "vcpus", file.vcpus.unwrap_or(1), VCPUS)?,
+            memory_mib: within(path, "memory_mib", file.memory_mib.unwrap_or(128), MEMORY_MIB)?,
+            boot_timeout: std::time::Duration::from_secs(
+                within(path, "boot_timeout_seconds", timeout, BOOT_TIMEOUT_SECONDS)?.into(),
+            ),
+            debug_console: file.debug_console.unwrap_or(false),
+            kernel_arguments: arguments,
+            state_directory: state_directory?,
+        })
+    }
+
+    /// The kernel's command line, less the words that the VMM adds for the machine it builds.
+    pub fn command_line(&self) -> String {
+        // A panic ends the VM at once; the guest has a host that starts it again, not a console
+        // that somebody looks at. Entropy comes from the CPU until the VM's device is probed.
+        let mut words = vec!["panic=-1", "random.trust_cpu=on"];
+        if self.debug_console {
+            words.push("console=ttyS0");
+        } else {
+            words.extend(["quiet", "8250.nr_uarts=0"]);
+        }
+        words.extend(self.kernel_arguments.split_ascii_whitespace());
+        words.join(" ")
+    }
+}
+
+/// `vial-vmm` beside the running program if it is there, else the installed one.
+fn default_vmm() -> PathBuf {
+    std::env::current_exe()
+        .ok()
+        .and_then(|program| Some(program.parent()?.join("vial-vmm")))
+        .filter(|beside| beside.is_file())
+        .unwrap_or_else(|| Path::new(LIBRARY_DIRECTORY).join("vial-vmm"))
+}
+
+fn wrong(path: &Path, key: &'static str, value: String, expected: String) -> ConfigError {
+    ConfigError::Value { path: path.into(), key, value, expected }
+}
+
+fn absolute(path: &Path, key: &'static str, value: PathBuf) -> Result<PathBuf, ConfigError> {
+    if value.is_absolute() {
+        return Ok(value);
+    }
+    Err(wrong(path, key, format!("{value:?}"), "an absolute path".into()))
+}
+
+fn within<T: PartialOrd + std::fmt::Display>(
+    path: &Path,
+    key: &'static str,
+    value: T,
+    bounds: std::ops::RangeInclusive<T>,
+) -> Result<T, ConfigError> {
+    if bounds.contains(&value) {
+        return Ok(value);
+    }
+    let expected = format!("from {} to {}", bounds.start(), bounds.end());
+    Err(wrong(path, key, value.to_string(), expected))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, String> {
+        Config::parse(text, Path::new("/etc/vial/config.toml")).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn empty_file_gives_the_defaults() {
+        let config = parse("").unwrap();
+        assert_eq!(config.kernel, Path::new("/usr/lib/vial/vmlinux"));
+        assert_eq!((config.vcpus, config.memory_mib), (1, 128));
+        assert!(config.command_line().contains("quiet"));
+    }
+
+    #[test]
+    fn unknown_key_is_named_with_its_file() {
+        let error = parse("memory_mb = 64").unwrap_err();
+        assert!(error.contains("memory_mb") && error.contains("/etc/vial/config.toml"), "{error}");
+    }
+
+    #[test]
+    fn values_out_of_bounds_name_the_bounds() {
+        for (text, bounds) in [
+            ("vcpus = 0", "1 to 64"),
+            ("vcpus = 65", "1 to 64"),
+            ("memory_mib = 31", "32 to 65536"),
+            ("memory_mib = 65537", "32 to 65536"),
+            ("boot_timeout_seconds = 0", "1 to 3600"),
+            ("kernel = \"vmlinux\"", "absolute"),
+        ] {
+            let error = parse(text).unwrap_err();
+            assert!(error.contains(bounds), "{text}: {error}");
+        }
+        let long = format!("kernel_arguments = \"{}\"", "x".repeat(MAX_COMMAND_LINE_BYTES));
+        assert!(parse(&long).unwrap_err().contains("printable"));
+    }
+
+    #[test]
+    fn debug_console_is_not_quiet() {
+        let config = parse("debug_console = true\nkernel_arguments = \"a  b\"").unwrap();
+        let line = config.command_line();
+        assert!(line.contains("console=ttyS0") && !line.contains("quiet"), "{line}");
+        assert!(line.ends_with(" a b"), "{line}");
+        assert!(line.len() <= MAX_COMMAND_LINE_BYTES);
+    }
+}

@@ -1,0 +1,595 @@
+//! The containers of one sandbox, and what is done to them.
+//!
+//! The first container's creation starts the sandbox. Work that changes which containers there
+//! are is done one at a time; work on one process is ordered by that process's own lock.
+
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard},
+    time::{Duration, SystemTime},
+};
+
+use containerd_shim::ExitSignal;
+use containerd_shim_protos::{
+    events::task::{TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskIO, TaskStart},
+    types::mount::Mount,
+};
+use protobuf::MessageField;
+use vial_agent_protocol::{MAX_SPEC_BYTES, agent, is_valid_id};
+
+use crate::{
+    container::Container,
+    error::ServiceError,
+    events::{EventSink, task_exit, timestamp},
+    life::{self, Exit, ProcessEvent, ProcessState, SandboxEvent, SandboxState},
+    process::{KILLED, NOT_STARTED, Process},
+    sandbox::{Plan, Sandbox},
+    spec::{Role, Spec},
+    stdio::{Places, Streams},
+};
+
+/// How long a deletion waits for output that does not move.
+const OUTPUT_PATIENCE: Duration = Duration::from_secs(2);
+/// How long a deletion waits for a process that it had to kill.
+const KILL_PATIENCE: Duration = Duration::from_secs(10);
+/// How long the end of an init process waits for those of its execs, to be told after them.
+const EXECS_PATIENCE: Duration = Duration::from_secs(2);
+/// How long the shim waits for containerd to take its last events.
+const EVENTS_PATIENCE: Duration = Duration::from_secs(5);
+
+/// A container that is to be created.
+#[derive(Debug)]
+pub struct NewContainer {
+    /// Its id.
+    pub id: String,
+    /// Its bundle.
+    pub bundle: PathBuf,
+    /// The snapshotter's mounts.
+    pub root_mounts: Vec<Mount>,
+    /// Where its streams go.
+    pub places: Places,
+    /// A checkpoint to restore from; has to be empty.
+    pub checkpoint: String,
+}
+
+struct Slot {
+    state: SandboxState,
+    sandbox: Option<Arc<Sandbox>>,
+}
+
+/// The containers of one sandbox.
+pub struct Pod {
+    plan: Result<Plan, String>,
+    slot: tokio::sync::Mutex<Slot>,
+    containers: Mutex<HashMap<String, Arc<Container>>>,
+    events: EventSink,
+    exit: Arc<ExitSignal>,
+}
+
+impl Pod {
+    /// No containers yet. A plan that could not be made is told to whoever wants to create one.
+    pub fn new(plan: Result<Plan, String>, events: EventSink, exit: Arc<ExitSignal>) -> Self {
+        let slot = Slot { state: SandboxState::Empty, sandbox: None };
+        Self {
+            plan,
+            slot: tokio::sync::Mutex::new(slot),
+            containers: Mutex::default(),
+            events,
+            exit,
+        }
+    }
+
+    fn containers_mut(&self) -> MutexGuard<'_, HashMap<String, Arc<Container>>> {
+        self.containers.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn plan(&self) -> Result<&Plan, ServiceError> {
+        self.plan.as_ref().map_err(|text| ServiceError::Precondition(text.clone()))
+    }
+
+    /// The container of that id.
+    ///
+    /// # Errors
+    /// [`ServiceError::NotFound`].
+    pub fn container(&self, id: &str) -> Result<Arc<Container>, ServiceError> {
+        self.containers_mut()
+            .get(id)
+            .cloned()
+            .ok_or_else(|| ServiceError::NotFound { what: "container", id: id.into() })
+    }
+
+    /// The process number that stands for every process here, see [`Sandbox::pid`]. 0 without a
+    /// VM.
+    pub async fn pid(&self) -> u32 {
+        self.slot.lock().await.sandbox.as_ref().map_or(0, |sandbox| sandbox.pid())
+    }
+
+    async fn sandbox(&self) -> Result<Arc<Sandbox>, ServiceError> {
+        let slot = self.slot.lock().await;
+        let sandbox = slot.sandbox.clone();
+        sandbox.ok_or_else(|| ServiceError::Precondition("the sandbox does not run".into()))
+    }
+
+    /// Creates a container, and the sandbox with the first one. Returns [`Pod::pid`].
+    ///
+    /// # Errors
+    /// [`ServiceError`]. Nothing of the container is left then, nor of a sandbox that would have
+    /// been for it alone.
+    pub async fn create(self: &Arc<Self>, new: NewContainer) -> Result<u32, ServiceError> {
+        let plan = self.plan()?;
+        plan.timeline.mark("create request");
+        if !new.checkpoint.is_empty() {
+            return Err(ServiceError::Unimplemented("restoring a container from a checkpoint"));
+        }
+        if !is_valid_id(&new.id) {
+            let text = format!("'{}' cannot be the id of a container", new.id.escape_debug());
+            return Err(ServiceError::Invalid(text));
+        }
+        let (bytes, spec) = Spec::read(&new.bundle)?;
+        let role = spec.role()?;
+        let owner = match &role {
+            Role::Alone | Role::Sandbox => &new.id,
+            Role::Member(sandbox) => sandbox,
+        };
+        if *owner != plan.id {
+            let text = format!("the sandbox here is '{}', not '{owner}'", plan.id);
+            return Err(ServiceError::Invalid(text));
+        }
+        // Held to the end: one container is created at a time.
+        let mut slot = self.slot.lock().await;
+        if self.containers_mut().contains_key(&new.id) {
+            return Err(ServiceError::Exists { what: "container", id: new.id });
+        }
+        let sandbox = running(&mut slot, plan).await?;
+        let made = match role {
+            Role::Sandbox => {
+                Ok(Container::new(new.id.clone(), new.bundle.clone(), false, pause(&new)))
+            }
+            Role::Alone | Role::Member(_) => make(plan, &sandbox, &new, bytes, &spec).await,
+        };
+        let container = match made {
+            Ok(container) => Arc::new(container),
+            Err(error) => {
+                if role != (Role::Member(plan.id.clone())) {
+                    stop(&mut slot).await?;
+                }
+                return Err(error);
+            }
+        };
+        drop(slot);
+        self.containers_mut().insert(new.id.clone(), container.clone());
+        let pid = sandbox.pid();
+        self.events.publish(created(new, pid)).await;
+        tokio::spawn(self.clone().watch(sandbox, container.clone(), container.init.clone()));
+        Ok(pid)
+    }
+
+    /// Starts a container's init process, or an exec. Returns [`Pod::pid`].
+    ///
+    /// # Errors
+    /// [`ServiceError`]. The process counts as ended then, and can be deleted.
+    pub async fn start(self: &Arc<Self>, id: &str, exec_id: &str) -> Result<u32, ServiceError> {
+        let container = self.container(id)?;
+        let process = container.process(exec_id)?;
+        let sandbox = self.sandbox().await?;
+        let _step = process.step.lock().await;
+        process.advance(ProcessEvent::Start)?;
+        let started = match (container.in_guest, exec_id.is_empty()) {
+            (false, true) => Ok(()),
+            (false, false) => {
+                Err(ServiceError::Precondition("a pause container runs no processes".into()))
+            }
+            (true, true) => start_init(self.plan()?, &sandbox, id).await,
+            (true, false) => start_exec(&sandbox, id, &process).await,
+        };
+        if let Err(error) = started {
+            let exit = Exit { status: NOT_STARTED, at: SystemTime::now() };
+            process.advance(ProcessEvent::StartFailed(exit))?;
+            process.finish_streams(Duration::ZERO).await;
+            process.tell_exit(exit);
+            return Err(explain(&sandbox, error).await);
+        }
+        process.advance(ProcessEvent::Started)?;
+        let pid = sandbox.pid();
+        if exec_id.is_empty() {
+            let event = TaskStart { container_id: id.into(), pid, ..Default::default() };
+            self.events.publish(event).await;
+        } else {
+            self.events
+                .publish(TaskExecStarted {
+                    container_id: id.into(),
+                    exec_id: exec_id.into(),
+                    pid,
+                    ..Default::default()
+                })
+                .await;
+            tokio::spawn(self.clone().watch(sandbox, container, process.clone()));
+        }
+        Ok(pid)
+    }
+
+    /// Waits for a process's end and tells of it once.
+    async fn watch(
+        self: Arc<Self>,
+        sandbox: Arc<Sandbox>,
+        container: Arc<Container>,
+        process: Arc<Process>,
+    ) {
+        let status = tokio::select! {
+            status = wait(&sandbox, &container, &process) => status,
+            why = sandbox.wait_end() => {
+                tracing::error!("{} {} ended with its VM: {why}", container.id, process.exec_id);
+                KILLED
+            }
+            // A pause container is killed here, and a process that did not start has ended.
+            exit = process.wait() => exit.status,
+        };
+        if process.exec_id.is_empty() {
+            let execs = container.execs();
+            let running = execs.iter().filter(|exec| exec.state() == ProcessState::Running);
+            let ends = all_of(running.map(|exec| exec.wait()));
+            let _ = tokio::time::timeout(EXECS_PATIENCE, ends).await;
+        }
+        let _step = process.step.lock().await;
+        self.end(&container, &process, status).await;
+    }
+
+    /// The end of a process that runs. The caller holds its step.
+    async fn end(&self, container: &Container, process: &Process, status: u32) {
+        let exit = Exit { status, at: SystemTime::now() };
+        if process.advance(ProcessEvent::Exited(exit)).is_err() {
+            return;
+        }
+        let id =
+            if process.exec_id.is_empty() { &container.id } else { &process.exec_id };
+        let pid = self.pid().await;
+        self.events.publish(task_exit(&container.id, id, pid, exit)).await;
+        process.tell_exit(exit);
+    }
+
+    /// Adds an exec, to be started later.
+    ///
+    /// # Errors
+    /// [`ServiceError`].
+    pub async fn add_exec(&self, id: &str, exec: Process) -> Result<(), ServiceError> {
+        let container = self.container(id)?;
+        if exec.spec.len() > MAX_SPEC_BYTES {
+            let text = format!("the process has a spec of more than {MAX_SPEC_BYTES} bytes");
+            return Err(ServiceError::Invalid(text));
+        }
+        let exec_id = exec.exec_id.clone();
+        container.add_exec(exec)?;
+        let event =
+            TaskExecAdded { container_id: id.into(), exec_id, ..Default::default() };
+        self.events.publish(event).await;
+        Ok(())
+    }
+
+    /// Sends a signal.
+    ///
+    /// # Errors
+    /// [`ServiceError::AlreadyEnded`] and others of [`ServiceError`].
+    pub async fn kill(
+        &self,
+        id: &str,
+        exec_id: &str,
+        signal: u32,
+        all: bool,
+    ) -> Result<(), ServiceError> {
+        let container = self.container(id)?;
+        let process = container.process(exec_id)?;
+        match process.state() {
+            ProcessState::Stopped(_) | ProcessState::Deleted => {
+                return Err(ServiceError::AlreadyEnded);
+            }
+            ProcessState::Added => {
+                return Err(ServiceError::Precondition("the process was not started yet".into()));
+            }
+            ProcessState::Created | ProcessState::Starting | ProcessState::Running => {}
+        }
+        if !container.in_guest {
+            let _step = process.step.lock().await;
+            // As a pause process: it ends by any signal that is one, and by none that asks.
+            if signal != 0 {
+                self.end(&container, &process, 128 + signal.min(64)).await;
+            }
+            return Ok(());
+        }
+        let sandbox = self.sandbox().await?;
+        let killed = sandbox.agent.kill(id, exec_id, signal, all && exec_id.is_empty()).await;
+        match killed {
+            Ok(()) => Ok(()),
+            Err(error) => Err(explain(&sandbox, error.into()).await),
+        }
+    }
+
+    /// Sets the size of a terminal, in columns and rows.
+    ///
+    /// # Errors
+    /// [`ServiceError`].
+    pub async fn resize(
+        &self,
+        id: &str,
+        exec_id: &str,
+        size: (u32, u32),
+    ) -> Result<(), ServiceError> {
+        let container = self.container(id)?;
+        let process = container.process(exec_id)?;
+        if !process.places.terminal {
+            return Err(ServiceError::Precondition("the process has no terminal".into()));
+        }
+        let most = u32::from(u16::MAX);
+        // A client without a terminal of its own asks for nothing by nothing, as runc has it.
+        if size.0 == 0 || size.1 == 0 || !container.in_guest {
+            return Ok(());
+        }
+        if size.0 > most || size.1 > most {
+            let text = format!("a terminal has at most {most} columns and rows");
+            return Err(ServiceError::Invalid(text));
+        }
+        let sandbox = self.sandbox().await?;
+        Ok(sandbox.agent.resize(id, exec_id, size).await?)
+    }
+
+    /// The processes of a container, as the guest numbers them.
+    ///
+    /// # Errors
+    /// [`ServiceError`].
+    pub async fn pids(&self, id: &str) -> Result<Vec<u32>, ServiceError> {
+        let container = self.container(id)?;
+        let sandbox = self.sandbox().await?;
+        if !container.in_guest {
+            return Ok(vec![sandbox.pid()]);
+        }
+        Ok(sandbox.agent.pids(id).await?)
+    }
+
+    /// Forgets an ended exec, or removes an ended container. Returns how it ended.
+    ///
+    /// # Errors
+    /// [`ServiceError`].
+    pub async fn delete(&self, id: &str, exec_id: &str) -> Result<Exit, ServiceError> {
+        let container = self.container(id)?;
+        let process = container.process(exec_id)?;
+        let sandbox = self.sandbox().await?;
+        if process.state() == ProcessState::Created {
+            // runc, too, ends what was never started.
+            self.kill(id, exec_id, 9, false).await.or_else(ended_is_fine)?;
+            let _ = tokio::time::timeout(KILL_PATIENCE, process.wait()).await;
+        }
+        let _step = process.step.lock().await;
+        let state = process.state();
+        let deleted = life::process(state, ProcessEvent::Delete)?;
+        let exit = match state {
+            ProcessState::Stopped(exit) => exit,
+            _ => Exit { status: 0, at: SystemTime::now() },
+        };
+        process.finish_streams(OUTPUT_PATIENCE).await;
+        if container.in_guest && sandbox.end().is_none() && state != ProcessState::Added {
+            forget(&sandbox, id, exec_id).await;
+        }
+        if !exec_id.is_empty() {
+            container.remove_exec(exec_id);
+        } else {
+            for exec in container.execs() {
+                exec.finish_streams(Duration::ZERO).await;
+            }
+            sandbox.share.remove_container(id)?;
+            self.containers_mut().remove(id);
+            self.events
+                .publish(TaskDelete {
+                    container_id: id.into(),
+                    pid: sandbox.pid(),
+                    exit_status: exit.status,
+                    exited_at: MessageField::some(timestamp(exit.at)),
+                    ..Default::default()
+                })
+                .await;
+        }
+        process.advance(ProcessEvent::Delete).map(|now| debug_assert_eq!(now, deleted))?;
+        Ok(exit)
+    }
+
+    /// Ends the sandbox and the shim, unless there are containers left and it is not to be `now`.
+    ///
+    /// # Errors
+    /// [`ServiceError::Leftover`]; the shim ends nevertheless.
+    pub async fn shutdown(&self, now: bool) -> Result<(), ServiceError> {
+        let mut slot = self.slot.lock().await;
+        if !now && !self.containers_mut().is_empty() {
+            return Ok(());
+        }
+        let stopped = stop(&mut slot).await;
+        self.events.flush(EVENTS_PATIENCE).await;
+        self.exit.signal();
+        stopped
+    }
+}
+
+/// The sandbox, started if it was not yet.
+async fn running(slot: &mut Slot, plan: &Plan) -> Result<Arc<Sandbox>, ServiceError> {
+    if let (SandboxState::Running, Some(sandbox)) = (slot.state, &slot.sandbox) {
+        return match sandbox.end() {
+            None => Ok(sandbox.clone()),
+            Some(why) => {
+                slot.state = life::sandbox(slot.state, SandboxEvent::VmEnded)?;
+                Err(ServiceError::VmEnded(why))
+            }
+        };
+    }
+    slot.state = life::sandbox(slot.state, SandboxEvent::Start)?;
+    match Sandbox::start(plan).await {
+        Ok(sandbox) => {
+            let sandbox = Arc::new(sandbox);
+            slot.state = life::sandbox(slot.state, SandboxEvent::Started)?;
+            slot.sandbox = Some(sandbox.clone());
+            write_timeline(plan, &sandbox);
+            Ok(sandbox)
+        }
+        Err(error) => {
+            slot.state = life::sandbox(slot.state, SandboxEvent::StartFailed)?;
+            Err(error)
+        }
+    }
+}
+
+/// Stops the sandbox if it is not stopped yet.
+async fn stop(slot: &mut Slot) -> Result<(), ServiceError> {
+    if slot.state == SandboxState::Stopped {
+        return Ok(());
+    }
+    slot.state = life::sandbox(slot.state, SandboxEvent::Stop)?;
+    let stopped = match &slot.sandbox {
+        Some(sandbox) => sandbox.stop().await,
+        None => Ok(()),
+    };
+    slot.state = life::sandbox(slot.state, SandboxEvent::Stopped)?;
+    stopped
+}
+
+/// A pause container's process: nothing but its state.
+fn pause(new: &NewContainer) -> Process {
+    Process::init(new.places.clone(), Streams::default())
+}
+
+/// Makes a container on the host and in the guest, or nothing of it.
+async fn make(
+    plan: &Plan,
+    sandbox: &Sandbox,
+    new: &NewContainer,
+    bytes: Vec<u8>,
+    spec: &Spec,
+) -> Result<Container, ServiceError> {
+    let made = async {
+        let shared =
+            sandbox.share.add_container(&new.id, &new.bundle, &new.root_mounts, spec).await?;
+        plan.timeline.mark("root mounted");
+        let (streams, stdio) =
+            Streams::open(&new.places, &sandbox.vmm, &sandbox.next_stream).await?;
+        let mounts = shared.mounts.into_iter().map(|(index, path)| agent::SharedMount {
+            index,
+            path,
+            ..Default::default()
+        });
+        let request = agent::CreateContainerRequest {
+            container_id: new.id.clone(),
+            spec: bytes,
+            root: shared.root,
+            mounts: mounts.collect(),
+            stdio: MessageField::some(stdio),
+            ..Default::default()
+        };
+        sandbox.agent.create(&request).await?;
+        plan.timeline.mark("container created");
+        Ok(Process::init(new.places.clone(), streams))
+    };
+    match made.await {
+        Ok(init) => Ok(Container::new(new.id.clone(), new.bundle.clone(), true, init)),
+        Err(error) => {
+            let error = explain(sandbox, error).await;
+            if let Err(leftover) = sandbox.share.remove_container(&new.id) {
+                tracing::error!("cannot take back the mounts of {}: {leftover}", new.id);
+            }
+            Err(error)
+        }
+    }
+}
+
+async fn start_init(plan: &Plan, sandbox: &Sandbox, id: &str) -> Result<(), ServiceError> {
+    sandbox.agent.start(id).await?;
+    plan.timeline.mark("container started");
+    write_timeline(plan, sandbox);
+    Ok(())
+}
+
+async fn start_exec(sandbox: &Sandbox, id: &str, process: &Process) -> Result<(), ServiceError> {
+    let (streams, stdio) =
+        Streams::open(&process.places, &sandbox.vmm, &sandbox.next_stream).await?;
+    process.attach(streams);
+    let request = agent::ExecProcessRequest {
+        container_id: id.into(),
+        exec_id: process.exec_id.clone(),
+        process: process.spec.clone(),
+        stdio: MessageField::some(stdio),
+        ..Default::default()
+    };
+    Ok(sandbox.agent.exec(&request).await?)
+}
+
+/// The timeline is for people who look; a sandbox does not fail for it.
+fn write_timeline(plan: &Plan, sandbox: &Sandbox) {
+    if let Err(error) = sandbox.dir.write_timeline(&plan.timeline.sorted()) {
+        tracing::warn!("{error}");
+    }
+}
+
+/// Waits for the agent to tell of a process's end.
+async fn wait(sandbox: &Sandbox, container: &Container, process: &Process) -> u32 {
+    if !container.in_guest {
+        return std::future::pending().await;
+    }
+    match sandbox.agent.wait(&container.id, &process.exec_id).await {
+        Ok(status) => status,
+        Err(error) => {
+            // When the VM ends, its end is the reason that is told. It is known a moment later.
+            let _ = tokio::time::timeout(KILL_PATIENCE, sandbox.wait_end()).await;
+            tracing::error!("{} {} is lost: {error}", container.id, process.exec_id);
+            KILLED
+        }
+    }
+}
+
+/// Makes the agent forget a process or container. What it refuses is logged: the host's part goes
+/// in any case, and the guest's goes with the VM.
+async fn forget(sandbox: &Sandbox, id: &str, exec_id: &str) {
+    let forgotten = if exec_id.is_empty() {
+        sandbox.agent.delete_container(id).await
+    } else {
+        sandbox.agent.delete_process(id, exec_id).await
+    };
+    if let Err(error) = forgotten {
+        tracing::warn!("the guest did not forget {id} {exec_id}: {error}");
+    }
+}
+
+/// A failed call to the agent of a VM that has just ended failed because of that.
+async fn explain(sandbox: &Sandbox, error: ServiceError) -> ServiceError {
+    if error.code() != ttrpc::Code::UNAVAILABLE {
+        return error;
+    }
+    match tokio::time::timeout(Duration::from_secs(1), sandbox.wait_end()).await {
+        Ok(why) => ServiceError::VmEnded(why),
+        Err(_) => error,
+    }
+}
+
+fn ended_is_fine(error: ServiceError) -> Result<(), ServiceError> {
+    match error.code() {
+        ttrpc::Code::NOT_FOUND => Ok(()),
+        _ => Err(error),
+    }
+}
+
+async fn all_of(ends: impl Iterator<Item = impl Future<Output = Exit>>) {
+    for end in ends {
+        end.await;
+    }
+}
+
+fn created(new: NewContainer, pid: u32) -> TaskCreate {
+    TaskCreate {
+        container_id: new.id,
+        bundle: new.bundle.display().to_string(),
+        rootfs: new.root_mounts,
+        io: MessageField::some(TaskIO {
+            stdin: new.places.stdin,
+            stdout: new.places.stdout,
+            stderr: new.places.stderr,
+            terminal: new.places.terminal,
+            ..Default::default()
+        }),
+        pid,
+        ..Default::default()
+    }
+}

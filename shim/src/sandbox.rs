@@ -1,0 +1,432 @@
+//! One VM: started as a chain of steps, stopped by taking them back.
+//!
+//! state directory → shared tree → VMM process → boot → guest ready → agent greeted. Each step
+//! pushes its undo; a failure takes all back, and stopping does the same.
+
+use std::{
+    fs::File,
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::fs::{FileExt, OpenOptionsExt},
+    },
+    path::Path,
+    sync::{Arc, Mutex, atomic::AtomicU64},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use rustix::fs::{Mode, OFlags};
+use tokio::{
+    io::AsyncReadExt,
+    net::UnixStream,
+    sync::{mpsc, watch},
+};
+use vial_agent_protocol::{AGENT_PORT, READY_PORT, SHARE_TAG};
+use vial_vmm_api::{API_VERSION, Action, Descriptor, DeviceConfig, Reply, VmConfig};
+
+use crate::{
+    agent::Agent,
+    config::Config,
+    error::ServiceError,
+    share::{self, Share},
+    state_dir::{ProcessIdentity, STATE_VERSION, State, StateDir},
+    timeline::Timeline,
+    undo::UndoStack,
+    vmm_client::{self, VmmClient, VmmEvent},
+    vmm_process::VmmProcess,
+};
+
+/// The guest's context id. Each VM has a vsock of its own, so all can have the same.
+const GUEST_CID: u32 = 3;
+/// How long a VMM may take to end when it is asked to, and when it is killed.
+const STOP_PATIENCE: Duration = Duration::from_secs(2);
+const KILL_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a VM may live on after its agent has gone: a panic that is being written.
+const AGENT_GONE_PATIENCE: Duration = Duration::from_secs(3);
+/// How much of the console's end is shown with a failure.
+const CONSOLE_TAIL_BYTES: u64 = 1024;
+
+/// Who the sandbox is, and what it is made from.
+#[derive(Debug)]
+pub struct Plan {
+    /// The operator's configuration.
+    pub config: Config,
+    /// containerd's namespace.
+    pub namespace: String,
+    /// The sandbox's id.
+    pub id: String,
+    /// The socket that the shim serves.
+    pub socket: std::path::PathBuf,
+    /// Where the phases are marked.
+    pub timeline: Arc<Timeline>,
+}
+
+/// A VM whose agent answers.
+#[derive(Debug)]
+pub struct Sandbox {
+    /// Where its state is kept.
+    pub dir: StateDir,
+    /// What its guest sees.
+    pub share: Share,
+    /// The VMM's socket.
+    pub vmm: Arc<VmmClient>,
+    /// The agent.
+    pub agent: Agent,
+    /// The number of the next stream in the guest.
+    pub next_stream: AtomicU64,
+    process: Arc<VmmProcess>,
+    ended: watch::Receiver<Option<String>>,
+    undo: Mutex<Option<UndoStack>>,
+}
+
+impl Sandbox {
+    /// Starts the VM and waits for its agent.
+    ///
+    /// # Errors
+    /// [`ServiceError`]. Nothing is left then.
+    pub async fn start(plan: &Plan) -> Result<Self, ServiceError> {
+        let mut undo = UndoStack::default();
+        match Self::steps(plan, &mut undo).await {
+            Ok(sandbox) => {
+                *lock(&sandbox.undo) = Some(undo);
+                Ok(sandbox)
+            }
+            Err(error) => {
+                undo.run().await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn steps(plan: &Plan, undo: &mut UndoStack) -> Result<Self, ServiceError> {
+        let Plan { config, timeline, .. } = plan;
+        let files = Files::open(config)?;
+        let dir = StateDir::new(&config.state_directory, &plan.namespace, &plan.id)?;
+        dir.create()?;
+        let removed = dir.clone();
+        undo.push("create the state directory", || async move {
+            removed.remove().map_err(|error| error.to_string())
+        });
+        let mut state = first_state(plan);
+        dir.write_state(&state)?;
+        timeline.mark("state directory");
+
+        let mounted = dir.path().to_path_buf();
+        undo.push("mount the shared tree", || async move {
+            share::unmount_below(&mounted).map_err(|error| error.to_string())
+        });
+        let share = dir.share();
+        share.prepare()?;
+
+        let (ours, theirs) = vmm_client::socket_pair().map_err(vmm("start the VMM"))?;
+        let process = Arc::new(VmmProcess::spawn(&config.vmm, theirs)?);
+        let killed = process.clone();
+        undo.push("start the VMM", || async move {
+            killed.kill(KILL_PATIENCE).await.map_err(|error| error.to_string())
+        });
+        state.vmm = ProcessIdentity::of(process.pid());
+        dir.write_state(&state)?;
+        timeline.mark("VMM spawned");
+        let (client, mut events) = VmmClient::new(ours).map_err(vmm("reach the VMM"))?;
+        let client = Arc::new(client);
+        let (stopped, waited) = (client.clone(), process.clone());
+        undo.push("boot the VM", || async move {
+            // A VMM that does not answer is killed by the undo of the step before.
+            let stop = async {
+                let _ = stopped.request(Action::Stop, &[]).await;
+                waited.wait().await;
+            };
+            let _ = tokio::time::timeout(STOP_PATIENCE, stop).await;
+            Ok(())
+        });
+
+        let console = if config.debug_console { Some(open_console(&dir)?) } else { None };
+        let boot = async {
+            let ready = boot(plan, &files, console.as_ref(), &share, &process, &client, &mut events)
+                .await?;
+            timeline.mark("guest ready");
+            let stream = client.connect(AGENT_PORT).await.map_err(vmm("reach the agent"))?;
+            let agent = Agent::greet(stream, config.boot_timeout, timeline).await?;
+            timeline.mark("agent greeted");
+            Ok((ready, agent))
+        };
+        let (ready, agent) = tokio::select! {
+            result = tokio::time::timeout(config.boot_timeout, boot) => match result {
+                Ok(booted) => booted,
+                Err(_) => {
+                    let tail = console_tail(console.as_ref());
+                    Err(ServiceError::BootTimeout(config.boot_timeout.as_secs(), tail))
+                }
+            },
+            status = process.wait() => {
+                let why = process.explain(status) + &console_tail(console.as_ref());
+                Err(ServiceError::VmEnded(why))
+            }
+        }?;
+
+        let (end, ended) = watch::channel(None);
+        tokio::spawn(watch_end(process.clone(), ready, events, end));
+        Ok(Self {
+            dir,
+            share,
+            vmm: client,
+            agent,
+            next_stream: AtomicU64::new(1),
+            process,
+            ended,
+            undo: Mutex::new(None),
+        })
+    }
+
+    /// The VMM's process number. It is what containerd is told as the process of every container:
+    /// numbers of the guest mean nothing on the host, and signals, namespaces and cgroups that
+    /// somebody looks up by it should be those of the VM.
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// Why the VM has ended, if it has.
+    pub fn end(&self) -> Option<String> {
+        self.ended.borrow().clone()
+    }
+
+    /// Waits until the VM has ended, and says why.
+    pub async fn wait_end(&self) -> String {
+        let mut ended = self.ended.clone();
+        let end = ended.wait_for(Option::is_some).await.ok().and_then(|end| end.clone());
+        end.unwrap_or_else(|| "its shim stopped watching it".into())
+    }
+
+    /// Ends the VM and takes back all that was done for it. Once; later calls do nothing.
+    ///
+    /// # Errors
+    /// [`ServiceError::Leftover`] names what could not be taken back.
+    pub async fn stop(&self) -> Result<(), ServiceError> {
+        let undo = lock(&self.undo).take();
+        let failures = match undo {
+            Some(undo) => undo.run().await,
+            None => Vec::new(),
+        };
+        if failures.is_empty() {
+            return Ok(());
+        }
+        Err(ServiceError::Leftover(failures.join("; ")))
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+fn vmm(action: &'static str) -> impl FnOnce(vmm_client::VmmError) -> ServiceError {
+    move |error| ServiceError::Vmm { action, error }
+}
+
+fn first_state(plan: &Plan) -> State {
+    let pid = std::process::id();
+    State {
+        version: STATE_VERSION,
+        namespace: plan.namespace.clone(),
+        id: plan.id.clone(),
+        // A process can always see itself; without /proc nothing here works at all.
+        shim: ProcessIdentity::of(pid).unwrap_or(ProcessIdentity { pid, start_ticks: 0 }),
+        vmm: None,
+        socket: plan.socket.clone(),
+        vcpus: plan.config.vcpus,
+        memory_mib: plan.config.memory_mib,
+        created_unix_seconds: SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default()
+            .as_secs(),
+    }
+}
+
+/// What the VMM is handed and exists before the sandbox does.
+struct Files {
+    kvm: File,
+    kernel: File,
+    initrd: File,
+}
+
+impl Files {
+    fn open(config: &Config) -> Result<Self, ServiceError> {
+        Ok(Self {
+            kvm: open(
+                Path::new("/dev/kvm"),
+                true,
+                "Vial needs hardware virtualisation: see `vial check`",
+            )?,
+            kernel: open(
+                &config.kernel,
+                false,
+                "install the guest kernel there, or set `kernel` in the configuration",
+            )?,
+            initrd: open(
+                &config.initrd,
+                false,
+                "install the guest image there, or set `initrd` in the configuration",
+            )?,
+        })
+    }
+}
+
+fn open(path: &Path, write: bool, remedy: &'static str) -> Result<File, ServiceError> {
+    File::options().read(true).write(write).open(path).map_err(|error| ServiceError::Open {
+        path: path.display().to_string(),
+        error,
+        remedy,
+    })
+}
+
+fn open_path(path: &Path) -> Result<OwnedFd, ServiceError> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    rustix::fs::open(path, flags, Mode::empty()).map_err(|error| ServiceError::Open {
+        path: path.display().to_string(),
+        error: error.into(),
+        remedy: "see the shim's log",
+    })
+}
+
+fn open_console(dir: &StateDir) -> Result<File, ServiceError> {
+    let path = dir.console();
+    File::options().read(true).append(true).create(true).mode(0o600).open(&path).map_err(|error| {
+        ServiceError::Open {
+            path: path.display().to_string(),
+            error,
+            remedy: "set `debug_console = false`",
+        }
+    })
+}
+
+/// The end of what the guest wrote to its console, to go behind a failure.
+fn console_tail(console: Option<&File>) -> String {
+    let Some(console) = console else { return String::new() };
+    let length = console.metadata().map(|metadata| metadata.len()).unwrap_or_default();
+    let from = length.saturating_sub(CONSOLE_TAIL_BYTES);
+    let mut tail = vec![0; CONSOLE_TAIL_BYTES as usize];
+    let bytes = console.read_at(&mut tail, from).unwrap_or_default();
+    let text: String = String::from_utf8_lossy(&tail[..bytes])
+        .chars()
+        .filter(|c| !c.is_control() || *c == '\n')
+        .collect();
+    format!("; its console ends with:\n{}", text.trim_end())
+}
+
+/// Boots the VM and waits until its agent says that it can serve. That connection is returned:
+/// its end is the agent's end.
+async fn boot(
+    plan: &Plan,
+    files: &Files,
+    console: Option<&File>,
+    share: &Share,
+    process: &VmmProcess,
+    client: &VmmClient,
+    events: &mut mpsc::Receiver<VmmEvent>,
+) -> Result<UnixStream, ServiceError> {
+    let root = open_path(&share.share)?;
+    let proc_fd = open_path(Path::new(&format!("/proc/{}/fd", process.pid())))?;
+    let mut given = Given::default();
+    let config = VmConfig {
+        version: API_VERSION,
+        kvm: given.add(&files.kvm),
+        vcpus: plan.config.vcpus,
+        memory_mib: plan.config.memory_mib,
+        kernel: given.add(&files.kernel),
+        initrd: Some(given.add(&files.initrd)),
+        command_line: plan.config.command_line(),
+        console: console.map(|console| given.add(console)),
+        devices: vec![
+            DeviceConfig::Rng,
+            DeviceConfig::Vsock { guest_cid: GUEST_CID, host_ports: vec![READY_PORT] },
+            DeviceConfig::Fs {
+                tag: SHARE_TAG.into(),
+                root: given.add(&root),
+                proc_fd: Some(given.add(&proc_fd)),
+            },
+        ],
+    };
+    let action = Action::Boot(Box::new(config));
+    match client.request(action, &given.0).await {
+        Ok(Reply::Booted(report)) => {
+            for (name, at_ns) in report.marks {
+                plan.timeline.mark_at(&format!("VMM: {name}"), at_ns);
+            }
+        }
+        Ok(_) => return Err(vmm("boot the VM")(vmm_client::VmmError::Answer)),
+        // Why it ended is better known to whoever waits for the process.
+        Err(vmm_client::VmmError::Closed) => std::future::pending().await,
+        Err(error) => return Err(vmm("boot the VM")(error)),
+    }
+    loop {
+        match events.recv().await {
+            Some(VmmEvent::GuestConnected { port: READY_PORT, socket }) => {
+                return ready_stream(socket).map_err(|error| ServiceError::Open {
+                    path: "the guest's ready connection".into(),
+                    error,
+                    remedy: "see the shim's log",
+                });
+            }
+            Some(VmmEvent::GuestConnected { port, .. }) => {
+                tracing::warn!("the guest connected to port {port}, which nothing serves");
+            }
+            Some(VmmEvent::Exited(reason)) => tracing::warn!("{reason} before it was ready"),
+            None => std::future::pending().await,
+        }
+    }
+}
+
+fn ready_stream(socket: OwnedFd) -> std::io::Result<UnixStream> {
+    let stream = std::os::unix::net::UnixStream::from(socket);
+    stream.set_nonblocking(true)?;
+    UnixStream::from_std(stream)
+}
+
+/// Descriptors in the order in which a message names them.
+#[derive(Default)]
+struct Given<'a>(Vec<BorrowedFd<'a>>);
+
+impl<'a> Given<'a> {
+    fn add(&mut self, file: &'a impl AsFd) -> Descriptor {
+        // A VM has a handful of them, far below what a message can carry.
+        let index = u8::try_from(self.0.len()).unwrap_or(u8::MAX);
+        self.0.push(file.as_fd());
+        Descriptor(index)
+    }
+}
+
+/// Tells once why the VM has ended. An agent that has gone takes its VM with it.
+async fn watch_end(
+    process: Arc<VmmProcess>,
+    mut ready: UnixStream,
+    mut events: mpsc::Receiver<VmmEvent>,
+    end: watch::Sender<Option<String>>,
+) {
+    // The guest writes nothing there that matters; its end does.
+    let agent_gone = async {
+        let mut nothing = [0; 256];
+        while matches!(ready.read(&mut nothing).await, Ok(1..)) {}
+        tokio::time::sleep(AGENT_GONE_PATIENCE).await;
+    };
+    let unasked = async {
+        while let Some(event) = events.recv().await {
+            match event {
+                VmmEvent::GuestConnected { port, .. } => {
+                    tracing::warn!("the guest connected to port {port} again; refused");
+                }
+                VmmEvent::Exited(reason) => tracing::info!("{reason}"),
+            }
+        }
+        std::future::pending::<String>().await
+    };
+    let why = tokio::select! {
+        status = process.wait() => process.explain(status),
+        () = agent_gone => {
+            if let Err(error) = process.kill(KILL_PATIENCE).await {
+                tracing::error!("{error}");
+            }
+            "the agent in the guest has gone".into()
+        }
+        never = unasked => never,
+    };
+    tracing::info!("the VM has ended: {why}");
+    end.send_replace(Some(why));
+}

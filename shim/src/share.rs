@@ -1,0 +1,401 @@
+//! What a guest can see of the host's files.
+//!
+//! A sandbox has one tree that is mounted twice. `containers/` holds directories and mounts for
+//! each container:
+//!
+//! ```text
+//! containers/<container>/rootfs        the snapshotter's mounts
+//! containers/<container>/mounts/<n>    the source of the n-th mount of the spec
+//! ```
+//!
+//! `share/` receives every mount of `containers/` and is itself read-only. That is what the VMM
+//! serves: a guest can write where a container can, and nowhere in the tree above. It cannot
+//! put a symbolic link where the shim mounts next.
+//!
+//! The flags of a mount do not spread when they change, so each mount is finished in `staging/`,
+//! which spreads nothing, and then moved: read-only is read-only from the first moment.
+
+use std::{
+    os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt},
+    path::{Component, Path, PathBuf},
+};
+
+use containerd_shim_protos::types::mount::Mount as RootMount;
+use rustix::{
+    io::Errno,
+    mount::{MountFlags, MountPropagationFlags, UnmountFlags},
+};
+
+use crate::spec::{Mount, Spec};
+
+/// The most mounts of one container that have their source on the host.
+pub const MAX_BINDS: usize = 1024;
+
+/// What failed with a mount.
+#[derive(Debug, thiserror::Error)]
+pub enum ShareError {
+    /// The system refused.
+    #[error("cannot {action} {path}: {error}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// What went wrong.
+        error: std::io::Error,
+    },
+    /// A root mount could not be made.
+    #[error("cannot mount the container's root: {0}")]
+    Root(containerd_shim::Error),
+    /// There is nothing to mount as root.
+    #[error("neither the request nor the spec says where the container's root is")]
+    NoRoot,
+    /// The source of a mount is absent or cannot be reached.
+    #[error("cannot mount {source_path} at {destination}: {error}")]
+    Source {
+        /// On the host.
+        source_path: PathBuf,
+        /// In the container.
+        destination: PathBuf,
+        /// What went wrong.
+        error: std::io::Error,
+    },
+    /// The source is a device.
+    #[error(
+        "cannot mount the device {source_path} at {destination}: a device of the host does not \
+         work in a VM by its node; mount a file or directory"
+    )]
+    Device {
+        /// On the host.
+        source_path: PathBuf,
+        /// In the container.
+        destination: PathBuf,
+    },
+    /// The spec asks for too much, or for something that cannot be.
+    #[error("{0}")]
+    Spec(String),
+}
+
+fn io<E: Into<std::io::Error>>(action: &'static str, path: &Path) -> impl FnOnce(E) -> ShareError {
+    move |error| ShareError::Io { action, path: path.into(), error: error.into() }
+}
+
+fn make_dir(path: &Path) -> Result<(), ShareError> {
+    std::fs::DirBuilder::new().mode(0o755).create(path).map_err(io("create", path))
+}
+
+/// The three places of a sandbox's shared tree.
+#[derive(Debug, Clone)]
+pub struct Share {
+    /// Where mounts are made ready.
+    pub staging: PathBuf,
+    /// Where they live.
+    pub containers: PathBuf,
+    /// What the VMM serves.
+    pub share: PathBuf,
+}
+
+/// What a container's files became in the shared tree.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Shared {
+    /// Its root, relative to the tree.
+    pub root: String,
+    /// Index into the spec's mounts, and the source relative to the tree.
+    pub mounts: Vec<(u32, String)>,
+}
+
+impl Share {
+    /// Makes the three places.
+    ///
+    /// # Errors
+    /// [`ShareError::Io`]. What was made until then is left to [`unmount_below`] and
+    /// [`remove_tree`].
+    pub fn prepare(&self) -> Result<(), ShareError> {
+        use MountPropagationFlags as P;
+        for dir in [&self.staging, &self.containers, &self.share] {
+            make_dir(dir)?;
+        }
+        let (staging, containers, share) = (&self.staging, &self.containers, &self.share);
+        rustix::mount::mount_bind(staging, staging).map_err(io("bind", staging))?;
+        rustix::mount::mount_change(staging, P::PRIVATE).map_err(io("isolate", staging))?;
+        rustix::mount::mount_bind(containers, containers).map_err(io("bind", containers))?;
+        // Private first, lest mounts spread to what /run is shared with.
+        rustix::mount::mount_change(containers, P::PRIVATE).map_err(io("isolate", containers))?;
+        rustix::mount::mount_change(containers, P::SHARED).map_err(io("share", containers))?;
+        rustix::mount::mount_bind(containers, share).map_err(io("bind", share))?;
+        rustix::mount::mount_change(share, P::DOWNSTREAM)
+            .map_err(io("make a receiver of", share))?;
+        remount_read_only(share, MountFlags::NOSUID | MountFlags::NODEV)
+    }
+
+    /// Makes a container's directory, its root and its bind mounts.
+    ///
+    /// # Errors
+    /// [`ShareError`]. What was made until then is left to [`Share::remove_container`].
+    pub async fn add_container(
+        &self,
+        id: &str,
+        bundle: &Path,
+        root_mounts: &[RootMount],
+        spec: &Spec,
+    ) -> Result<Shared, ShareError> {
+        let dir = self.containers.join(id);
+        let staging = self.staging.join(id);
+        make_dir(&dir)?;
+        make_dir(&dir.join("rootfs"))?;
+        make_dir(&staging)?;
+        let staged = staging.join("rootfs");
+        make_dir(&staged)?;
+        mount_root(&staged, bundle, root_mounts, spec).await?;
+        publish(&staged, &dir.join("rootfs"))?;
+        let mut mounts = Vec::new();
+        for (index, mount) in spec.mounts.iter().enumerate().filter(|(_, mount)| mount.is_bind()) {
+            if mounts.is_empty() {
+                make_dir(&dir.join("mounts"))?;
+            }
+            if mounts.len() == MAX_BINDS {
+                return Err(ShareError::Spec(format!(
+                    "the container has more than {MAX_BINDS} mounts from the host"
+                )));
+            }
+            let name = index.to_string();
+            let (staged, place) = (staging.join(&name), dir.join("mounts").join(&name));
+            bind(mount, &staged, &place)?;
+            publish(&staged, &place)?;
+            let index = u32::try_from(index)
+                .map_err(|_| ShareError::Spec("the container has too many mounts".into()))?;
+            mounts.push((index, format!("{id}/mounts/{index}")));
+        }
+        remove_tree(&staging).map_err(io("remove", &staging))?;
+        Ok(Shared { root: format!("{id}/rootfs"), mounts })
+    }
+
+    /// Takes a container out of the tree; one that is not there is no failure.
+    ///
+    /// # Errors
+    /// [`ShareError::Io`].
+    pub fn remove_container(&self, id: &str) -> Result<(), ShareError> {
+        for dir in [self.staging.join(id), self.containers.join(id)] {
+            unmount_below(&dir)?;
+            remove_tree(&dir).map_err(io("remove", &dir))?;
+        }
+        Ok(())
+    }
+}
+
+/// Moves a finished mount to where it spreads from.
+fn publish(staged: &Path, place: &Path) -> Result<(), ShareError> {
+    rustix::mount::mount_move(staged, place).map_err(io("move a mount to", place))
+}
+
+fn remount_read_only(path: &Path, more: MountFlags) -> Result<(), ShareError> {
+    let flags = MountFlags::BIND | MountFlags::RDONLY | more;
+    rustix::mount::mount_remount(path, flags, c"").map_err(io("make read-only", path))
+}
+
+async fn mount_root(
+    root: &Path,
+    bundle: &Path,
+    mounts: &[RootMount],
+    spec: &Spec,
+) -> Result<(), ShareError> {
+    if mounts.is_empty() {
+        let path = &spec.root.as_ref().ok_or(ShareError::NoRoot)?.path;
+        let source = bundle.join(path);
+        rustix::mount::mount_bind_recursive(&source, root).map_err(io("bind", &source))?;
+    }
+    for mount in mounts {
+        let mut target = root.to_path_buf();
+        for part in Path::new(&mount.target).components() {
+            match part {
+                Component::RootDir | Component::CurDir => {}
+                Component::Normal(part) => target.push(part),
+                _ => {
+                    let text = format!("the root mount's target '{}' leaves it", mount.target);
+                    return Err(ShareError::Spec(text));
+                }
+            }
+        }
+        containerd_shim::util::mount_rootfs(mount, target).await.map_err(ShareError::Root)?;
+    }
+    let isolated = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+    rustix::mount::mount_change(root, isolated).map_err(io("isolate", root))
+}
+
+/// Binds the source of `mount` at `staged`, with a like file or directory made at `place`.
+fn bind(mount: &Mount, staged: &Path, place: &Path) -> Result<(), ShareError> {
+    let Some(source) = mount.source.as_ref().filter(|source| source.is_absolute()) else {
+        return Err(ShareError::Spec(format!(
+            "the mount at {} has no absolute source",
+            mount.destination.display()
+        )));
+    };
+    let absent = |error| ShareError::Source {
+        source_path: source.clone(),
+        destination: mount.destination.clone(),
+        error,
+    };
+    let metadata = std::fs::metadata(source).map_err(absent)?;
+    let kind = metadata.file_type();
+    if kind.is_block_device() || (kind.is_char_device() && !is_memory_device(metadata.rdev())) {
+        return Err(ShareError::Device {
+            source_path: source.clone(),
+            destination: mount.destination.clone(),
+        });
+    }
+    for path in [staged, place] {
+        if kind.is_dir() {
+            make_dir(path)?;
+        } else {
+            std::fs::File::create_new(path).map_err(io("create", path))?;
+        }
+    }
+    let bound = if mount.has_option("bind") && !mount.has_option("rbind") {
+        rustix::mount::mount_bind(source, staged)
+    } else {
+        rustix::mount::mount_bind_recursive(source, staged)
+    };
+    bound.map_err(|error| absent(error.into()))?;
+    // What the host mounts below the source later is the container's to see only when its spec
+    // says so; what is mounted in the shared tree must never reach the source.
+    let receives = ["rslave", "slave", "rshared", "shared"];
+    let propagation = if receives.iter().any(|option| mount.has_option(option)) {
+        MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC
+    } else {
+        MountPropagationFlags::PRIVATE | MountPropagationFlags::REC
+    };
+    rustix::mount::mount_change(staged, propagation).map_err(io("isolate", staged))?;
+    if mount.has_option("ro") {
+        remount_read_only(staged, present_flags(staged)?)?;
+    }
+    Ok(())
+}
+
+/// `/dev/null` and its like, which the guest's kernel has too: the "mem" class, major 1, less
+/// those that reach memory or ports.
+fn is_memory_device(device: u64) -> bool {
+    rustix::fs::major(device) == 1 && [3, 5, 7, 8, 9].contains(&rustix::fs::minor(device))
+}
+
+/// The flags that a mount has, which a remount would else take away.
+fn present_flags(path: &Path) -> Result<MountFlags, ShareError> {
+    use rustix::fs::StatVfsMountFlags as Has;
+    let has = rustix::fs::statvfs(path).map_err(io("inspect", path))?.f_flag;
+    Ok([
+        (Has::NOSUID, MountFlags::NOSUID),
+        (Has::NODEV, MountFlags::NODEV),
+        (Has::NOEXEC, MountFlags::NOEXEC),
+        (Has::NOATIME, MountFlags::NOATIME),
+        (Has::NODIRATIME, MountFlags::NODIRATIME),
+        (Has::RELATIME, MountFlags::RELATIME),
+    ]
+    .into_iter()
+    .filter(|(flag, _)| has.contains(*flag))
+    .fold(MountFlags::empty(), |flags, (_, flag)| flags | flag))
+}
+
+/// Unmounts `dir` and whatever is mounted below it, the latest first. What is in use goes when it
+/// no longer is.
+///
+/// # Errors
+/// [`ShareError::Io`].
+pub fn unmount_below(dir: &Path) -> Result<(), ShareError> {
+    // A mount that is stacked on another shows twice, so look again until nothing is there.
+    for _ in 0..16 {
+        let mounts = mounts_below(dir).map_err(io("list the mounts below", dir))?;
+        if mounts.is_empty() {
+            return Ok(());
+        }
+        for mount in mounts.iter().rev() {
+            match rustix::mount::unmount(mount, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
+                // Gone with another one, which passed its end on to it.
+                Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
+                Err(error) => return Err(io("unmount", mount)(error)),
+            }
+        }
+    }
+    Err(io("unmount all below", dir)(Errno::BUSY))
+}
+
+/// Removes `dir` with everything in it unless something is mounted there. Absent is fine.
+///
+/// # Errors
+/// Of kind `ResourceBusy` when there is a mount, else what the system says.
+pub fn remove_tree(dir: &Path) -> std::io::Result<()> {
+    // Removing goes through mounts, into what they show. So none may be left.
+    if !mounts_below(dir)?.is_empty() {
+        return Err(std::io::ErrorKind::ResourceBusy.into());
+    }
+    match std::fs::remove_dir_all(dir) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
+}
+
+/// The mount points at and below `dir`, in the order of their mounting.
+fn mounts_below(dir: &Path) -> std::io::Result<Vec<PathBuf>> {
+    let table = std::fs::read("/proc/self/mountinfo")?;
+    Ok(table
+        .split(|byte| *byte == b'\n')
+        // The fifth field is the mount point (proc_pid_mountinfo(5)).
+        .filter_map(|line| line.split(|byte| *byte == b' ').nth(4))
+        .map(unescape)
+        .filter(|path| path.starts_with(dir))
+        .collect())
+}
+
+/// A path of mountinfo: blanks, tabs, line feeds and backslashes are in octal.
+fn unescape(field: &[u8]) -> PathBuf {
+    use std::os::unix::ffi::OsStringExt;
+    let mut path = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let [first, after @ ..] = rest {
+        let digits = after.get(..3).filter(|_| *first == b'\\');
+        let octal = digits
+            .and_then(|digits| std::str::from_utf8(digits).ok())
+            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        path.push(octal.unwrap_or(*first));
+        rest = if octal.is_some() { &after[3..] } else { after };
+    }
+    std::ffi::OsString::from_vec(path).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn octal_in_mount_points_is_read() {
+        assert_eq!(unescape(br"/a\040b\134c\011"), Path::new("/a b\\c\t"));
+        assert_eq!(unescape(br"/a\04"), Path::new(r"/a\04"));
+    }
+
+    #[test]
+    fn devices_but_the_harmless_are_refused() {
+        assert!(is_memory_device(rustix::fs::makedev(1, 3)));
+        assert!(!is_memory_device(rustix::fs::makedev(1, 1)));
+        assert!(!is_memory_device(rustix::fs::makedev(10, 232)));
+    }
+
+    #[test]
+    fn tree_with_a_mount_in_it_is_not_removed() {
+        assert_eq!(
+            remove_tree(Path::new("/proc")).unwrap_err().kind(),
+            std::io::ErrorKind::ResourceBusy
+        );
+    }
+
+    #[test]
+    fn absent_source_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let mount = Mount {
+            destination: "/data".into(),
+            kind: Some("bind".into()),
+            source: Some("/nowhere/data".into()),
+            options: vec!["rbind".into()],
+        };
+        let (staged, place) = (dir.path().join("0"), dir.path().join("1"));
+        let error = bind(&mount, &staged, &place).unwrap_err().to_string();
+        assert!(error.contains("/nowhere/data") && error.contains("/data"), "{error}");
+    }
+}

@@ -1,0 +1,232 @@
+//! containerd's task API.
+//!
+//! Each call finds its container and process and lets [`Pod`] do the work; here are only the
+//! conversions. What fails is mapped to a ttrpc code in [`crate::error`].
+
+use std::{path::PathBuf, sync::Arc};
+
+use async_trait::async_trait;
+use containerd_shim_protos::{
+    api,
+    protobuf::{EnumOrUnknown, MessageField},
+    shim_async::Task,
+    ttrpc::{Result, asynchronous::TtrpcContext},
+    types::task::ProcessInfo,
+};
+
+use crate::{
+    error::ServiceError,
+    events::timestamp,
+    life::{Exit, ProcessState},
+    pod::{NewContainer, Pod},
+    process::Process,
+    stdio::Places,
+};
+
+/// The task service of one shim.
+#[derive(Clone)]
+pub struct TaskService {
+    pod: Arc<Pod>,
+}
+
+impl TaskService {
+    /// Answers for `pod`.
+    pub fn new(pod: Arc<Pod>) -> Self {
+        Self { pod }
+    }
+}
+
+type Context = TtrpcContext;
+
+fn empty<E>(result: std::result::Result<(), ServiceError>) -> std::result::Result<api::Empty, E>
+where
+    E: From<ServiceError>,
+{
+    Ok(result.map(|()| api::Empty::default())?)
+}
+
+/// Logs a failure on its way to containerd, which only shows it to whoever asked.
+fn logged<T>(
+    call: &str,
+    id: &str,
+    result: std::result::Result<T, ServiceError>,
+) -> std::result::Result<T, ServiceError> {
+    if let Err(error) = &result {
+        match error.code() {
+            ttrpc::Code::NOT_FOUND | ttrpc::Code::UNIMPLEMENTED => {
+                tracing::debug!("{call} {id}: {error}");
+            }
+            _ => tracing::error!("{call} {id}: {error}"),
+        }
+    }
+    result
+}
+
+#[async_trait]
+impl Task for TaskService {
+    async fn state(&self, _: &Context, request: api::StateRequest) -> Result<api::StateResponse> {
+        let container = self.pod.container(&request.id)?;
+        let process = container.process(&request.exec_id)?;
+        let mut response = api::StateResponse {
+            id: request.id,
+            exec_id: request.exec_id,
+            bundle: container.bundle.display().to_string(),
+            pid: self.pod.pid().await,
+            stdin: process.places.stdin.clone(),
+            stdout: process.places.stdout.clone(),
+            stderr: process.places.stderr.clone(),
+            terminal: process.places.terminal,
+            ..Default::default()
+        };
+        let status = match process.state() {
+            ProcessState::Added | ProcessState::Created | ProcessState::Starting => {
+                api::Status::CREATED
+            }
+            ProcessState::Running => api::Status::RUNNING,
+            ProcessState::Stopped(exit) => {
+                response.exit_status = exit.status;
+                response.exited_at = MessageField::some(timestamp(exit.at));
+                api::Status::STOPPED
+            }
+            ProcessState::Deleted => api::Status::UNKNOWN,
+        };
+        response.status = EnumOrUnknown::new(status);
+        Ok(response)
+    }
+
+    async fn create(
+        &self,
+        _: &Context,
+        request: api::CreateTaskRequest,
+    ) -> Result<api::CreateTaskResponse> {
+        tracing::info!("create {}", request.id);
+        let id = request.id.clone();
+        let new = NewContainer {
+            id: request.id,
+            bundle: PathBuf::from(request.bundle),
+            root_mounts: request.rootfs,
+            places: Places {
+                terminal: request.terminal,
+                stdin: request.stdin,
+                stdout: request.stdout,
+                stderr: request.stderr,
+            },
+            checkpoint: request.checkpoint,
+        };
+        let pid = logged("create", &id, self.pod.create(new).await)?;
+        Ok(api::CreateTaskResponse { pid, ..Default::default() })
+    }
+
+    async fn start(&self, _: &Context, request: api::StartRequest) -> Result<api::StartResponse> {
+        tracing::info!("start {} {}", request.id, request.exec_id);
+        let started = self.pod.start(&request.id, &request.exec_id).await;
+        let pid = logged("start", &request.id, started)?;
+        Ok(api::StartResponse { pid, ..Default::default() })
+    }
+
+    async fn delete(
+        &self,
+        _: &Context,
+        request: api::DeleteRequest,
+    ) -> Result<api::DeleteResponse> {
+        tracing::info!("delete {} {}", request.id, request.exec_id);
+        let pid = self.pod.pid().await;
+        let deleted = self.pod.delete(&request.id, &request.exec_id).await;
+        let Exit { status, at } = logged("delete", &request.id, deleted)?;
+        Ok(api::DeleteResponse {
+            pid,
+            exit_status: status,
+            exited_at: MessageField::some(timestamp(at)),
+            ..Default::default()
+        })
+    }
+
+    async fn pids(&self, _: &Context, request: api::PidsRequest) -> Result<api::PidsResponse> {
+        let pids = logged("pids", &request.id, self.pod.pids(&request.id).await)?;
+        let processes =
+            pids.into_iter().map(|pid| ProcessInfo { pid, ..Default::default() }).collect();
+        Ok(api::PidsResponse { processes, ..Default::default() })
+    }
+
+    async fn pause(&self, _: &Context, _: api::PauseRequest) -> Result<api::Empty> {
+        empty(Err(ServiceError::Unimplemented("pausing a container")))
+    }
+
+    async fn resume(&self, _: &Context, _: api::ResumeRequest) -> Result<api::Empty> {
+        empty(Err(ServiceError::Unimplemented("resuming a container")))
+    }
+
+    async fn checkpoint(&self, _: &Context, _: api::CheckpointTaskRequest) -> Result<api::Empty> {
+        empty(Err(ServiceError::Unimplemented("a checkpoint of a container")))
+    }
+
+    async fn update(&self, _: &Context, _: api::UpdateTaskRequest) -> Result<api::Empty> {
+        empty(Err(ServiceError::Unimplemented("changing a running container's resources")))
+    }
+
+    async fn stats(&self, _: &Context, _: api::StatsRequest) -> Result<api::StatsResponse> {
+        Err(ServiceError::Unimplemented("reading a container's statistics").into())
+    }
+
+    async fn kill(&self, _: &Context, request: api::KillRequest) -> Result<api::Empty> {
+        tracing::info!("kill {} {} by {}", request.id, request.exec_id, request.signal);
+        let killed =
+            self.pod.kill(&request.id, &request.exec_id, request.signal, request.all).await;
+        empty(logged("kill", &request.id, killed))
+    }
+
+    async fn exec(&self, _: &Context, request: api::ExecProcessRequest) -> Result<api::Empty> {
+        tracing::info!("exec {} {}", request.id, request.exec_id);
+        let places = Places {
+            terminal: request.terminal,
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+        };
+        let spec = request.spec.into_option().unwrap_or_default().value;
+        let exec = Process::exec(request.exec_id, places, spec);
+        empty(logged("exec", &request.id, self.pod.add_exec(&request.id, exec).await))
+    }
+
+    async fn resize_pty(&self, _: &Context, request: api::ResizePtyRequest) -> Result<api::Empty> {
+        let size = (request.width, request.height);
+        let resized = self.pod.resize(&request.id, &request.exec_id, size).await;
+        empty(logged("resize", &request.id, resized))
+    }
+
+    async fn close_io(&self, _: &Context, request: api::CloseIORequest) -> Result<api::Empty> {
+        let process = self.pod.container(&request.id)?.process(&request.exec_id)?;
+        if request.stdin {
+            process.close_stdin();
+        }
+        Ok(api::Empty::default())
+    }
+
+    async fn wait(&self, _: &Context, request: api::WaitRequest) -> Result<api::WaitResponse> {
+        let process = self.pod.container(&request.id)?.process(&request.exec_id)?;
+        let Exit { status, at } = process.wait().await;
+        Ok(api::WaitResponse {
+            exit_status: status,
+            exited_at: MessageField::some(timestamp(at)),
+            ..Default::default()
+        })
+    }
+
+    async fn connect(
+        &self,
+        _: &Context,
+        _: api::ConnectRequest,
+    ) -> Result<api::ConnectResponse> {
+        Ok(api::ConnectResponse {
+            shim_pid: std::process::id(),
+            task_pid: self.pod.pid().await,
+            version: env!("CARGO_PKG_VERSION").into(),
+            ..Default::default()
+        })
+    }
+
+    async fn shutdown(&self, _: &Context, request: api::ShutdownRequest) -> Result<api::Empty> {
+        tracing::info!("shutdown {}", request.id);
+        empty(logged("shutdown", &request.id, self.pod.shutdown(request.now).await))
+    }
+}
