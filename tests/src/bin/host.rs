@@ -1,9 +1,9 @@
 //! `vial-host`: runs a command, or a shell, on the emulated host. See `--help` and the module `host`.
 
+use std::fs;
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
-use std::fs;
 
 use anyhow::{Context, Result};
 use clap::Parser;
@@ -51,15 +51,12 @@ fn run_command(run: &Run) -> Result<u8> {
     let mut signals = ending_signals().context("cannot watch for signals")?;
     let started = Instant::now();
     let mut emulator = Emulator::start(&run.machine, Task::Script(&script))?;
-    let outcome = session::wait(
-        &mut emulator,
-        &mut signals,
-        Some(Duration::from_secs(run.timeout)),
-    )?;
+    let outcome =
+        session::wait(&mut emulator, &mut signals, Some(Duration::from_secs(run.timeout)))?;
     if let Some(report) = &run.report {
         write_report(report, &outcome, started.elapsed())?;
     }
-    Ok(conclude(&emulator, &outcome, run.timeout))
+    Ok(conclude(&emulator, &outcome, Some(run.timeout)))
 }
 
 fn run_shell(machine: &Machine) -> Result<u8> {
@@ -73,14 +70,11 @@ fn run_shell(machine: &Machine) -> Result<u8> {
         .filter(|output| output.status.success());
     let mut emulator = Emulator::start(machine, Task::Shell)?;
     let outcome = session::wait(&mut emulator, &mut signals, None)?;
-    let status = conclude(&emulator, &outcome, 0);
+    let status = conclude(&emulator, &outcome, None);
     drop(emulator);
     if let Some(saved) = saved {
         let settings = String::from_utf8_lossy(&saved.stdout).trim().to_owned();
-        let _ = Command::new("stty")
-            .arg(settings)
-            .stdin(Stdio::inherit())
-            .status();
+        let _ = Command::new("stty").arg(settings).stdin(Stdio::inherit()).status();
     }
     Ok(status)
 }
@@ -99,10 +93,11 @@ fn script(words: &[String]) -> Result<String> {
 }
 
 /// Says what has to be said, and returns our exit status.
-fn conclude(emulator: &Emulator, outcome: &Outcome, limit_seconds: u64) -> u8 {
+fn conclude(emulator: &Emulator, outcome: &Outcome, limit_seconds: Option<u64>) -> u8 {
     let status = match outcome {
         Outcome::Exited(status) => *status,
         Outcome::TimeLimit => {
+            let limit_seconds = limit_seconds.unwrap_or_default();
             eprintln!(
                 "vial-host: the time limit of {limit_seconds} seconds was reached; the host is killed"
             );
@@ -114,9 +109,13 @@ fn conclude(emulator: &Emulator, outcome: &Outcome, limit_seconds: u64) -> u8 {
         }
         Outcome::Interrupted => STATUS_INTERRUPTED,
     };
-    if !matches!(outcome, Outcome::Exited(0) | Outcome::Interrupted)
-        && let Some(console) = emulator.keep_console()
-    {
+    // A shell ends with whatever its last command did: no failure to look into.
+    let fine = match outcome {
+        Outcome::Exited(status) => *status == 0 || limit_seconds.is_none(),
+        Outcome::Interrupted => true,
+        Outcome::TimeLimit | Outcome::Died(_) => false,
+    };
+    if !fine && let Some(console) = emulator.keep_console() {
         eprintln!("vial-host: the host's console is in {}", console.display());
     }
     status

@@ -64,13 +64,7 @@ impl Emulator {
             .with_context(|| format!("cannot write the console to {}", console.display()))?;
 
         let mut command = Command::new(QEMU);
-        command.args(arguments(
-            machine,
-            task,
-            &disk,
-            directory.path(),
-            &console,
-        )?);
+        command.args(arguments(machine, task, &disk, directory.path(), &console)?);
         let errors = File::create(directory.path().join("qemu.err"))?;
         command.stderr(errors);
         if matches!(task, Task::Script(_)) {
@@ -80,13 +74,7 @@ impl Emulator {
         let child = command.spawn().with_context(|| {
             format!("cannot start {QEMU}; 'make deps' installs it on Debian and Ubuntu")
         })?;
-        Ok(Self {
-            child,
-            control,
-            output,
-            console,
-            directory,
-        })
+        Ok(Self { child, control, output, console, directory })
     }
 
     /// What QEMU wrote to its standard error.
@@ -189,18 +177,12 @@ fn terminal_size() -> (u16, u16) {
         if !io::stdin().is_terminal() {
             return None;
         }
-        let output = Command::new("stty")
-            .arg("size")
-            .stdin(Stdio::inherit())
-            .output()
-            .ok()?;
+        let output = Command::new("stty").arg("size").stdin(Stdio::inherit()).output().ok()?;
         let text = String::from_utf8(output.stdout).ok()?;
         let (rows, columns) = text.trim().split_once(' ')?;
         Some((rows.parse().ok()?, columns.parse().ok()?))
     };
-    asked()
-        .filter(|size| size.0 > 0 && size.1 > 0)
-        .unwrap_or((24, 80))
+    asked().filter(|size| size.0 > 0 && size.1 > 0).unwrap_or((24, 80))
 }
 
 /// One word for sh, whatever it holds.
@@ -248,35 +230,15 @@ fn arguments(
     add(&["-name", "vial-host", "-M", "q35,vmport=off"]);
     // mttcg is fast and has two CPUs; counting instructions needs one thread and one CPU.
     if machine.icount {
-        add(&[
-            "-accel",
-            "tcg,thread=single",
-            "-icount",
-            "shift=0,sleep=off",
-            "-smp",
-            "1",
-        ]);
+        add(&["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-smp", "1"]);
     } else {
-        add(&[
-            "-accel",
-            "tcg,thread=multi",
-            "-smp",
-            &machine.cpus.to_string(),
-        ]);
+        add(&["-accel", "tcg,thread=multi", "-smp", &machine.cpus.to_string()]);
     }
-    add(&[
-        "-cpu",
-        "max,+svm",
-        "-m",
-        &machine.memory.to_string(),
-        "-nodefaults",
-    ]);
+    add(&["-cpu", "max,+svm", "-m", &machine.memory.to_string(), "-nodefaults"]);
     // A panicking kernel reboots at once, and a reboot ends QEMU: a dead host is seen without a wait.
     add(&["-no-user-config", "-display", "none", "-no-reboot"]);
-    let append = format!(
-        "console=ttyS0 loglevel=4 mitigations=off panic=-1 oops=panic {}",
-        machine.append
-    );
+    let append =
+        format!("console=ttyS0 loglevel=4 mitigations=off panic=-1 oops=panic {}", machine.append);
     add(&["-append", append.trim_end()]);
     add(&["-device", "virtio-blk-pci,drive=root"]);
     add(&["-device", "virtio-serial-pci"]);
@@ -300,17 +262,8 @@ fn arguments(
     all.extend(["-drive".into(), drive]);
     let mut serial = OsString::from("file,id=console,path=");
     serial.push(in_option(console));
-    all.extend([
-        "-chardev".into(),
-        serial,
-        "-serial".into(),
-        "chardev:console".into(),
-    ]);
-    all.extend(port_arguments(
-        1,
-        "control",
-        &directory.join("control.sock"),
-    ));
+    all.extend(["-chardev".into(), serial, "-serial".into(), "chardev:console".into()]);
+    all.extend(port_arguments(1, "control", &directory.join("control.sock")));
     all.extend(port_arguments(2, "output", &directory.join("output.sock")));
     all.extend(share_arguments("control", &directory.join("control"), true));
     for (number, payload) in machine.payload.iter().enumerate() {
@@ -329,10 +282,7 @@ fn arguments(
 fn existing_directory(path: &Path, option: &str) -> Result<PathBuf> {
     match path.canonicalize() {
         Ok(found) if found.is_dir() => Ok(found),
-        _ => bail!(
-            "{option} {} is no directory; name an existing one",
-            path.display()
-        ),
+        _ => bail!("{option} {} is no directory; name an existing one", path.display()),
     }
 }
 

@@ -52,11 +52,7 @@ pub(crate) struct Run {
 
     /// One argument that names a local file ending in .sh: that script. One other argument: a line for sh.
     /// Several: a program on the host and its arguments. Standard error joins standard output
-    #[arg(
-        value_name = "SCRIPT|COMMAND",
-        required = true,
-        trailing_var_arg = true
-    )]
+    #[arg(value_name = "SCRIPT|COMMAND", required = true, trailing_var_arg = true)]
     pub(crate) command: Vec<String>,
 }
 

@@ -135,10 +135,9 @@ impl Session<'_> {
                     None => self.died("QEMU ended before the command did"),
                 });
             } else if self.last_sign.elapsed() > SILENCE_LIMIT {
-                return Ok(self.died(&format!(
-                    "no sign of life for {} seconds",
-                    SILENCE_LIMIT.as_secs()
-                )));
+                return Ok(
+                    self.died(&format!("no sign of life for {} seconds", SILENCE_LIMIT.as_secs()))
+                );
             } else if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 return Ok(Outcome::TimeLimit);
             }
@@ -147,10 +146,7 @@ impl Session<'_> {
 
     /// Waits up to half a second for anything, and handles it. True when a signal tells us to end.
     fn step(&mut self) -> Result<bool> {
-        let pause = Timespec {
-            tv_sec: 0,
-            tv_nsec: 500_000_000,
-        };
+        let pause = Timespec { tv_sec: 0, tv_nsec: 500_000_000 };
         let (signal, control, output);
         {
             // A port that has closed is replaced by the QEMU descriptor, which is polled anyway.
@@ -183,12 +179,7 @@ impl Session<'_> {
     }
 
     fn ended(&mut self) -> Result<bool> {
-        Ok(self
-            .emulator
-            .child
-            .try_wait()
-            .context("cannot wait for QEMU")?
-            .is_some())
+        Ok(self.emulator.child.try_wait().context("cannot wait for QEMU")?.is_some())
     }
 
     /// Returns how many bytes there were.
