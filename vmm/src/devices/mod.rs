@@ -1,0 +1,11 @@
+//! The virtio devices: a folder or file each. They know queues and descriptors of the host, and
+//! nothing of PCI, KVM or the machine that they are in.
+
+pub mod block;
+pub(crate) mod buffers;
+pub mod fs;
+pub mod net;
+pub mod rng;
+#[cfg(test)]
+pub(crate) mod testing;
+pub mod vsock;
