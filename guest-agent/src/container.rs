@@ -1,0 +1,256 @@
+//! The containers of the guest: what is known of each, and looking them up.
+//!
+//! A container is an entry in [`Containers`], a directory below [`Places::containers`] with its
+//! config.json, libcontainer's state below [`Places::runtime`] and a cgroup. Making one is in
+//! [`create`], everything from its start on in [`run`].
+
+mod create;
+pub(crate) mod life;
+mod run;
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use tokio::net::unix::pipe;
+use tokio::sync::watch;
+use vial_agent_protocol::{MAX_SPEC_BYTES, is_valid_id};
+
+use crate::cgroup::{Cgroup, CgroupError};
+use crate::launch::LaunchError;
+use crate::reaper::{ExitStatus, Reaper};
+use crate::share::{Share, ShareError};
+use crate::spec::SpecError;
+use crate::stdio::{Input, StdioError};
+use crate::streams::Streams;
+use crate::terminal::Terminal;
+pub(crate) use create::Create;
+use life::{ContainerEvent, ContainerState, ExecState, Refused};
+pub(crate) use run::Exec;
+
+/// Containers at one time.
+pub(crate) const MAX_CONTAINERS: usize = 128;
+/// Added processes of one container that are not deleted yet.
+pub(crate) const MAX_EXECS: usize = 256;
+
+/// Why a request about a container is not done.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ContainerError {
+    #[error("{0:?} is no valid id")]
+    Id(String),
+    #[error("the spec is {0} bytes long; at most {MAX_SPEC_BYTES} are taken")]
+    SpecSize(usize),
+    #[error("no container {0}")]
+    NoContainer(String),
+    #[error("no process {exec} in container {container}")]
+    NoExec { container: String, exec: String },
+    #[error("container {0} exists already")]
+    Exists(String),
+    #[error("process {exec} exists already in container {container}")]
+    ExecExists { container: String, exec: String },
+    #[error("there are {MAX_CONTAINERS} containers already; delete one first")]
+    TooMany,
+    #[error("there are {MAX_EXECS} added processes already; delete one first")]
+    TooManyExecs,
+    #[error("cannot {action} {name}: {source}")]
+    State { action: &'static str, name: String, source: Refused },
+    #[error("process already finished")]
+    Finished,
+    #[error("{0} is no signal")]
+    Signal(u32),
+    #[error("all processes can only be signalled through the container's first one")]
+    AllOfExec,
+    #[error("a terminal is 1 to 65535 columns and rows large, not {columns} by {rows}")]
+    Size { columns: u32, rows: u32 },
+    #[error("process {0} has no terminal")]
+    NoTerminal(String),
+    #[error("cannot {action} {path}: {source}")]
+    File { action: &'static str, path: PathBuf, source: io::Error },
+    #[error("the terminal did not come: {0}")]
+    Terminal(io::Error),
+    #[error("cannot send the signal: {0}")]
+    Kill(io::Error),
+    #[error("cannot start container {id}: {reason}")]
+    Start { id: String, reason: String },
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    #[error(transparent)]
+    Share(#[from] ShareError),
+    #[error(transparent)]
+    Stdio(#[from] StdioError),
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    #[error("the request was broken off inside the agent")]
+    BrokenOff,
+}
+
+/// Where the agent keeps files of containers.
+#[derive(Clone, Debug)]
+pub(crate) struct Places {
+    /// A directory a container, with its bundle.
+    pub(crate) containers: PathBuf,
+    /// libcontainer's state.
+    pub(crate) runtime: PathBuf,
+    /// Sockets that terminals come by.
+    pub(crate) consoles: PathBuf,
+    /// The mounted share.
+    pub(crate) share: PathBuf,
+}
+
+impl Places {
+    /// All below `base`, which is short (a socket's path ends at 107 bytes), except the share.
+    pub(crate) fn below(base: &std::path::Path, share: PathBuf) -> Self {
+        Places {
+            containers: base.join("containers"),
+            runtime: base.join("runtime"),
+            consoles: base.join("consoles"),
+            share,
+        }
+    }
+
+    /// Makes the directories.
+    ///
+    /// # Errors
+    /// One cannot be made.
+    pub(crate) fn prepare(&self) -> Result<(), ContainerError> {
+        for path in [&self.containers, &self.runtime, &self.consoles] {
+            fs::create_dir_all(path).map_err(file_error("create directory", path))?;
+        }
+        Ok(())
+    }
+}
+
+/// A process that runs or ran.
+pub(crate) struct Process {
+    pid: i32,
+    exit: watch::Receiver<Option<ExitStatus>>,
+    terminal: Option<Terminal>,
+    _input: Input,
+}
+
+impl Process {
+    fn exit_status(&self) -> Option<ExitStatus> {
+        *self.exit.borrow()
+    }
+}
+
+struct ExecRecord {
+    state: ExecState,
+    process: Option<Arc<Process>>,
+}
+
+struct Record {
+    state: ContainerState,
+    init: Option<Arc<Process>>,
+    execs: HashMap<String, ExecRecord>,
+    /// Says why the first process could not run its program; read once, by the start.
+    exec_errors: Option<pipe::Receiver>,
+}
+
+/// One container.
+pub(crate) struct Container {
+    id: String,
+    cgroup: Cgroup,
+    directory: PathBuf,
+    record: Mutex<Record>,
+}
+
+impl Container {
+    fn record(&self) -> MutexGuard<'_, Record> {
+        self.record.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn happens(&self, event: ContainerEvent, action: &'static str) -> Result<(), ContainerError> {
+        let mut record = self.record();
+        record.state = record.state.next(event).map_err(|source| ContainerError::State {
+            action,
+            name: format!("container {}", self.id),
+            source,
+        })?;
+        Ok(())
+    }
+
+    /// The process: the first one for an empty `exec`.
+    fn process(&self, exec: &str) -> Result<Arc<Process>, ContainerError> {
+        let record = self.record();
+        let process = if exec.is_empty() {
+            record.init.clone()
+        } else {
+            record.execs.get(exec).and_then(|exec| exec.process.clone())
+        };
+        process.ok_or_else(|| match exec {
+            "" => ContainerError::NoContainer(self.id.clone()),
+            exec => ContainerError::NoExec { container: self.id.clone(), exec: exec.to_owned() },
+        })
+    }
+}
+
+/// All containers. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Containers {
+    table: Arc<Mutex<HashMap<String, Arc<Container>>>>,
+    places: Arc<Places>,
+    share: Share,
+    reaper: Reaper,
+    streams: Streams,
+    counter: Arc<AtomicU64>,
+    hugetlb: bool,
+}
+
+impl Containers {
+    /// None yet.
+    pub(crate) fn new(places: Places, reaper: Reaper, streams: Streams) -> Self {
+        let controllers = fs::read_to_string(format!("{}/cgroup.controllers", crate::cgroup::ROOT));
+        let controllers = controllers.unwrap_or_default();
+        Containers {
+            table: Arc::default(),
+            share: Share::new(places.share.clone()),
+            places: Arc::new(places),
+            reaper,
+            streams,
+            counter: Arc::default(),
+            hugetlb: controllers.split_whitespace().any(|name| name == "hugetlb"),
+        }
+    }
+
+    fn table(&self) -> MutexGuard<'_, HashMap<String, Arc<Container>>> {
+        self.table.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn get(&self, id: &str) -> Result<Arc<Container>, ContainerError> {
+        check_id(id)?;
+        self.table().get(id).cloned().ok_or_else(|| ContainerError::NoContainer(id.to_owned()))
+    }
+
+    /// A number that no file has in its name yet.
+    fn count(&self) -> u64 {
+        self.counter.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
+fn check_id(id: &str) -> Result<(), ContainerError> {
+    if is_valid_id(id) {
+        return Ok(());
+    }
+    Err(ContainerError::Id(id.chars().take(80).collect()))
+}
+
+fn check_size(spec: &[u8]) -> Result<(), ContainerError> {
+    if spec.len() > MAX_SPEC_BYTES {
+        return Err(ContainerError::SpecSize(spec.len()));
+    }
+    Ok(())
+}
+
+fn file_error(
+    action: &'static str,
+    path: &std::path::Path,
+) -> impl FnOnce(io::Error) -> ContainerError {
+    let path = path.to_owned();
+    move |source| ContainerError::File { action, path, source }
+}

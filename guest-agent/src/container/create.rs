@@ -1,0 +1,232 @@
+//! Makes a container, or nothing.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::timeout;
+
+use super::life::{ContainerEvent, ContainerState};
+use super::{
+    Container, ContainerError, Containers, MAX_CONTAINERS, Process, Record, check_id, check_size,
+    file_error,
+};
+use crate::cgroup::Cgroup;
+use crate::helper::{Order, Task};
+use crate::launch;
+use crate::reaper::Launch;
+use crate::spec::{self, Guest};
+use crate::stdio::{self, Claimed, Input, StdioIds};
+use crate::terminal::{ConsoleSocket, Terminal};
+
+/// How long a terminal may take to arrive after its process was made.
+const TERMINAL_WAIT: Duration = Duration::from_secs(5);
+
+/// What a container is made from.
+pub(crate) struct Create {
+    pub(crate) id: String,
+    pub(crate) spec: Vec<u8>,
+    /// Below the share.
+    pub(crate) root: String,
+    /// Index into the spec's mounts, and the source below the share.
+    pub(crate) mounts: Vec<(u32, String)>,
+    pub(crate) stdio: StdioIds,
+}
+
+/// A process that a helper made, not yet known to the reaper.
+pub(super) struct Made {
+    pub(super) pid: i32,
+    pub(super) terminal: Option<Terminal>,
+    pub(super) input: Input,
+    /// Held until the pid is registered.
+    pub(super) _launch: Launch,
+}
+
+impl Containers {
+    /// Makes a container with its first process before its first instruction; answers its pid.
+    ///
+    /// # Errors
+    /// Nothing is left of it then.
+    pub(crate) async fn create(&self, create: Create) -> Result<u32, ContainerError> {
+        let container = self.reserve(&create)?;
+        let id = create.id.clone();
+        match self.make(&container, create).await {
+            Ok(pid) => Ok(pid),
+            Err(error) => {
+                if let Err(left) = self.remove_traces(&container).await {
+                    tracing::warn!("after the failed creation of container {id}: {left}");
+                }
+                self.table().remove(&id);
+                Err(error)
+            }
+        }
+    }
+
+    fn reserve(&self, create: &Create) -> Result<Arc<Container>, ContainerError> {
+        check_id(&create.id)?;
+        check_size(&create.spec)?;
+        let mut table = self.table();
+        if table.contains_key(&create.id) {
+            return Err(ContainerError::Exists(create.id.clone()));
+        }
+        if table.len() >= MAX_CONTAINERS {
+            return Err(ContainerError::TooMany);
+        }
+        let container = Arc::new(Container {
+            id: create.id.clone(),
+            cgroup: Cgroup::of_container(&create.id),
+            directory: self.places.containers.join(&create.id),
+            record: Mutex::new(Record {
+                state: ContainerState::Creating,
+                init: None,
+                execs: HashMap::new(),
+                exec_errors: None,
+            }),
+        });
+        table.insert(create.id.clone(), Arc::clone(&container));
+        Ok(container)
+    }
+
+    async fn make(
+        &self,
+        container: &Arc<Container>,
+        create: Create,
+    ) -> Result<u32, ContainerError> {
+        self.write_bundle(container, &create)?;
+        let claimed = Claimed::claim(&self.streams, create.stdio).await?;
+        let (exec_errors, theirs) = stdio::error_pipe()?;
+        let task = Task::Create { exec_errors: launch::number(&theirs) };
+        let order = self.order(&container.id, &container.directory, task);
+        let made = self.launch(order, create.stdio.terminal, claimed, Some(theirs)).await?;
+        let pid = made.pid;
+
+        let exit = self.reaper.watch(pid);
+        let (sender, receiver) = watch::channel(None);
+        {
+            let mut record = container.record();
+            record.exec_errors = Some(exec_errors);
+            record.init = Some(Arc::new(Process {
+                pid,
+                exit: receiver,
+                terminal: made.terminal,
+                _input: made.input,
+            }));
+        }
+        container.happens(ContainerEvent::Made, "create")?;
+        let watched = Arc::clone(container);
+        tokio::spawn(async move {
+            let status = exit.await.unwrap_or(crate::reaper::ExitStatus::LOST);
+            // Refused only when it ended while being deleted and forgotten.
+            let _ = watched.happens(ContainerEvent::Exited, "end");
+            // Without a pid namespace of its own the others would outlive the first process.
+            if let Err(error) = watched.cgroup.kill() {
+                tracing::warn!("{error}");
+            }
+            sender.send_replace(Some(status));
+        });
+        // Linux's pids are positive.
+        Ok(pid as u32)
+    }
+
+    fn write_bundle(&self, container: &Container, create: &Create) -> Result<(), ContainerError> {
+        let mut sources = BTreeMap::new();
+        for (index, path) in &create.mounts {
+            sources.insert(*index as usize, self.share.resolve(path)?);
+        }
+        let guest = Guest {
+            root: self.share.resolve(&create.root)?,
+            sources,
+            cgroup: Cgroup::spec_path(&container.id),
+            terminal: create.stdio.terminal,
+            hugetlb: self.hugetlb,
+        };
+        let (spec, dropped) = spec::rewrite(spec::parse(&create.spec)?, &guest)?;
+        for name in dropped {
+            tracing::warn!("container {}: {name} of the spec are not run in a guest", container.id);
+        }
+        let directory = &container.directory;
+        fs::create_dir(directory).map_err(file_error("create directory", directory))?;
+        write_json(&directory.join("config.json"), &spec)
+    }
+
+    /// An order with fresh file names in `directory`, without a terminal.
+    pub(super) fn order(&self, id: &str, directory: &Path, task: Task) -> Order {
+        let number = self.count();
+        Order {
+            id: id.to_owned(),
+            bundle: directory.to_owned(),
+            runtime: self.places.runtime.clone(),
+            console: None,
+            answer: directory.join(format!("answer-{number}")),
+            errors: directory.join(format!("errors-{number}")),
+            task,
+        }
+    }
+
+    /// Runs a helper with its stdio, and starts the copying.
+    pub(super) async fn launch(
+        &self,
+        mut order: Order,
+        terminal: bool,
+        claimed: Claimed,
+        inherited: Option<std::os::fd::OwnedFd>,
+    ) -> Result<Made, ContainerError> {
+        let launch = self.reaper.launch();
+        let errors = RemoveFile(order.errors.clone());
+        let made = if terminal {
+            let path = self.places.consoles.join(self.count().to_string());
+            let socket = ConsoleSocket::bind(path.clone())
+                .map_err(file_error("listen on terminal socket", &path))?;
+            order.console = Some(path);
+            let receiving = tokio::spawn(async move { socket.receive().await });
+            let answer = launch::run(&self.reaper, &order, stdio::null(), inherited).await;
+            let pid = answer.inspect_err(|_| receiving.abort())?;
+            let terminal = match timeout(TERMINAL_WAIT, receiving).await {
+                Ok(Ok(received)) => received.map_err(ContainerError::Terminal)?,
+                Ok(Err(_)) => return Err(ContainerError::BrokenOff),
+                Err(late) => return Err(ContainerError::Terminal(late.into())),
+            };
+            let input = claimed.copy_terminal(&terminal);
+            Made { pid, terminal: Some(terminal), input, _launch: launch }
+        } else {
+            let (child, pipes) = claimed.pipes()?;
+            let pid = launch::run(&self.reaper, &order, child, inherited).await?;
+            Made { pid, terminal: None, input: pipes.copy(), _launch: launch }
+        };
+        drop(errors);
+        Ok(made)
+    }
+
+    /// Ends what runs and removes what is left of a container besides its entry.
+    pub(super) async fn remove_traces(&self, container: &Container) -> Result<(), ContainerError> {
+        container.cgroup.kill()?;
+        container.cgroup.remove().await?;
+        for path in [self.places.runtime.join(&container.id), container.directory.clone()] {
+            match fs::remove_dir_all(&path) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(file_error("remove", &path)(error));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Removes a file at the end, however that comes.
+struct RemoveFile(PathBuf);
+
+impl Drop for RemoveFile {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+pub(super) fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<(), ContainerError> {
+    let json =
+        serde_json::to_vec(value).map_err(|error| file_error("write", path)(error.into()))?;
+    fs::write(path, json).map_err(file_error("write", path))
+}

@@ -1,0 +1,218 @@
+//! Listens for control and stream connections and says when it does.
+//!
+//! In the guest that is vsock, where only the host (CID 2) is let in: a process of a container
+//! can reach these ports, too. For a test it is a directory with Unix sockets of the same names.
+
+use std::io;
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use futures::stream::{self, Stream as FuturesStream};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::UnixListener;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
+use ttrpc::r#async::transport::Listener as TtrpcListener;
+use vial_agent_protocol::{AGENT_PORT, READY_PORT, STREAM_PORT, agent_ttrpc};
+
+use crate::container::{ContainerError, Containers, Places};
+use crate::marks::Mark;
+use crate::reaper::Reaper;
+use crate::service::AgentService;
+use crate::shutdown::Shutdown;
+use crate::streams::{Stream, Streams};
+
+/// Control connections at one time: the shim needs one, a tool beside it another.
+const MAX_CONTROL_CONNECTIONS: usize = 16;
+/// The pause after accept(2) failed, for lack of descriptors for instance.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Why the agent does not serve.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ServerError {
+    #[error("cannot listen on {name}: {source}")]
+    Listen { name: String, source: io::Error },
+    #[error("cannot tell the host on vsock port {READY_PORT} that the agent is ready: {0}")]
+    Ready(io::Error),
+    #[error("cannot serve ttrpc: {0}")]
+    Serve(ttrpc::Error),
+    #[error("cannot collect ended processes: {0}")]
+    Reap(io::Error),
+    #[error("cannot start the runtime: {0}")]
+    Runtime(io::Error),
+    #[error(transparent)]
+    Container(#[from] ContainerError),
+}
+
+/// Where connections come from.
+pub(crate) enum Endpoint {
+    Vsock,
+    /// `agent.sock` and `stream.sock` in this directory, which exists.
+    Directory(PathBuf),
+}
+
+enum Listener {
+    Vsock(VsockListener),
+    Unix(UnixListener),
+}
+
+impl Listener {
+    fn bind(endpoint: &Endpoint, port: u32, file: &str) -> Result<Self, ServerError> {
+        match endpoint {
+            Endpoint::Vsock => VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port))
+                .map(Listener::Vsock)
+                .map_err(|source| ServerError::Listen {
+                    name: format!("vsock port {port} (is there a virtio-vsock device?)"),
+                    source,
+                }),
+            Endpoint::Directory(directory) => {
+                let path = directory.join(file);
+                UnixListener::bind(&path).map(Listener::Unix).map_err(|source| {
+                    ServerError::Listen { name: path.display().to_string(), source }
+                })
+            }
+        }
+    }
+
+    /// The next connection of the host.
+    async fn accept(&self) -> Stream {
+        loop {
+            let accepted: io::Result<Option<Stream>> = match self {
+                Listener::Vsock(listener) => listener.accept().await.map(|(stream, peer)| {
+                    (peer.cid() == VMADDR_CID_HOST).then(|| Box::new(stream) as Stream)
+                }),
+                Listener::Unix(listener) => {
+                    listener.accept().await.map(|(stream, _)| Some(Box::new(stream) as Stream))
+                }
+            };
+            match accepted {
+                Ok(Some(stream)) => return stream,
+                Ok(None) => {}
+                Err(error) => {
+                    tracing::warn!("cannot accept a connection: {error}");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+}
+
+/// A control connection, with its place among the few there may be.
+struct Control {
+    stream: Stream,
+    _place: OwnedSemaphorePermit,
+}
+
+impl AsyncRead for Control {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for Control {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
+fn control_connections(listener: Listener) -> impl FuturesStream<Item = io::Result<Control>> {
+    let places = Arc::new(Semaphore::new(MAX_CONTROL_CONNECTIONS));
+    stream::unfold((listener, places), |(listener, places)| async move {
+        let control = loop {
+            let stream = listener.accept().await;
+            match Arc::clone(&places).try_acquire_owned() {
+                Ok(place) => break Control { stream, _place: place },
+                Err(_) => tracing::warn!(
+                    "control connection refused: there are {MAX_CONTROL_CONNECTIONS} already"
+                ),
+            }
+        };
+        Some((Ok(control), (listener, places)))
+    })
+}
+
+/// Serves until someone asks for the end.
+///
+/// # Errors
+/// It cannot listen, or the host does not take the word that it does.
+pub(crate) fn serve(
+    endpoint: &Endpoint,
+    places: Places,
+    marks: Vec<Mark>,
+) -> Result<(), ServerError> {
+    // One thread: helpers are started without any other thread holding a lock or a descriptor.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(ServerError::Runtime)?;
+    runtime.block_on(serve_async(endpoint, places, marks))
+}
+
+async fn serve_async(
+    endpoint: &Endpoint,
+    places: Places,
+    mut marks: Vec<Mark>,
+) -> Result<(), ServerError> {
+    places.prepare()?;
+    let reaper = Reaper::default();
+    let streams = Streams::new();
+    let containers = Containers::new(places, reaper.clone(), streams.clone());
+    let shutdown = Shutdown::default();
+
+    let control = Listener::bind(endpoint, AGENT_PORT, "agent.sock")?;
+    let stdio = Listener::bind(endpoint, STREAM_PORT, "stream.sock")?;
+    let reaping = tokio::spawn(reaper.run());
+    tokio::spawn(async move {
+        loop {
+            let stream = stdio.accept().await;
+            let streams = streams.clone();
+            tokio::spawn(async move { streams.accept(stream).await });
+        }
+    });
+    marks.push(Mark::now("listening"));
+    let service = AgentService { containers, marks, shutdown: shutdown.clone() };
+    let mut server = ttrpc::r#async::Server::new()
+        .add_listener(TtrpcListener::new(control_connections(control)))
+        .register_service(agent_ttrpc::create_agent(Arc::new(service)));
+    server.start().await.map_err(ServerError::Serve)?;
+    // Its end is the agent's end: kept until this function returns.
+    let _ready = say_ready(endpoint).await?;
+
+    tokio::select! {
+        () = shutdown.asked() => Ok(()),
+        ended = reaping => match ended {
+            Ok(Err(error)) => Err(ServerError::Reap(error)),
+            // It only comes back with an error.
+            _ => Err(ServerError::Reap(io::Error::other("the reaper ended"))),
+        },
+    }
+}
+
+async fn say_ready(endpoint: &Endpoint) -> Result<Option<VsockStream>, ServerError> {
+    match endpoint {
+        Endpoint::Directory(_) => Ok(None),
+        Endpoint::Vsock => VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, READY_PORT))
+            .await
+            .map(Some)
+            .map_err(ServerError::Ready),
+    }
+}

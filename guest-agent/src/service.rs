@@ -1,0 +1,229 @@
+//! The ttrpc face of the agent: conversions, and the one place where errors get their codes.
+
+use std::future::Future;
+
+use async_trait::async_trait;
+use ttrpc::r#async::TtrpcContext;
+use ttrpc::{Code, get_status};
+use vial_agent_protocol::agent::{
+    ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty, ExecProcessRequest,
+    HelloRequest, HelloResponse, KillProcessRequest, ListPidsResponse, Mark as WireMark,
+    ProcessRequest, ResizeTerminalRequest, StartResponse, Stdio, WaitProcessResponse,
+};
+use vial_agent_protocol::{PROTOCOL_VERSION, agent_ttrpc};
+
+use crate::container::{ContainerError, Containers, Create, Exec};
+use crate::launch::LaunchError;
+use crate::marks::{Mark, now_ns};
+use crate::reaper::ExitStatus;
+use crate::shutdown::Shutdown;
+use crate::stdio::{StdioError, StdioIds};
+
+type Answer<T> = ttrpc::Result<T>;
+
+/// What answers the shim.
+pub(crate) struct AgentService {
+    pub(crate) containers: Containers,
+    pub(crate) marks: Vec<Mark>,
+    pub(crate) shutdown: Shutdown,
+}
+
+/// The code that the shim, and through it containerd, tells errors apart by.
+fn code(error: &ContainerError) -> Code {
+    use ContainerError as E;
+    match error {
+        E::NoContainer(_) | E::NoExec { .. } | E::Finished => Code::NOT_FOUND,
+        E::Exists(_) | E::ExecExists { .. } => Code::ALREADY_EXISTS,
+        E::TooMany | E::TooManyExecs => Code::RESOURCE_EXHAUSTED,
+        E::Id(_)
+        | E::SpecSize(_)
+        | E::Signal(_)
+        | E::AllOfExec
+        | E::Size { .. }
+        | E::Spec(_)
+        | E::Share(_)
+        | E::Launch(LaunchError::Executable(_))
+        | E::Stdio(StdioError::TerminalStderr | StdioError::Twice(_)) => Code::INVALID_ARGUMENT,
+        E::State { .. } | E::NoTerminal(_) | E::Stdio(StdioError::Stream(_)) => {
+            Code::FAILED_PRECONDITION
+        }
+        E::File { .. }
+        | E::Terminal(_)
+        | E::Kill(_)
+        | E::Start { .. }
+        | E::Stdio(StdioError::Pipe(_))
+        | E::Launch(_)
+        | E::Cgroup(_)
+        | E::BrokenOff => Code::INTERNAL,
+    }
+}
+
+fn answer(error: ContainerError) -> ttrpc::Error {
+    let code = code(&error);
+    if code == Code::INTERNAL {
+        tracing::error!("{error}");
+    }
+    ttrpc::Error::RpcStatus(get_status(code, error.to_string()))
+}
+
+/// Runs `work` to its end even when the caller goes away or its time is up: half a container is
+/// worse than one that nobody asked for.
+async fn whole<T: Send + 'static>(
+    work: impl Future<Output = Result<T, ContainerError>> + Send + 'static,
+) -> Answer<T> {
+    let done = tokio::spawn(work).await;
+    done.unwrap_or(Err(ContainerError::BrokenOff)).map_err(answer)
+}
+
+fn stdio(stdio: &Stdio) -> StdioIds {
+    StdioIds {
+        terminal: stdio.terminal,
+        stdin: stdio.stdin,
+        stdout: stdio.stdout,
+        stderr: stdio.stderr,
+    }
+}
+
+fn wire_mark(mark: &Mark) -> WireMark {
+    let mut wire = WireMark::new();
+    wire.name = mark.name.to_owned();
+    wire.at_ns = mark.at_ns;
+    wire
+}
+
+fn started((pid, mark): (u32, Mark)) -> StartResponse {
+    let mut response = StartResponse::new();
+    response.pid = pid;
+    response.started = Some(wire_mark(&mark)).into();
+    response
+}
+
+fn exited(status: ExitStatus) -> WaitProcessResponse {
+    let mut response = WaitProcessResponse::new();
+    response.exit_status = u32::from(status.0);
+    response
+}
+
+#[async_trait]
+impl agent_ttrpc::Agent for AgentService {
+    async fn hello(&self, _: &TtrpcContext, request: HelloRequest) -> Answer<HelloResponse> {
+        if request.version != PROTOCOL_VERSION {
+            tracing::warn!("the shim speaks protocol {}, not {PROTOCOL_VERSION}", request.version);
+        }
+        let mut response = HelloResponse::new();
+        response.version = PROTOCOL_VERSION;
+        response.agent_version = env!("CARGO_PKG_VERSION").to_owned();
+        response.kernel_release = rustix::system::uname().release().to_string_lossy().into_owned();
+        response.marks = self.marks.iter().map(wire_mark).collect();
+        response.now_ns = now_ns();
+        Ok(response)
+    }
+
+    async fn create_container(
+        &self,
+        _: &TtrpcContext,
+        request: CreateContainerRequest,
+    ) -> Answer<CreateContainerResponse> {
+        let containers = self.containers.clone();
+        let create = Create {
+            stdio: stdio(&request.stdio),
+            id: request.container_id,
+            spec: request.spec,
+            root: request.root,
+            mounts: request.mounts.into_iter().map(|mount| (mount.index, mount.path)).collect(),
+        };
+        let mut response = CreateContainerResponse::new();
+        response.pid = whole(async move { containers.create(create).await }).await?;
+        Ok(response)
+    }
+
+    async fn start_container(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> Answer<StartResponse> {
+        let containers = self.containers.clone();
+        whole(async move { containers.start(&request.container_id).await }).await.map(started)
+    }
+
+    async fn exec_process(
+        &self,
+        _: &TtrpcContext,
+        request: ExecProcessRequest,
+    ) -> Answer<StartResponse> {
+        let containers = self.containers.clone();
+        let exec = Exec {
+            stdio: stdio(&request.stdio),
+            container: request.container_id,
+            exec: request.exec_id,
+            process: request.process,
+        };
+        whole(async move { containers.exec(exec).await }).await.map(started)
+    }
+
+    async fn wait_process(
+        &self,
+        _: &TtrpcContext,
+        request: ProcessRequest,
+    ) -> Answer<WaitProcessResponse> {
+        let status = self.containers.wait(&request.container_id, &request.exec_id).await;
+        status.map(exited).map_err(answer)
+    }
+
+    async fn kill_process(&self, _: &TtrpcContext, request: KillProcessRequest) -> Answer<Empty> {
+        self.containers
+            .kill(&request.container_id, &request.exec_id, request.signal, request.all)
+            .map_err(answer)?;
+        Ok(Empty::new())
+    }
+
+    async fn resize_terminal(
+        &self,
+        _: &TtrpcContext,
+        request: ResizeTerminalRequest,
+    ) -> Answer<Empty> {
+        self.containers
+            .resize(&request.container_id, &request.exec_id, request.columns, request.rows)
+            .map_err(answer)?;
+        Ok(Empty::new())
+    }
+
+    async fn list_pids(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> Answer<ListPidsResponse> {
+        let mut response = ListPidsResponse::new();
+        response.pids = self.containers.pids(&request.container_id).map_err(answer)?;
+        Ok(response)
+    }
+
+    async fn delete_process(
+        &self,
+        _: &TtrpcContext,
+        request: ProcessRequest,
+    ) -> Answer<WaitProcessResponse> {
+        let status = self.containers.delete_exec(&request.container_id, &request.exec_id);
+        status.map(exited).map_err(answer)
+    }
+
+    async fn delete_container(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> Answer<WaitProcessResponse> {
+        let containers = self.containers.clone();
+        whole(async move { containers.delete(&request.container_id).await }).await.map(exited)
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> Answer<Empty> {
+        let containers = self.containers.clone();
+        let shutdown = self.shutdown.clone();
+        whole(async move {
+            containers.end_all().await;
+            shutdown.ask();
+            Ok(Empty::new())
+        })
+        .await
+    }
+}

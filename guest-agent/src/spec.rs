@@ -1,0 +1,179 @@
+//! Makes the OCI spec that containerd wrote for the host one for the guest.
+//!
+//! Pure: paths come in resolved, the result goes out to be written. What changes:
+//!
+//! | in the spec | in the guest |
+//! | --- | --- |
+//! | `root.path`, sources of shared mounts | below the share |
+//! | network, ipc and uts namespaces with a path | no entry: the guest is the pod, its own namespaces are the pod's |
+//! | other namespaces with a path | refused |
+//! | `cgroupsPath` | the container's cgroup below [`crate::cgroup::CONTAINERS`] |
+//! | hooks, `intelRdt`, AppArmor profile, SELinux labels | dropped: programs and facilities of the host |
+//! | `noNewPrivileges: false` | absent, which is the same and lets the filter be loaded early |
+//! | hugepage limits without a hugetlb controller | dropped |
+//!
+//! Everything else passes as it is: capabilities, seccomp, rlimits, sysctls, resources, devices,
+//! masked and read-only paths.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, Mount, Process, Spec};
+
+/// Why a spec is not run.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub(crate) enum SpecError {
+    #[error("the spec is no valid config.json: {0}")]
+    Spec(String),
+    #[error("the process is no valid OCI process: {0}")]
+    Process(String),
+    #[error("the spec has no {0} section")]
+    Section(&'static str),
+    #[error("the spec's process has no arguments")]
+    NoArguments,
+    #[error("shared mount {index} does not exist: the spec has {count} mounts")]
+    MountIndex { index: usize, count: usize },
+    #[error("the bind mount onto {0} has a source on the host that is not shared")]
+    HostMount(PathBuf),
+    #[error("joining another container's {0} namespace is not supported")]
+    Namespace(String),
+}
+
+/// What the guest puts in place of the host's.
+#[derive(Debug)]
+pub(crate) struct Guest {
+    /// The container's root, absolute.
+    pub(crate) root: PathBuf,
+    /// Index into `mounts`, and the source in the guest, absolute.
+    pub(crate) sources: BTreeMap<usize, PathBuf>,
+    /// As `cgroupsPath` says it.
+    pub(crate) cgroup: PathBuf,
+    pub(crate) terminal: bool,
+    /// Whether the guest's cgroups limit huge pages.
+    pub(crate) hugetlb: bool,
+}
+
+/// Reads a config.json.
+///
+/// # Errors
+/// It is none.
+pub(crate) fn parse(json: &[u8]) -> Result<Spec, SpecError> {
+    serde_json::from_slice(json).map_err(|error| SpecError::Spec(error.to_string()))
+}
+
+/// The spec for the guest, and the names of what was dropped that a user may have wanted.
+///
+/// # Errors
+/// It asks for what only the host has.
+pub(crate) fn rewrite(
+    mut spec: Spec,
+    guest: &Guest,
+) -> Result<(Spec, Vec<&'static str>), SpecError> {
+    let mut dropped = Vec::new();
+
+    let root = spec.root_mut().as_mut().ok_or(SpecError::Section("root"))?;
+    root.set_path(guest.root.clone());
+    rewrite_mounts(spec.mounts_mut().get_or_insert_with(Vec::new), &guest.sources)?;
+
+    let process = spec.process().clone().ok_or(SpecError::Section("process"))?;
+    spec.set_process(Some(rewrite_process(process, guest.terminal)?));
+
+    let linux = spec.linux_mut().as_mut().ok_or(SpecError::Section("linux"))?;
+    let shares_uts = rewrite_linux(linux, guest)?;
+    if shares_uts {
+        // The pod's name is set once for all its containers.
+        spec.set_hostname(None);
+        spec.set_domainname(None);
+    }
+    if spec.hooks().is_some() {
+        spec.set_hooks(None);
+        dropped.push("hooks");
+    }
+    Ok((spec, dropped))
+}
+
+/// Reads and rewrites the process of an exec.
+///
+/// # Errors
+/// It is none, or has nothing to run.
+pub(crate) fn exec_process(json: &[u8], terminal: bool) -> Result<Process, SpecError> {
+    let process =
+        serde_json::from_slice(json).map_err(|error| SpecError::Process(error.to_string()))?;
+    rewrite_process(process, terminal)
+}
+
+fn rewrite_process(mut process: Process, terminal: bool) -> Result<Process, SpecError> {
+    if process.args().as_ref().is_none_or(|args| args.is_empty() || args[0].is_empty()) {
+        return Err(SpecError::NoArguments);
+    }
+    process.set_terminal(Some(terminal));
+    process.set_apparmor_profile(None);
+    process.set_selinux_label(None);
+    if process.no_new_privileges() == Some(false) {
+        process.set_no_new_privileges(None);
+    }
+    Ok(process)
+}
+
+fn rewrite_mounts(
+    mounts: &mut [Mount],
+    sources: &BTreeMap<usize, PathBuf>,
+) -> Result<(), SpecError> {
+    let count = mounts.len();
+    if let Some(&index) = sources.keys().find(|&&index| index >= count) {
+        return Err(SpecError::MountIndex { index, count });
+    }
+    for (index, mount) in mounts.iter_mut().enumerate() {
+        match sources.get(&index) {
+            Some(source) => {
+                mount.set_source(Some(source.clone()));
+            }
+            None if is_bind(mount) => {
+                return Err(SpecError::HostMount(mount.destination().clone()));
+            }
+            None => {}
+        }
+    }
+    Ok(())
+}
+
+fn is_bind(mount: &Mount) -> bool {
+    mount.typ().as_deref() == Some("bind")
+        || mount
+            .options()
+            .iter()
+            .flatten()
+            .any(|option| matches!(option.as_str(), "bind" | "rbind"))
+}
+
+/// Answers whether the container shares the pod's uts namespace.
+fn rewrite_linux(linux: &mut Linux, guest: &Guest) -> Result<bool, SpecError> {
+    let namespaces = linux.namespaces().clone().unwrap_or_default();
+    let kept = namespaces
+        .into_iter()
+        .filter_map(keep_namespace)
+        .collect::<Result<Vec<LinuxNamespace>, SpecError>>()?;
+    let shares_uts = !kept.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Uts);
+    linux.set_namespaces(Some(kept));
+    linux.set_cgroups_path(Some(guest.cgroup.clone()));
+    linux.set_intel_rdt(None);
+    linux.set_mount_label(None);
+    if !guest.hugetlb
+        && let Some(resources) = linux.resources_mut()
+    {
+        resources.set_hugepage_limits(None);
+    }
+    Ok(shares_uts)
+}
+
+fn keep_namespace(namespace: LinuxNamespace) -> Option<Result<LinuxNamespace, SpecError>> {
+    let joins = namespace.path().as_ref().is_some_and(|path| !path.as_os_str().is_empty());
+    match namespace.typ() {
+        _ if !joins => Some(Ok(namespace)),
+        LinuxNamespaceType::Network | LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts => None,
+        other => Some(Err(SpecError::Namespace(other.to_string()))),
+    }
+}
+
+#[cfg(test)]
+mod tests;
