@@ -103,7 +103,10 @@ impl Agent {
     /// [`AgentError`].
     pub async fn start(&self, container: &str) -> Result<agent::StartResponse, AgentError> {
         let request = container_request(container);
-        self.client.start_container(limited(), &request).await.map_err(failed("start the container"))
+        self.client
+            .start_container(limited(), &request)
+            .await
+            .map_err(failed("start the container"))
     }
 
     /// Adds a process to a container.

@@ -54,7 +54,8 @@ impl std::fmt::Display for Finding {
             Verdict::Missing => "missing",
             Verdict::Broken => "broken",
         };
-        let optional = if self.required || self.verdict == Verdict::Ok { "" } else { " (optional)" };
+        let optional =
+            if self.required || self.verdict == Verdict::Ok { "" } else { " (optional)" };
         write!(f, "{verdict:<8} {:<14} {}{optional}", self.subject, self.text)
     }
 }
@@ -84,7 +85,11 @@ pub fn run() -> Vec<Finding> {
     findings.push(containerd());
     findings.push(cgroups());
     findings.push(optional("tun", "/dev/net/tun", "`modprobe tun`; pods need it for networks"));
-    findings.push(optional("vhost-net", "/dev/vhost-net", "`modprobe vhost_net`; networks are slower without it"));
+    findings.push(optional(
+        "vhost-net",
+        "/dev/vhost-net",
+        "`modprobe vhost_net`; networks are slower without it",
+    ));
     findings
 }
 
@@ -118,7 +123,11 @@ fn kvm(vmm: Option<&Path>) -> Finding {
         return finding("KVM", Verdict::Broken, text);
     }
     let Some(vmm) = vmm else {
-        return finding("KVM", Verdict::Broken, "/dev/kvm opens, but without a VMM it is not tried");
+        return finding(
+            "KVM",
+            Verdict::Broken,
+            "/dev/kvm opens, but without a VMM it is not tried",
+        );
     };
     match ask(Command::new(vmm).arg("probe")) {
         Ok(Answer { success: true, text }) => finding("KVM", Verdict::Ok, text),
@@ -162,11 +171,8 @@ struct Answer {
 
 /// Runs a program with a time limit and takes the first line that it prints.
 fn ask(command: &mut Command) -> std::io::Result<Answer> {
-    let mut child = command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()?;
+    let mut child =
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
     let since = Instant::now();
     let status = loop {
         if let Some(status) = child.try_wait()? {

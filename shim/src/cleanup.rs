@@ -110,10 +110,8 @@ fn kill(what: &'static str, process: ProcessIdentity) -> Result<(), CleanupError
         Err(rustix::io::Errno::SRCH) => return Ok(()),
         Err(error) => return Err(failed(error)),
     }
-    let patience = Timespec {
-        tv_sec: KILL_PATIENCE.as_secs().try_into().unwrap_or(i64::MAX),
-        tv_nsec: 0,
-    };
+    let patience =
+        Timespec { tv_sec: KILL_PATIENCE.as_secs().try_into().unwrap_or(i64::MAX), tv_nsec: 0 };
     match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&patience)) {
         Ok(0) => Err(failed(rustix::io::Errno::TIMEDOUT)),
         Ok(_) => Ok(()),

@@ -102,7 +102,9 @@ impl ServiceError {
             Self::NotFound { .. } | Self::AlreadyEnded => Code::NOT_FOUND,
             Self::Exists { .. } | Self::StateDir(StateDirError::Exists(_)) => Code::ALREADY_EXISTS,
             Self::Invalid(_)
-            | Self::Spec(SpecError::TooLarge { .. } | SpecError::Parse { .. } | SpecError::Role(_))
+            | Self::Spec(
+                SpecError::TooLarge { .. } | SpecError::Parse { .. } | SpecError::Role(_),
+            )
             | Self::StateDir(StateDirError::Name(_))
             | Self::Stdio(StdioError::Scheme { .. })
             | Self::Share(
@@ -116,7 +118,12 @@ impl ServiceError {
             Self::VmEnded(_) | Self::BootTimeout(..) | Self::SandboxFailed(_) => Code::UNAVAILABLE,
             Self::Agent(AgentError::Status(status)) => {
                 // A code of the guest's own making must not be taken for success.
-                status.code.enum_value().ok().filter(|code| *code != Code::OK).unwrap_or(Code::UNKNOWN)
+                status
+                    .code
+                    .enum_value()
+                    .ok()
+                    .filter(|code| *code != Code::OK)
+                    .unwrap_or(Code::UNKNOWN)
             }
             Self::Agent(AgentError::Call { .. }) => Code::UNAVAILABLE,
             _ => Code::INTERNAL,

@@ -241,8 +241,7 @@ impl Pod {
         if process.advance(ProcessEvent::Exited(exit)).is_err() {
             return;
         }
-        let id =
-            if process.exec_id.is_empty() { &container.id } else { &process.exec_id };
+        let id = if process.exec_id.is_empty() { &container.id } else { &process.exec_id };
         let pid = self.pid().await;
         self.events.publish(task_exit(&container.id, id, pid, exit)).await;
         process.tell_exit(exit);
@@ -260,8 +259,7 @@ impl Pod {
         }
         let exec_id = exec.exec_id.clone();
         container.add_exec(exec)?;
-        let event =
-            TaskExecAdded { container_id: id.into(), exec_id, ..Default::default() };
+        let event = TaskExecAdded { container_id: id.into(), exec_id, ..Default::default() };
         self.events.publish(event).await;
         Ok(())
     }

@@ -93,8 +93,7 @@ impl Shim for Runtime {
 
     async fn delete_shim(&mut self) -> Result<DeleteResponse, Error> {
         let config = Config::load().map_err(other)?;
-        let pid =
-            cleanup::clean(&config, &self.namespace, &self.id, &bundle()?).map_err(other)?;
+        let pid = cleanup::clean(&config, &self.namespace, &self.id, &bundle()?).map_err(other)?;
         Ok(DeleteResponse {
             pid,
             exit_status: KILLED,

@@ -141,8 +141,9 @@ impl Sandbox {
 
         let console = if config.debug_console { Some(open_console(&dir)?) } else { None };
         let boot = async {
-            let ready = boot(plan, &files, console.as_ref(), &share, &process, &client, &mut events)
-                .await?;
+            let ready =
+                boot(plan, &files, console.as_ref(), &share, &process, &client, &mut events)
+                    .await?;
             timeline.mark("guest ready");
             let stream = client.connect(AGENT_PORT).await.map_err(vmm("reach the agent"))?;
             let agent = Agent::greet(stream, config.boot_timeout, timeline).await?;

@@ -101,7 +101,9 @@ pub enum SpecError {
         error: serde_json::Error,
     },
     /// The annotations of the CRI plugin contradict themselves.
-    #[error("the annotation {CONTAINER_TYPE} is '{0}', which is neither 'sandbox' nor 'container' with {SANDBOX_ID} set")]
+    #[error(
+        "the annotation {CONTAINER_TYPE} is '{0}', which is neither 'sandbox' nor 'container' with {SANDBOX_ID} set"
+    )]
     Role(String),
 }
 

@@ -212,11 +212,7 @@ impl Task for TaskService {
         })
     }
 
-    async fn connect(
-        &self,
-        _: &Context,
-        _: api::ConnectRequest,
-    ) -> Result<api::ConnectResponse> {
+    async fn connect(&self, _: &Context, _: api::ConnectRequest) -> Result<api::ConnectResponse> {
         Ok(api::ConnectResponse {
             shim_pid: std::process::id(),
             task_pid: self.pod.pid().await,

@@ -54,7 +54,9 @@ mod tests {
     async fn undo_runs_backwards_and_past_a_failure() {
         let order = Arc::new(Mutex::new(Vec::new()));
         let mut stack = UndoStack::default();
-        for (name, result) in [("first", Ok(())), ("second", Err("no".to_string())), ("third", Ok(()))] {
+        for (name, result) in
+            [("first", Ok(())), ("second", Err("no".to_string())), ("third", Ok(()))]
+        {
             let order = order.clone();
             stack.push(name, move || async move {
                 order.lock().unwrap().push(name);

@@ -159,16 +159,11 @@ impl Drop for VmmClient {
     }
 }
 
-async fn read(
-    socket: Arc<UnixDatagram>,
-    waiting: Arc<Waiting>,
-    events: mpsc::Sender<VmmEvent>,
-) {
+async fn read(socket: Arc<UnixDatagram>, waiting: Arc<Waiting>, events: mpsc::Sender<VmmEvent>) {
     let mut buffer = vec![0; MAX_MESSAGE_BYTES];
     loop {
-        let received = socket
-            .async_io(Interest::READABLE, || receive(socket.as_fd(), &mut buffer))
-            .await;
+        let received =
+            socket.async_io(Interest::READABLE, || receive(socket.as_fd(), &mut buffer)).await;
         let (message, descriptors) = match received {
             Ok(Some((bytes, descriptors))) => match decode::<Message>(&buffer[..bytes]) {
                 Ok(message) => (message, descriptors),
@@ -274,8 +269,7 @@ pub fn socket_pair() -> Result<(OwnedFd, OwnedFd), VmmError> {
     use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
     let make = || {
         let flags = SocketFlags::CLOEXEC;
-        let (ours, theirs) =
-            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+        let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
         rustix::io::ioctl_fionbio(&ours, true)?;
         Ok((ours, theirs))
     };

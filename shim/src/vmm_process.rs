@@ -25,7 +25,9 @@ const MAX_LINE_BYTES: u64 = 4096;
 #[derive(Debug, thiserror::Error)]
 pub enum VmmProcessError {
     /// It could not be started.
-    #[error("cannot start the VMM {path}: {error}; install it there, or set `vmm` in the configuration")]
+    #[error(
+        "cannot start the VMM {path}: {error}; install it there, or set `vmm` in the configuration"
+    )]
     Spawn {
         /// The program.
         path: PathBuf,
@@ -79,8 +81,8 @@ impl VmmProcess {
             .stderr(Stdio::piped())
             .spawn();
         drop(socket);
-        let mut child = spawned
-            .map_err(|error| VmmProcessError::Spawn { path: program.into(), error })?;
+        let mut child =
+            spawned.map_err(|error| VmmProcessError::Spawn { path: program.into(), error })?;
         // tokio has not waited for it yet, so the number is there and is the child's.
         let pid = child.id().unwrap_or_default();
         let pidfd = i32::try_from(pid)
@@ -197,6 +199,7 @@ async fn keep_lines(stderr: impl AsyncRead + Unpin, kept: &Mutex<VecDeque<String
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::{io::Write, os::unix::fs::OpenOptionsExt};
 
     #[tokio::test]
     async fn lines_beyond_the_bounds_are_cut() {
@@ -222,27 +225,23 @@ mod tests {
     #[tokio::test]
     async fn killed_process_is_gone_and_explained() {
         let (_ours, theirs) = crate::vmm_client::socket_pair().unwrap();
-        // `yes` runs until it is killed, whatever its arguments; its output is thrown away.
-        let program = Path::new("/usr/bin/yes");
-        let process = VmmProcess::spawn_for_test(program, theirs);
-        process.kill(Duration::from_secs(10)).await.unwrap();
-        let status = process.wait().await;
-        assert!(process.explain(status).contains("signal: 9"));
-        process.kill(Duration::from_secs(1)).await.unwrap();
-    }
-
-    impl VmmProcess {
-        fn spawn_for_test(program: &Path, socket: OwnedFd) -> Self {
-            // GNU yes refuses unknown options, so stand behind a shell that only waits.
-            let script = tempfile::Builder::new().suffix(".sh").tempfile().unwrap();
-            let text = format!("#!/bin/sh\nexec {} waiting\n", program.display());
-            std::fs::write(script.path(), text).unwrap();
-            use std::os::unix::fs::PermissionsExt;
-            let mode = std::fs::Permissions::from_mode(0o700);
-            std::fs::set_permissions(script.path(), mode).unwrap();
-            let path = script.into_temp_path().keep().unwrap();
-            let process = Self::spawn(&path, socket).unwrap();
-            process
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join("vmm");
+        let text = "#!/bin/sh\necho last words >&2\nexec 2>&-\nexec sleep 600\n";
+        std::fs::OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o700)
+            .open(&program)
+            .and_then(|mut file| file.write_all(text.as_bytes()))
+            .unwrap();
+        let process = VmmProcess::spawn(&program, theirs).unwrap();
+        while process.lines.lock().unwrap().is_empty() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
         }
+        process.kill(Duration::from_secs(10)).await.unwrap();
+        let text = process.explain(process.wait().await);
+        assert!(text.contains("signal: 9") && text.contains("last words"), "{text}");
+        process.kill(Duration::from_secs(1)).await.unwrap();
     }
 }
