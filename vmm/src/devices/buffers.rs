@@ -93,7 +93,12 @@ impl Buffers {
         }
     }
 
-    fn push(&mut self, ram: &GuestRam, start: GuestAddress, bytes: usize) -> Result<(), QueueError> {
+    fn push(
+        &mut self,
+        ram: &GuestRam,
+        start: GuestAddress,
+        bytes: usize,
+    ) -> Result<(), QueueError> {
         if bytes == 0 {
             return Ok(());
         }
@@ -218,9 +223,7 @@ impl Buffers {
         let mut message = vectors.message();
         // SAFETY: as in `send`; the kernel writes within the vectors, which lie in guest memory,
         // to which no Rust reference exists.
-        retry(|| unsafe {
-            libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_DONTWAIT)
-        })
+        retry(|| unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_DONTWAIT) })
     }
 
     /// Writes guest memory to a file descriptor, in one call: a tap takes it as one packet.

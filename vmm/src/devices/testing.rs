@@ -15,7 +15,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::memory::GuestRam;
-use crate::virtio::{ActiveQueue, Activation, Fault, Interrupt, VirtioDevice, Worker};
+use crate::virtio::{Activation, ActiveQueue, Fault, Interrupt, VirtioDevice, Worker};
 
 /// `VIRTQ_DESC_F_NEXT`.
 pub(crate) const NEXT: u16 = 1;
@@ -89,7 +89,12 @@ impl DriverQueue {
     }
 
     /// Writes one descriptor into a table anywhere.
-    pub(crate) fn write_descriptor(&self, table: u64, index: u16, descriptor: (u64, u32, u16, u16)) {
+    pub(crate) fn write_descriptor(
+        &self,
+        table: u64,
+        index: u16,
+        descriptor: (u64, u32, u16, u16),
+    ) {
         let (address, bytes, flags, next) = descriptor;
         let raw = RawDescriptor::from(Descriptor::new(address, bytes, flags, next));
         self.ram.write_obj(raw, GuestAddress(table + 16 * u64::from(index))).unwrap();

@@ -11,6 +11,7 @@
 //! therefore delays the other requests of this guest. Locks never wait here: the guest's kernel
 //! keeps them to itself.
 
+mod confined;
 mod view;
 
 use std::fs::File;
@@ -25,6 +26,7 @@ use virtiofsd::passthrough::{
 };
 use virtiofsd::server::Server;
 
+use self::confined::Confined;
 use self::view::View;
 use crate::virtio::queue::Chain;
 use crate::virtio::{
@@ -118,14 +120,8 @@ impl Fs {
         let mut config = [0; TAG_BYTES + 4];
         config[..tag.len()].copy_from_slice(tag.as_bytes());
         config[TAG_BYTES..].copy_from_slice(&1_u32.to_le_bytes());
-        let mut device = Self {
-            tag: tag.to_owned(),
-            config,
-            root,
-            proc_fd,
-            guest_descriptors,
-            prepared: None,
-        };
+        let mut device =
+            Self { tag: tag.to_owned(), config, root, proc_fd, guest_descriptors, prepared: None };
         device.prepared = Some(device.file_server()?);
         Ok(device)
     }
@@ -133,8 +129,7 @@ impl Fs {
     /// A server that has nothing open yet but the directories that it starts from.
     fn file_server(&self) -> Result<PassthroughFs, FsError> {
         let tag = || self.tag.clone();
-        fchdir(&self.root)
-            .map_err(|error| FsError::Root { tag: tag(), source: error.into() })?;
+        fchdir(&self.root).map_err(|error| FsError::Root { tag: tag(), source: error.into() })?;
         let serve = |source| FsError::Serve { tag: tag(), source };
         let proc_fd = self.proc_fd.as_ref().map(OwnedFd::try_clone).transpose().map_err(serve)?;
         PassthroughFs::new(Config {
@@ -186,8 +181,7 @@ impl VirtioDevice for Fs {
 
     fn activate(&mut self, mut activation: Activation) -> Result<Box<dyn Worker>, ActivateError> {
         let refused = |reason: String| ActivateError { device: DEVICE, reason };
-        let queues =
-            [activation.take_queue(DEVICE, 0)?, activation.take_queue(DEVICE, 1)?];
+        let queues = [activation.take_queue(DEVICE, 0)?, activation.take_queue(DEVICE, 1)?];
         let root = self.root.try_clone().map_err(|error| refused(error.to_string()))?;
         let view = View::new(&activation.ram).map_err(|error| refused(error.to_string()))?;
         let files = match self.prepared.take() {
@@ -195,7 +189,7 @@ impl VirtioDevice for Fs {
             None => self.file_server().map_err(|error| refused(error.to_string()))?,
         };
         Ok(Box::new(FsWorker {
-            server: Server::new(files),
+            server: Server::new(Confined(files)),
             view,
             root,
             queues,
@@ -207,7 +201,7 @@ impl VirtioDevice for Fs {
 
 /// Serves the queues. What the guest had open is closed when this is dropped.
 struct FsWorker {
-    server: Server<PassthroughFs>,
+    server: Server<Confined>,
     view: View,
     root: OwnedFd,
     queues: [ActiveQueue; 2],
@@ -249,11 +243,7 @@ impl FsWorker {
 }
 
 /// Answers one request; returns how many bytes of the reply are in guest memory.
-fn answer(
-    server: &Server<PassthroughFs>,
-    view: &View,
-    chain: Chain,
-) -> Result<u32, QueueError> {
+fn answer(server: &Server<Confined>, view: &View, chain: Chain) -> Result<u32, QueueError> {
     let wrong = |error: virtiofsd::descriptor_utils::Error| QueueError::Chain(error.to_string());
     let reader = view.reader(chain.clone()).map_err(wrong)?;
     let writer = view.writer(chain).map_err(wrong)?;

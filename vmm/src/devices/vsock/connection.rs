@@ -241,8 +241,8 @@ impl Connection {
     /// Whether each direction is over, by the word of either side, and the guest knows. Then the
     /// connection ends with a RST to it.
     pub(super) fn is_over(&self) -> bool {
-        let to_guest = self.guest_shutdown & SHUTDOWN_RECEIVE != 0
-            || self.told_shutdown & SHUTDOWN_SEND != 0;
+        let to_guest =
+            self.guest_shutdown & SHUTDOWN_RECEIVE != 0 || self.told_shutdown & SHUTDOWN_SEND != 0;
         let to_host = self.guest_shutdown & SHUTDOWN_SEND != 0;
         to_guest && to_host
     }

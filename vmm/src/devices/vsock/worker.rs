@@ -126,12 +126,7 @@ impl Entry {
     }
 
     /// Passes on data that came in a packet, and keeps what the host does not take at once.
-    fn deliver(
-        &mut self,
-        ram: &GuestRam,
-        buffers: &Buffers,
-        bytes: u32,
-    ) -> Result<(), QueueError> {
+    fn deliver(&mut self, ram: &GuestRam, buffers: &Buffers, bytes: u32) -> Result<(), QueueError> {
         let Some(socket) = self.socket.as_ref().filter(|_| !self.machine.is_discarding()) else {
             self.machine.on_forwarded(bytes);
             return Ok(());
@@ -466,8 +461,7 @@ impl VsockWorker {
         if !self.parts.host_ports.contains(&port) || !self.has_room() {
             return false;
         }
-        let pair =
-            socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None);
+        let pair = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None);
         match pair {
             Ok((ours, theirs)) => {
                 self.insert(Entry::new(Connection::from_guest(request), ours));
@@ -560,9 +554,13 @@ impl VsockWorker {
     /// The next packet of a connection, its data already in the chain.
     fn next_packet(&mut self, slot: usize, buffers: &Buffers) -> Option<Sent> {
         let entry = self.entries.get_mut(slot).and_then(Option::as_mut)?;
-        let mut packet = entry.machine.next_owed();
+        // After a hang-up the data goes first, so that one SHUTDOWN behind it says all.
+        let mut packet = if entry.hung_up { None } else { entry.machine.next_owed() };
         if packet.is_none() && entry.can_read() {
             packet = read_data(entry, &self.parts.ram, buffers);
+        }
+        if packet.is_none() {
+            packet = entry.machine.next_owed();
         }
         if entry.hung_up && entry.machine.is_host_read_over() {
             // Nothing more can come of it.
@@ -626,9 +624,8 @@ impl VsockWorker {
                 continue;
             }
             let Some(socket) = &entry.socket else { continue };
-            let events = |set| {
-                Events::with_data_raw(socket.as_raw_fd(), FIRST_SLOT + slot as u32, set)
-            };
+            let events =
+                |set| Events::with_data_raw(socket.as_raw_fd(), FIRST_SLOT + slot as u32, set);
             let result = match (entry.watched, wanted) {
                 (None, Some(set)) => ops.add(events(set)),
                 (Some(_), Some(set)) => ops.modify(events(set)),
