@@ -49,7 +49,12 @@ publish() {
 }
 
 # scratch: a directory for a build, on the cache's own file system so that publish is a rename.
-scratch() { mkdir -p "$VIAL_CACHE/tmp" && mktemp -d "$VIAL_CACHE/tmp/build.XXXXXX"; }
+# What failed builds left there for their log's reader goes after a day.
+scratch() {
+	mkdir -p "$VIAL_CACHE/tmp"
+	find "$VIAL_CACHE/tmp" -mindepth 1 -maxdepth 1 -mtime +0 -exec rm -rf {} +
+	mktemp -d "$VIAL_CACHE/tmp/build.XXXXXX"
+}
 
 # prune DIR KEEP: of the entries in DIR keeps the KEEP that were used last.
 prune() {
