@@ -1,0 +1,277 @@
+//! The shim's whole task service against a VMM that has no VM (see `fake_vmm`).
+//!
+//! Needs root and `unshare`, since roots are really mounted, and `/dev/kvm`, since it is opened.
+//! Everything happens in a mount namespace of its own.
+
+mod events;
+mod fake_vmm;
+mod fixture;
+
+use std::time::Duration;
+
+use containerd_shim_protos::api::Status;
+use fixture::Fixture;
+
+const NAMESPACE_MADE: &str = "VIAL_TEST_NAMESPACE_MADE";
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().collect();
+    if let [_, flag, number] = &arguments[..]
+        && flag == "--api-fd"
+    {
+        fake_vmm::serve(number.parse().unwrap());
+    }
+    if std::env::var_os(NAMESPACE_MADE).is_none() {
+        let status = std::process::Command::new("unshare")
+            .args(["--mount", "--propagation", "private"])
+            .args(&arguments)
+            .env(NAMESPACE_MADE, "1")
+            .status()
+            .expect("run unshare (util-linux)");
+        assert!(status.success(), "failed; this test has to run as root");
+        return;
+    }
+    let mut passed = 0;
+    macro_rules! cases {
+        ($($case:ident),* $(,)?) => {$(
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                let case = tokio::time::timeout(Duration::from_secs(60), $case());
+                case.await.expect(concat!(stringify!($case), " takes too long"));
+            });
+            runtime.shutdown_background();
+            println!("test {} ... ok", stringify!($case));
+            passed += 1;
+        )*};
+    }
+    cases![
+        container_runs_and_leaves_nothing,
+        events_come_in_order_and_once,
+        output_arrives_whole_before_its_end,
+        input_reaches_its_end,
+        exit_by_signal_is_told,
+        exec_has_a_life_of_its_own,
+        failed_exec_can_be_deleted,
+        created_container_can_be_deleted,
+        failed_creation_leaves_nothing,
+        refused_boot_is_explained_and_leaves_nothing,
+        ended_vmm_is_explained_and_leaves_nothing,
+        boot_that_hangs_is_given_up,
+        processes_end_with_their_vm,
+        bind_mounts_are_seen_and_read_only_is,
+        members_share_the_vm_of_their_pod,
+    ];
+    println!("\ntest result: ok. {passed} passed; 0 failed; 0 ignored");
+}
+
+async fn container_runs_and_leaves_nothing() {
+    let fixture = Fixture::new("").await;
+    let bundle = fixture.bundle("demo", &["sh", "-c", "cat file; exit 42"], "");
+    fixture.create(&bundle).await.unwrap();
+    assert_eq!(fixture.state("demo", "").await.status(), Status::CREATED);
+    fixture.start("demo", "").await.unwrap();
+    assert_eq!(fixture.wait("demo", "").await, 42);
+    assert_eq!(fixture.state("demo", "").await.status(), Status::STOPPED);
+    assert_eq!(bundle.output().await, "content of demo\n");
+    assert_eq!(fixture.delete("demo", "").await.unwrap(), 42);
+    assert!(fixture.start("demo", "").await.unwrap_err().contains("not known"));
+    fixture.shut_down_and_check().await;
+}
+
+async fn events_come_in_order_and_once() {
+    let fixture = Fixture::new("").await;
+    let bundle = fixture.bundle("demo", &["true"], "");
+    fixture.create(&bundle).await.unwrap();
+    fixture.start("demo", "").await.unwrap();
+    fixture.wait("demo", "").await;
+    fixture.delete("demo", "").await.unwrap();
+    fixture.shut_down_and_check().await;
+    let topics = ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"];
+    assert_eq!(fixture.topics(), topics);
+}
+
+async fn output_arrives_whole_before_its_end() {
+    let fixture = Fixture::new("").await;
+    let bundle = fixture.bundle("demo", &["sh", "-c", "seq 1 1000000; echo end >&2"], "");
+    fixture.create(&bundle).await.unwrap();
+    fixture.start("demo", "").await.unwrap();
+    let expected: String = (1..=1_000_000).map(|n| format!("{n}\n")).collect();
+    assert!(bundle.output().await == expected, "the output was changed");
+    assert_eq!(bundle.errors().await, "end\n");
+    fixture.wait("demo", "").await;
+    fixture.delete("demo", "").await.unwrap();
+    fixture.shut_down_and_check().await;
+}
+
+async fn input_reaches_its_end() {
+    let fixture = Fixture::new("").await;
+    let bundle = fixture.bundle("demo", &["cat"], "");
+    fixture.create(&bundle).await.unwrap();
+    fixture.start("demo", "").await.unwrap();
+    bundle.input("what was typed").await;
+    fixture.close_stdin("demo", "").await;
+    assert_eq!(fixture.wait("demo", "").await, 0);
+    assert_eq!(bundle.output().await, "what was typed");
+    fixture.delete("demo", "").await.unwrap();
+    fixture.shut_down_and_check().await;
+}
+
+async fn exit_by_signal_is_told() {
+    let fixture = Fixture::new("").await;
+    let bundle = fixture.bundle("demo", &["sleep", "600"], "");
+    fixture.create(&bundle).await.unwrap();
+    fixture.start("demo", "").await.unwrap();
+    assert!(fixture.delete("demo", "").await.unwrap_err().contains("running"));
+    fixture.kill("demo", "", 15).await.unwrap();
+    assert_eq!(fixture.wait("demo", "").await, 128 + 15);
+    assert!(fixture.kill("demo", "", 15).await.unwrap_err().contains("already ended"));
+    fixture.delete("demo", "").await.unwrap();
+    fixture.shut_down_and_check().await;
+}
+
+async fn exec_has_a_life_of_its_own() {
+    let fixture = Fixture::new("").await;
+    let bundle = fixture.bundle("demo", &["sleep", "600"], "");
+    fixture.create(&bundle).await.unwrap();
+    fixture.start("demo", "").await.unwrap();
+    let streams = fixture.exec("demo", "more", &["sh", "-c", "echo from exec; exit 7"]).await;
+    fixture.start("demo", "more").await.unwrap();
+    assert_eq!(fixture.wait("demo", "more").await, 7);
+    assert_eq!(streams.output().await, "from exec\n");
+    assert_eq!(fixture.delete("demo", "more").await.unwrap(), 7);
+    assert_eq!(fixture.state("demo", "").await.status(), Status::RUNNING);
+    fixture.kill("demo", "", 9).await.unwrap();
+    assert_eq!(fixture.wait("demo", "").await, 137);
+    fixture.delete("demo", "").await.unwrap();
+    fixture.shut_down_and_check().await;
+    assert!(fixture.topics().contains(&"/tasks/exec-started".to_string()));
+}
+
+async fn failed_exec_can_be_deleted() {
+    let fixture = Fixture::new("").await;
+    let bundle = fixture.bundle("demo", &["sleep", "600"], "");
+    fixture.create(&bundle).await.unwrap();
+    fixture.start("demo", "").await.unwrap();
+    let _streams = fixture.exec("demo", "bad", &["/nowhere/program"]).await;
+    assert!(fixture.start("demo", "bad").await.unwrap_err().contains("No such file"));
+    assert_eq!(fixture.state("demo", "bad").await.status(), Status::STOPPED);
+    fixture.delete("demo", "bad").await.unwrap();
+    fixture.kill("demo", "", 9).await.unwrap();
+    fixture.wait("demo", "").await;
+    fixture.delete("demo", "").await.unwrap();
+    fixture.shut_down_and_check().await;
+}
+
+async fn created_container_can_be_deleted() {
+    let fixture = Fixture::new("").await;
+    let bundle = fixture.bundle("demo", &["sleep", "600"], "");
+    fixture.create(&bundle).await.unwrap();
+    assert_eq!(fixture.delete("demo", "").await.unwrap(), 137);
+    fixture.shut_down_and_check().await;
+}
+
+async fn failed_creation_leaves_nothing() {
+    let fixture = Fixture::new("").await;
+    let bundle = fixture.bundle("demo", &["/refused"], "");
+    let error = fixture.create(&bundle).await.unwrap_err();
+    assert!(error.contains("no such program: /refused"), "{error}");
+    fixture.check_nothing_left();
+    fixture.shut_down_and_check().await;
+    assert!(fixture.topics().is_empty());
+}
+
+async fn refused_boot_is_explained_and_leaves_nothing() {
+    let fixture = Fixture::new("kernel_arguments = \"refuse\"").await;
+    let bundle = fixture.bundle("demo", &["true"], "");
+    let error = fixture.create(&bundle).await.unwrap_err();
+    assert!(error.contains("the kernel is no ELF file"), "{error}");
+    fixture.check_nothing_left();
+}
+
+async fn ended_vmm_is_explained_and_leaves_nothing() {
+    let fixture = Fixture::new("kernel_arguments = \"die\"").await;
+    let bundle = fixture.bundle("demo", &["true"], "");
+    let error = fixture.create(&bundle).await.unwrap_err();
+    assert!(error.contains("/dev/kvm is not usable here"), "{error}");
+    fixture.check_nothing_left();
+}
+
+async fn boot_that_hangs_is_given_up() {
+    let fixture = Fixture::new("kernel_arguments = \"hang\"\nboot_timeout_seconds = 1").await;
+    let bundle = fixture.bundle("demo", &["true"], "");
+    let error = fixture.create(&bundle).await.unwrap_err();
+    assert!(error.contains("not ready within 1 s"), "{error}");
+    fixture.check_nothing_left();
+}
+
+async fn processes_end_with_their_vm() {
+    let fixture = Fixture::new("").await;
+    let bundle = fixture.bundle("demo", &["sleep", "5"], "");
+    fixture.create(&bundle).await.unwrap();
+    fixture.start("demo", "").await.unwrap();
+    fixture.kill_vmm("demo").await;
+    assert_eq!(fixture.wait("demo", "").await, 137);
+    assert_eq!(fixture.delete("demo", "").await.unwrap(), 137);
+    fixture.shut_down_and_check().await;
+    let topics = ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"];
+    assert_eq!(fixture.topics(), topics);
+}
+
+async fn bind_mounts_are_seen_and_read_only_is() {
+    let fixture = Fixture::new("").await;
+    let data = fixture.directory("data");
+    std::fs::write(data.join("file"), "bound").unwrap();
+    let mounts = format!(
+        r#""mounts": [{{"destination": "/proc", "type": "proc", "source": "proc"}},
+            {{"destination": "/rw", "type": "bind", "source": {data:?}, "options": ["rbind"]}},
+            {{"destination": "/ro", "type": "bind", "source": {data:?}, "options": ["rbind", "ro"]}},
+            {{"destination": "/f", "type": "bind", "source": {:?}, "options": ["bind"]}}],"#,
+        data.join("file")
+    );
+    let script = "cat ../mounts/2/file ../mounts/3; touch ../mounts/1/new; \
+                  touch ../mounts/2/refused 2>&1 | grep -o 'Read-only file system'; \
+                  touch ../../top 2>&1 | grep -o 'Read-only file system'; true";
+    let bundle = fixture.bundle("demo", &["sh", "-c", script], &mounts);
+    fixture.create(&bundle).await.unwrap();
+    fixture.start("demo", "").await.unwrap();
+    let expected = "boundboundRead-only file system\nRead-only file system\n";
+    assert_eq!(bundle.output().await, expected);
+    fixture.wait("demo", "").await;
+    fixture.delete("demo", "").await.unwrap();
+    fixture.shut_down_and_check().await;
+    assert!(data.join("file").exists() && data.join("new").exists());
+
+    let absent = r#""mounts": [{"destination": "/a", "type": "bind", "source": "/nowhere/a"}],"#;
+    let fixture = Fixture::new("").await;
+    let bundle = fixture.bundle("demo", &["true"], absent);
+    let error = fixture.create(&bundle).await.unwrap_err();
+    assert!(error.contains("/nowhere/a"), "{error}");
+    fixture.check_nothing_left();
+}
+
+async fn members_share_the_vm_of_their_pod() {
+    let fixture = Fixture::new("").await;
+    let annotations = |kind: &str| {
+        format!(
+            r#""annotations": {{"io.kubernetes.cri.container-type": "{kind}",
+                "io.kubernetes.cri.sandbox-id": "demo"}},"#
+        )
+    };
+    let pause = fixture.bundle("demo", &["/pause"], &annotations("sandbox"));
+    fixture.create(&pause).await.unwrap();
+    fixture.start("demo", "").await.unwrap();
+    for id in ["one", "two"] {
+        let member = fixture.bundle(id, &["cat", "file"], &annotations("container"));
+        fixture.create(&member).await.unwrap();
+        fixture.start(id, "").await.unwrap();
+        assert_eq!(member.output().await, format!("content of {id}\n"));
+        assert_eq!(fixture.wait(id, "").await, 0);
+        fixture.delete(id, "").await.unwrap();
+    }
+    assert_eq!(fixture.state("demo", "").await.status(), Status::RUNNING);
+    fixture.kill("demo", "", 15).await.unwrap();
+    assert_eq!(fixture.wait("demo", "").await, 128 + 15);
+    fixture.delete("demo", "").await.unwrap();
+    fixture.shut_down_and_check().await;
+}
