@@ -23,11 +23,19 @@ pub(crate) fn kill(pid: i32, signal: i32) -> io::Result<()> {
     }
 }
 
-/// Gives SIGPIPE its default action back, which Rust's start-up code takes away and
-/// which execve(2) would otherwise hand to the container.
-pub(crate) fn default_sigpipe() {
-    // SAFETY: SIG_DFL installs no handler of ours.
-    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+/// Gives every signal its default action back, for execve(2) hands ignored ones on: Rust's
+/// start-up code ignores SIGPIPE, and glibc's posix_spawn(3) its own two signals, 32 and 33.
+pub(crate) fn default_signals() {
+    // The kernel's `struct sigaction` of rt_sigaction(2): handler, flags, restorer and mask. All
+    // zero is SIG_DFL. glibc's wrapper would refuse its own two signals.
+    let default = [0u64; 4];
+    for signal in 1..=64i64 {
+        // SAFETY: the kernel reads a struct of at most these 32 bytes, whose mask is 8 bytes
+        // long; no handler of ours is installed. SIGKILL and SIGSTOP are refused, unchanged.
+        unsafe {
+            libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), 0usize, 8usize);
+        }
+    }
 }
 
 /// Takes ownership of a descriptor that the parent process left open for this one.

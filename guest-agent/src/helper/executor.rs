@@ -125,7 +125,7 @@ impl ContainerExecutor {
         if let Some(filter) = &self.filter {
             filter.load()?;
         }
-        sys::default_sigpipe();
+        sys::default_signals();
         nix::unistd::execve(&program, &arguments, &environment).map_err(|error| {
             ExecError::Refused { name: name.to_owned(), reason: lower(error.desc()) }
         })

@@ -36,10 +36,10 @@ fi
 exec "$0" --serve "$1" "$2"
 "#;
 
-pub struct Agent {
+pub(crate) struct Agent {
     process: Child,
     directory: TempDir,
-    pub client: AgentClient,
+    pub(crate) client: AgentClient,
 }
 
 impl Drop for Agent {
@@ -50,19 +50,24 @@ impl Drop for Agent {
     }
 }
 
-pub fn context() -> Context {
+pub(crate) fn context() -> Context {
     with_timeout(REQUEST_TIME.as_nanos() as i64)
 }
 
 /// An id that no other test of this machine uses: the cgroups are shared.
-pub fn fresh_id(name: &str) -> String {
+pub(crate) fn fresh_id(name: &str) -> String {
     format!("{name}-{}-{}", std::process::id(), NEXT_NAME.fetch_add(1, Ordering::Relaxed))
 }
 
 /// A container's spec as `ctr run` writes it.
-pub fn spec(arguments: &[&str]) -> Value {
+pub(crate) fn spec(arguments: &[&str]) -> Value {
     let capabilities = json!([
-        "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_KILL", "CAP_SETGID", "CAP_SETUID",
+        "CAP_CHOWN",
+        "CAP_DAC_OVERRIDE",
+        "CAP_FOWNER",
+        "CAP_KILL",
+        "CAP_SETGID",
+        "CAP_SETUID",
         "CAP_SYS_CHROOT"
     ]);
     json!({
@@ -117,28 +122,28 @@ pub fn spec(arguments: &[&str]) -> Value {
 }
 
 /// The process of an exec, like the container's first one but for its arguments.
-pub fn process(arguments: &[&str]) -> Value {
+pub(crate) fn process(arguments: &[&str]) -> Value {
     spec(arguments)["process"].clone()
 }
 
 /// The streams of one process, on our side.
-pub struct Streams {
-    pub ids: Stdio,
-    pub stdin: Option<UnixStream>,
-    pub stdout: UnixStream,
-    pub stderr: Option<UnixStream>,
+pub(crate) struct Streams {
+    pub(crate) ids: Stdio,
+    pub(crate) stdin: Option<UnixStream>,
+    pub(crate) stdout: UnixStream,
+    pub(crate) stderr: Option<UnixStream>,
 }
 
 impl Streams {
     /// Everything until the end of stdout.
-    pub async fn output(&mut self) -> String {
+    pub(crate) async fn output(&mut self) -> String {
         let mut text = Vec::new();
         self.stdout.read_to_end(&mut text).await.expect("read stdout");
         String::from_utf8_lossy(&text).into_owned()
     }
 
     /// stdout until `wanted` has come.
-    pub async fn read_until(&mut self, wanted: &str) -> String {
+    pub(crate) async fn read_until(&mut self, wanted: &str) -> String {
         let mut text = String::new();
         let mut buffer = [0; 1024];
         while !text.contains(wanted) {
@@ -150,14 +155,14 @@ impl Streams {
         text
     }
 
-    pub async fn say(&mut self, text: &str) {
+    pub(crate) async fn say(&mut self, text: &str) {
         let stdin = self.stdin.as_mut().expect("stdin is open");
         stdin.write_all(text.as_bytes()).await.expect("write stdin");
     }
 }
 
 impl Agent {
-    pub async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         assert!(rustix::process::geteuid().is_root(), "these tests start containers: run as root");
         let directory = tempfile::tempdir().expect("make a directory");
         let share = directory.path().join("share");
@@ -173,18 +178,18 @@ impl Agent {
         Agent { process, directory, client }
     }
 
-    pub fn path(&self, below: &str) -> PathBuf {
+    pub(crate) fn path(&self, below: &str) -> PathBuf {
         self.directory.path().join(below)
     }
 
-    pub async fn open_stream(&self, id: u64) -> UnixStream {
+    pub(crate) async fn open_stream(&self, id: u64) -> UnixStream {
         let mut stream =
             UnixStream::connect(self.path("stream.sock")).await.expect("connect a stream");
         stream.write_all(&stream_header(id)).await.expect("write a stream's header");
         stream
     }
 
-    pub async fn streams(&self, terminal: bool) -> Streams {
+    pub(crate) async fn streams(&self, terminal: bool) -> Streams {
         let id = || NEXT_STREAM.fetch_add(1, Ordering::Relaxed);
         let mut ids = Stdio::new();
         (ids.terminal, ids.stdin, ids.stdout) = (terminal, id(), id());
@@ -202,7 +207,7 @@ impl Agent {
         }
     }
 
-    pub async fn create(&self, id: &str, spec: &Value, stdio: &Stdio) -> ttrpc::Result<u32> {
+    pub(crate) async fn create(&self, id: &str, spec: &Value, stdio: &Stdio) -> ttrpc::Result<u32> {
         let mut request = CreateContainerRequest::new();
         request.container_id = id.to_owned();
         request.spec = spec.to_string().into_bytes();
@@ -211,21 +216,21 @@ impl Agent {
         Ok(self.client.create_container(context(), &request).await?.pid)
     }
 
-    pub async fn start_container(&self, id: &str) -> ttrpc::Result<u32> {
+    pub(crate) async fn start_container(&self, id: &str) -> ttrpc::Result<u32> {
         let mut request = ContainerRequest::new();
         request.container_id = id.to_owned();
         Ok(self.client.start_container(context(), &request).await?.pid)
     }
 
     /// Creates and starts a container without a terminal.
-    pub async fn run(&self, id: &str, spec: &Value) -> Streams {
+    pub(crate) async fn run(&self, id: &str, spec: &Value) -> Streams {
         let streams = self.streams(false).await;
         self.create(id, spec, &streams.ids).await.expect("create the container");
         self.start_container(id).await.expect("start the container");
         streams
     }
 
-    pub async fn exec(
+    pub(crate) async fn exec(
         &self,
         id: &str,
         exec: &str,
@@ -240,12 +245,18 @@ impl Agent {
         Ok(self.client.exec_process(context(), &request).await?.pid)
     }
 
-    pub async fn wait(&self, id: &str, exec: &str) -> u32 {
+    pub(crate) async fn wait(&self, id: &str, exec: &str) -> u32 {
         let request = process_request(id, exec);
         self.client.wait_process(context(), &request).await.expect("wait").exit_status
     }
 
-    pub async fn kill(&self, id: &str, exec: &str, signal: u32, all: bool) -> ttrpc::Result<()> {
+    pub(crate) async fn kill(
+        &self,
+        id: &str,
+        exec: &str,
+        signal: u32,
+        all: bool,
+    ) -> ttrpc::Result<()> {
         let mut request = KillProcessRequest::new();
         request.container_id = id.to_owned();
         request.exec_id = exec.to_owned();
@@ -254,20 +265,20 @@ impl Agent {
         self.client.kill_process(context(), &request).await.map(drop)
     }
 
-    pub async fn pids(&self, id: &str) -> Vec<u32> {
+    pub(crate) async fn pids(&self, id: &str) -> Vec<u32> {
         let mut request = ContainerRequest::new();
         request.container_id = id.to_owned();
         self.client.list_pids(context(), &request).await.expect("list pids").pids
     }
 
-    pub async fn delete(&self, id: &str) -> ttrpc::Result<u32> {
+    pub(crate) async fn delete(&self, id: &str) -> ttrpc::Result<u32> {
         let mut request = ContainerRequest::new();
         request.container_id = id.to_owned();
         Ok(self.client.delete_container(context(), &request).await?.exit_status)
     }
 
     /// That nothing of a container is left: no directory, no cgroup, no socket.
-    pub fn assert_no_trace(&self, id: &str) {
+    pub(crate) fn assert_no_trace(&self, id: &str) {
         for below in ["containers", "runtime"] {
             let path = self.path(below).join(id);
             assert!(!path.exists(), "{} is left", path.display());
@@ -281,7 +292,7 @@ impl Agent {
     }
 }
 
-pub fn process_request(id: &str, exec: &str) -> ProcessRequest {
+pub(crate) fn process_request(id: &str, exec: &str) -> ProcessRequest {
     let mut request = ProcessRequest::new();
     request.container_id = id.to_owned();
     request.exec_id = exec.to_owned();
