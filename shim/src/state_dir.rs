@@ -125,19 +125,24 @@ impl StateDir {
     /// # Errors
     /// [`StateDirError::Exists`] and [`StateDirError::Io`].
     pub fn create(&self) -> Result<(), StateDirError> {
-        if let Some(parent) = self.path.parent() {
-            std::fs::DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(parent)
-                .map_err(io("create", parent))?;
-        }
-        match std::fs::DirBuilder::new().mode(0o700).create(&self.path) {
-            Ok(()) => Ok(()),
-            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
-                Err(StateDirError::Exists(self.path.clone()))
+        let mut tries = 0;
+        loop {
+            if let Some(parent) = self.path.parent() {
+                let mut builder = std::fs::DirBuilder::new();
+                builder.recursive(true).mode(0o700).create(parent).map_err(io("create", parent))?;
             }
-            Err(error) => Err(io("create", &self.path)(error)),
+            tries += 1;
+            return match std::fs::DirBuilder::new().mode(0o700).create(&self.path) {
+                Ok(()) => Ok(()),
+                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+                    Err(StateDirError::Exists(self.path.clone()))
+                }
+                // The last sandbox of the namespace may just have taken the parent with it.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound && tries < 100 => {
+                    continue;
+                }
+                Err(error) => Err(io("create", &self.path)(error)),
+            };
         }
     }
 
@@ -208,16 +213,18 @@ impl StateDir {
         std::fs::rename(&beside, &path).map_err(io("replace", &path))
     }
 
-    /// Removes the directory with everything in it, and the namespace's if it is empty then.
+    /// Removes the directory with everything in it, and those above it that are empty then.
     /// Refuses while anything is mounted below, since that would reach into what is mounted.
     ///
     /// # Errors
     /// [`StateDirError::Io`].
     pub fn remove(&self) -> Result<(), StateDirError> {
         crate::share::remove_tree(&self.path).map_err(io("remove", &self.path))?;
-        if let Some(parent) = self.path.parent() {
+        for parent in self.path.ancestors().skip(1).take(2) {
             // Others may live in it.
-            let _ = std::fs::remove_dir(parent);
+            if std::fs::remove_dir(parent).is_err() {
+                break;
+            }
         }
         Ok(())
     }
@@ -265,7 +272,7 @@ mod tests {
         dir.write_state(&state).unwrap();
         assert_eq!(dir.read_state().unwrap(), Some(state));
         dir.remove().unwrap();
-        assert!(std::fs::read_dir(root.path()).unwrap().next().is_none());
+        assert!(!root.path().exists());
     }
 
     #[test]

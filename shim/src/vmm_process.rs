@@ -134,12 +134,12 @@ impl VmmProcess {
     /// Why it ended, in a sentence, with the last thing that it said.
     pub fn explain(&self, status: Option<ExitStatus>) -> String {
         let code = status.and_then(|status| status.code());
-        let reason = code
-            .and_then(|code| u8::try_from(code).ok())
-            .and_then(ExitReason::from_status)
-            .map(|reason| reason.to_string());
+        let reason =
+            code.and_then(|code| u8::try_from(code).ok()).and_then(ExitReason::from_status);
         let mut text = match (reason, status) {
-            (Some(reason), _) => reason,
+            // The guest did this; what the VMM says adds nothing.
+            (Some(reason), _) if reason != ExitReason::Failed => return reason.to_string(),
+            (Some(reason), _) => reason.to_string(),
             (None, Some(status)) => format!("the VMM ended with {status}"),
             (None, None) => "the VMM ended".into(),
         };
