@@ -2,7 +2,8 @@
 # Sourced by sh; works on nothing of the checkout itself.
 
 VIAL_CACHE=${VIAL_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/vial}
-vial_started=$(date +%s)
+# make hands on when it began, so that the times of all its steps are counted from there.
+vial_started=${VIAL_STARTED:-$(date +%s)}
 
 # Progress and errors go to stderr: a script's stdout is its result.
 say() { printf '[%4ds] %s\n' "$(($(date +%s) - vial_started))" "$*" >&2; }
@@ -38,7 +39,7 @@ run_logged() {
 	trap - INT TERM
 	if wait "$pid"; then return 0; fi
 	printf '%s\n' "--- the end of $log" >&2
-	tail -n 25 "$log" >&2
+	tail -n 60 "$log" >&2
 	die "$what failed; the whole log is $log"
 }
 

@@ -76,7 +76,8 @@ pub(crate) struct Machine {
     pub(crate) no_containerd: bool,
 
     /// A directory that the host sees, read-only, as /payload; of several, the later hide files of the earlier.
-    /// The files in its bin/ are copied to /usr/local/bin
+    /// The files in its bin/ are copied to /usr/local/bin, its config.toml to /etc/vial, and containerd takes
+    /// its containerd/config.toml
     #[arg(long, value_name = "DIR")]
     pub(crate) payload: Vec<PathBuf>,
 

@@ -1,0 +1,63 @@
+# Vial: what can be made. `make` alone lists it.
+
+# Programs that run on the host, and the agent, which is static and built with flags of its own in a directory of its own.
+TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
+RELEASE := $(TARGET)/release
+AGENT_TARGET := $(TARGET)/agent
+AGENT := $(AGENT_TARGET)/x86_64-unknown-linux-gnu/release/vial-agent
+GUEST := target/guest
+PAYLOAD := target/payload
+
+# All steps of one make count their time from here.
+export VIAL_STARTED := $(or $(VIAL_STARTED),$(shell date +%s))
+STEP := tests/host/step
+
+.PHONY: help deps build kernel image images host payload shell demo test fmt clippy clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+deps: ## install what is missing (apt on Debian and Ubuntu; elsewhere name it)
+	@tests/host/install-deps
+
+build: deps ## the programs: vial-vmm, containerd-shim-vial-v2, vial, vial-agent
+	@$(STEP) build "building the programs" cargo build --release --bins \
+		-p vial-vmm -p vial-shim -p vial-rootfs -p vial-tests
+	@$(STEP) agent "building the agent" env RUSTFLAGS="-C target-feature=+crt-static" LIBSECCOMP_LINK_TYPE=static \
+		LIBSECCOMP_LIB_PATH="$$(dirname "$$(gcc -print-file-name=libseccomp.a)")" \
+		cargo build --release --target x86_64-unknown-linux-gnu --target-dir $(AGENT_TARGET) -p vial-agent
+
+kernel: deps ## the guest kernel, in the cache outside the checkout
+	@kernel-config/build
+
+image: build ## the guest image, in target/guest/
+	@mkdir -p $(GUEST)
+	@$(RELEASE)/vial-mkimage --agent $(AGENT) --output $(GUEST)/initrd.img
+
+images: deps ## the OCI images of demo and tests, made locally
+	@tests/images/build
+
+host: deps ## the emulated host, in the cache outside the checkout
+	@tests/host/build
+
+payload: build image ## all that a host needs to run pods, in target/payload/
+	@kernel=$$(kernel-config/build) && images=$$(tests/images/build) && \
+		tests/host/payload $(RELEASE) "$$kernel" $(GUEST)/initrd.img "$$images" $(PAYLOAD)
+
+shell: payload host ## a shell on the emulated host, with containerd and Vial
+	@$(PAYLOAD)/bin/vial-host shell --payload $(PAYLOAD)
+
+demo: payload ## run a pod in a microVM behind containerd
+	@tests/demo/run
+
+test: deps ## every check and test; ends with "N passed, N failed"
+	@tests/host/run-all
+
+fmt: ## format the code
+	@cargo fmt --all
+
+clippy: deps ## check the code, warnings are errors
+	@cargo clippy --workspace --all-targets -- -D warnings
+
+clean: ## remove what was built in the checkout (the cache stays: see kernel-config/build --help)
+	@rm -rf target
