@@ -5,6 +5,7 @@
 //! between; this module alone turns guest addresses into pointers for that.
 #![allow(unsafe_code)]
 
+use std::collections::VecDeque;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -22,7 +23,7 @@ pub(crate) const MAX_VECTORS: usize = 64;
 /// The readable or the writable part of a descriptor chain, all of it in guest memory.
 #[derive(Debug, Default, Clone)]
 pub(crate) struct Buffers {
-    ranges: Vec<(GuestAddress, usize)>,
+    ranges: VecDeque<(GuestAddress, usize)>,
     bytes: usize,
 }
 
@@ -107,8 +108,25 @@ impl Buffers {
         })?;
         // The iterator ends before a chain grows beyond 4 GiB, so this does not overflow.
         self.bytes += bytes;
-        self.ranges.push((start, bytes));
+        self.ranges.push_back((start, bytes));
         Ok(())
+    }
+
+    /// Puts the buffers of another chain behind.
+    pub(crate) fn append(&mut self, mut other: Self) {
+        self.bytes += other.bytes;
+        self.ranges.append(&mut other.ranges);
+    }
+
+    /// Takes whole buffers off the front, that many bytes of them.
+    pub(crate) fn drop_front(&mut self, bytes: usize) {
+        let mut left = bytes;
+        while left > 0
+            && let Some((_, length)) = self.ranges.pop_front()
+        {
+            self.bytes -= length;
+            left = left.saturating_sub(length);
+        }
     }
 
     /// How many bytes there are.

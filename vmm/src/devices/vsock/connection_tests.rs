@@ -127,7 +127,10 @@ fn counters_that_wrap_go_on() {
     connection.announced = u32::MAX - 10;
     connection.sent = u32::MAX - 5;
     connection.guest_forwarded = u32::MAX - 5;
-    assert_eq!(connection.on_packet(&Received { forwarded: u32::MAX - 5, ..data(100) }), Verdict::Deliver);
+    assert_eq!(
+        connection.on_packet(&Received { forwarded: u32::MAX - 5, ..data(100) }),
+        Verdict::Deliver
+    );
     connection.on_forwarded(100);
     assert_eq!(connection.budget(), 1 << 20);
     connection.send_data(100);
@@ -203,7 +206,7 @@ impl Model {
         }
     }
 
-    fn from_guest(&mut self, operation: Operation, bytes: u32, flags: u32) -> Verdict {
+    fn guest_sends(&mut self, operation: Operation, bytes: u32, flags: u32) -> Verdict {
         self.machine.on_packet(&Received {
             bytes,
             flags,
@@ -222,7 +225,7 @@ impl Model {
                     return;
                 }
                 self.guest_sent += bytes;
-                assert_eq!(self.from_guest(Operation::Data, bytes as u32, 0), Verdict::Deliver);
+                assert_eq!(self.guest_sends(Operation::Data, bytes as u32, 0), Verdict::Deliver);
                 if self.machine.is_discarding() {
                     self.machine.on_forwarded(bytes as u32);
                     self.host_took += bytes;
@@ -231,11 +234,11 @@ impl Model {
             Step::GuestReads(bytes) => {
                 let bytes = u64::from(bytes).min(self.guest_got - self.guest_read);
                 self.guest_read += bytes;
-                assert_eq!(self.from_guest(Operation::CreditUpdate, 0, 0), Verdict::Noted);
+                assert_eq!(self.guest_sends(Operation::CreditUpdate, 0, 0), Verdict::Noted);
             }
             Step::GuestEnds(flags) => {
                 self.guest_ended |= u32::from(flags);
-                let verdict = self.from_guest(Operation::Shutdown, 0, u32::from(flags));
+                let verdict = self.guest_sends(Operation::Shutdown, 0, u32::from(flags));
                 self.over = verdict == BROKEN;
                 let to_guest = self.guest_ended & SHUTDOWN_RECEIVE | self.told & SHUTDOWN_SEND;
                 let to_host = self.guest_ended & SHUTDOWN_SEND;

@@ -147,7 +147,7 @@ impl Guest {
     }
 
     /// A connection from the host to guest port 7, answered. Returns our end and the host's port.
-    fn from_host(&mut self, buffer: u32) -> (OwnedFd, u32) {
+    fn connect_from_host(&mut self, buffer: u32) -> (OwnedFd, u32) {
         let (host, theirs) = socket_pair();
         self.connector.connect(7, theirs).unwrap();
         let request = self.expect(REQUEST);
@@ -158,7 +158,7 @@ impl Guest {
         (host, request.host_port)
     }
 
-    fn from_guest(&mut self, guest_port: u32) -> OwnedFd {
+    fn connect_from_guest(&mut self, guest_port: u32) -> OwnedFd {
         self.send(self.header(PORT, guest_port, REQUEST), &[]);
         let response = self.expect(RESPONSE);
         assert_eq!((response.host_port, response.guest_port), (PORT, guest_port));
@@ -191,7 +191,7 @@ fn reserved_context_ids_are_refused() {
 #[test]
 fn host_connects_and_both_sides_talk() {
     let mut guest = Guest::new(16);
-    let (host, port) = guest.from_host(1 << 20);
+    let (host, port) = guest.connect_from_host(1 << 20);
     write(&host, b"to the guest");
     let got = guest.expect(DATA);
     assert_eq!((got.host_port, got.guest_port), (port, 7));
@@ -251,7 +251,7 @@ fn host_that_gives_up_before_the_answer_resets() {
 #[test]
 fn guest_connects_to_allowed_ports_only() {
     let mut guest = Guest::new(4);
-    let host = guest.from_guest(5000);
+    let host = guest.connect_from_guest(5000);
     guest.send(guest.header(PORT, 5000, DATA), b"hi");
     assert_eq!(drain(&host).0, b"hi");
     guest.send(guest.header(PORT + 1, 5000, REQUEST), &[]);
@@ -263,7 +263,7 @@ fn guest_connects_to_allowed_ports_only() {
 #[test]
 fn stream_of_the_guest_arrives_whole_within_the_credit() {
     let mut guest = Guest::new(64);
-    let host = guest.from_guest(5000);
+    let host = guest.connect_from_guest(5000);
     let data = pattern(8 << 20);
     let (mut sent, mut forwarded) = (0, 0_u32);
     let mut arrived = Vec::new();
@@ -294,7 +294,7 @@ fn stream_of_the_guest_arrives_whole_within_the_credit() {
 fn stream_of_the_host_arrives_whole_within_the_credit() {
     const GUEST_BUFFER: u32 = 10_000;
     let mut guest = Guest::new(3);
-    let (host, port) = guest.from_host(GUEST_BUFFER);
+    let (host, port) = guest.connect_from_host(GUEST_BUFFER);
     let data = pattern(1 << 20);
     let (mut written, mut arrived, mut taken) = (0, Vec::new(), 0_u32);
     while arrived.len() < data.len() {
@@ -318,7 +318,7 @@ fn stream_of_the_host_arrives_whole_within_the_credit() {
 #[test]
 fn guest_that_overruns_its_credit_is_reset() {
     let mut guest = Guest::new(1);
-    let host = guest.from_guest(5000);
+    let host = guest.connect_from_guest(5000);
     // Without room in the receive queue the guest is told of no new space.
     assert!(guest.bench.queues[0].take_used().is_none());
     guest.leave_no_receive_buffer();
@@ -342,7 +342,7 @@ fn guest_that_overruns_its_credit_is_reset() {
 #[test]
 fn half_close_of_the_host_reaches_the_guest_after_the_data() {
     let mut guest = Guest::new(8);
-    let (host, port) = guest.from_host(1 << 20);
+    let (host, port) = guest.connect_from_host(1 << 20);
     write(&host, b"last words");
     shutdown(&host, Shutdown::Write).unwrap();
     assert_eq!(guest.expect(DATA).data, b"last words");
@@ -359,7 +359,7 @@ fn half_close_of_the_host_reaches_the_guest_after_the_data() {
 #[test]
 fn half_close_of_the_guest_reaches_the_host_after_the_data() {
     let mut guest = Guest::new(8);
-    let host = guest.from_guest(5000);
+    let host = guest.connect_from_guest(5000);
     let data = pattern(BUFFER_BYTES as usize);
     for piece in data.chunks(64 << 10) {
         guest.send(guest.header(PORT, 5000, DATA), piece);
@@ -387,7 +387,7 @@ fn half_close_of_the_guest_reaches_the_host_after_the_data() {
 #[test]
 fn close_of_the_guest_is_confirmed_and_the_host_gets_all_data() {
     let mut guest = Guest::new(8);
-    let host = guest.from_guest(5000);
+    let host = guest.connect_from_guest(5000);
     let data = pattern(BUFFER_BYTES as usize);
     for piece in data.chunks(64 << 10) {
         guest.send(guest.header(PORT, 5000, DATA), piece);
@@ -413,13 +413,13 @@ fn close_of_the_guest_is_confirmed_and_the_host_gets_all_data() {
     }
     assert!(arrived == data, "{} of {}", arrived.len(), data.len());
     // The same ports can be used again.
-    let _again = guest.from_guest(5000);
+    let _again = guest.connect_from_guest(5000);
 }
 
 #[test]
 fn close_of_the_host_shuts_both_directions_down() {
     let mut guest = Guest::new(8);
-    let (host, port) = guest.from_host(1 << 20);
+    let (host, port) = guest.connect_from_host(1 << 20);
     write(&host, b"bye");
     drop(host);
     assert_eq!(guest.expect(DATA).data, b"bye");
@@ -440,7 +440,7 @@ fn close_of_the_host_shuts_both_directions_down() {
 #[test]
 fn close_of_the_host_without_credit_does_not_spin() {
     let mut guest = Guest::new(8);
-    let (host, port) = guest.from_host(0);
+    let (host, port) = guest.connect_from_host(0);
     write(&host, b"waits for credit");
     drop(host);
     let mut codes = Vec::new();
@@ -456,7 +456,7 @@ fn close_of_the_host_without_credit_does_not_spin() {
 #[test]
 fn guest_without_receive_buffers_does_not_make_the_worker_spin() {
     let mut guest = Guest::new(1);
-    let (host, _) = guest.from_host(1 << 20);
+    let (host, _) = guest.connect_from_host(1 << 20);
     // One buffer is there. Then none.
     guest.bench.settle();
     let data = pattern(100_000);
@@ -497,7 +497,7 @@ fn packets_without_a_connection_are_reset() {
 #[test]
 fn request_on_a_connection_resets_it() {
     let mut guest = Guest::new(4);
-    let host = guest.from_guest(5000);
+    let host = guest.connect_from_guest(5000);
     guest.send(guest.header(PORT, 5000, REQUEST), &[]);
     guest.expect(RESET);
     assert_eq!(drain(&host), (vec![], true));
@@ -527,7 +527,7 @@ fn connections_beyond_the_limit_are_reset() {
     let mut guest = Guest::new(64);
     let mut sockets = Vec::new();
     for port in 0..MAX_CONNECTIONS as u32 {
-        sockets.push(guest.from_guest(port));
+        sockets.push(guest.connect_from_guest(port));
     }
     guest.send(guest.header(PORT, 5000, REQUEST), &[]);
     guest.expect(RESET);
@@ -544,8 +544,8 @@ fn connections_beyond_the_limit_are_reset() {
 #[test]
 fn one_connection_that_floods_leaves_turns_to_the_others() {
     let mut guest = Guest::new(2);
-    let (flooding, _) = guest.from_host(1 << 30);
-    let (quiet, quiet_port) = guest.from_host(1 << 30);
+    let (flooding, _) = guest.connect_from_host(1 << 30);
+    let (quiet, quiet_port) = guest.connect_from_host(1 << 30);
     write(&flooding, &pattern(150_000));
     write(&quiet, b"ping");
     let mut before = 0;
@@ -557,7 +557,7 @@ fn one_connection_that_floods_leaves_turns_to_the_others() {
 
 #[test]
 fn malformed_chains_break_the_device_and_end_the_connections() {
-    let cases: [(usize, Vec<(u64, u32, u16)>); 5] = [
+    let cases = [
         (1, vec![(BUFFERS, 43, 0)]),
         (1, vec![(BUFFERS, 44, WRITE)]),
         (1, vec![(BUFFERS, 44, 0), (RAM_BYTES as u64, 8, 0)]),
@@ -566,7 +566,7 @@ fn malformed_chains_break_the_device_and_end_the_connections() {
     ];
     for (queue, chain) in cases {
         let mut guest = Guest::new(if queue == 0 { 1 } else { 4 });
-        let (host, _) = guest.from_host(1 << 20);
+        let (host, _) = guest.connect_from_host(1 << 20);
         if queue == 0 {
             write(&host, &pattern(RECEIVE_BYTES as usize));
             guest.bench.settle();
@@ -599,7 +599,7 @@ fn header_that_claims_more_data_than_its_chain_has_breaks_the_device() {
 #[test]
 fn reset_drops_all_and_activation_starts_clean() {
     let mut guest = Guest::new(4);
-    let (host, _) = guest.from_host(1 << 20);
+    let (host, _) = guest.connect_from_host(1 << 20);
     let Guest { bench, connector, mut device, accepted, .. } = guest;
     bench.reset();
     assert_eq!(drain(&host), (vec![], true));
@@ -609,7 +609,7 @@ fn reset_drops_all_and_activation_starts_clean() {
     let mut guest = Guest { bench, connector, device, accepted, buffers, next_buffer };
     guest.bench.settle();
     guest.offer(4);
-    let (host, port) = guest.from_host(1 << 20);
+    let (host, port) = guest.connect_from_host(1 << 20);
     guest.send(guest.header(port, 7, DATA), b"again");
     assert_eq!(drain(&host).0, b"again");
     let _ = &guest.device;

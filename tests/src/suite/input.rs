@@ -1,0 +1,90 @@
+//! What wrong input gets: a line that says what is wrong and what to do, and nothing left behind.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Result, ensure};
+
+use super::bed::{Bed, Runtime, run};
+
+const CONFIG: &str = "/etc/vial/config.toml";
+
+/// Puts the configuration back when dropped.
+struct Restore(Option<String>);
+
+impl Drop for Restore {
+    fn drop(&mut self) {
+        let _ = match &self.0 {
+            Some(text) => fs::write(CONFIG, text),
+            None => fs::remove_file(CONFIG),
+        };
+    }
+}
+
+pub(crate) fn wrong_configuration_is_named(bed: &Bed) -> Result<()> {
+    let before = fs::read_to_string(CONFIG).ok();
+    let text = before.clone().unwrap_or_default();
+    let _restore = Restore(before);
+    if let Some(directory) = Path::new(CONFIG).parent() {
+        fs::create_dir_all(directory)?;
+    }
+    let without = |key: &str| -> String {
+        text.lines().filter(|line| !line.starts_with(key)).map(|line| format!("{line}\n")).collect()
+    };
+    let cases = [
+        (format!("colour = \"blue\"\n{text}"), "colour"),
+        (format!("memory_mib = 8\n{}", without("memory_mib")), "memory_mib"),
+        (format!("kernel = \"/etc/passwd\"\n{}", without("kernel")), "uncompressed 64-bit ELF"),
+        (format!("kernel = \"/no/such/kernel\"\n{}", without("kernel")), "/no/such/kernel"),
+        ("this is no configuration".to_owned(), CONFIG),
+    ];
+    for (config, words) in cases {
+        fs::write(CONFIG, &config)?;
+        let outcome = bed.run(Runtime::Vial, &[], &["true"], b"")?;
+        ensure!(
+            outcome.status != 0 && outcome.stderr.contains(words),
+            "{words:?} was due in {outcome:?}"
+        );
+        bed.clear();
+        bed.nothing_left()?;
+    }
+    Ok(())
+}
+
+pub(crate) fn wrong_command_lines_are_refused(_: &Bed) -> Result<()> {
+    for (program, args, status) in [
+        ("vial-vmm", &["--no-such-flag"][..], 2),
+        ("vial-vmm", &[], 1),
+        ("vial-vmm", &["--api-fd", "0"], 1),
+        ("vial-vmm", &["--api-fd", "77"], 1),
+        ("vial-vmm", &["probe", "--kvm", "/no/such/device"], 1),
+        ("vial-vmm", &["probe", "--kvm", "/dev/null"], 1),
+        ("vial", &["--no-such-flag"], 2),
+        ("vial", &["no-such-command"], 2),
+    ] {
+        let program = find(program);
+        let outcome = run(Command::new(&program).args(args), b"")?.expect(status)?;
+        ensure!(!outcome.stderr.trim().is_empty(), "{program} {args:?} says nothing");
+    }
+    for program in ["vial-vmm", "vial"] {
+        let help = run(Command::new(find(program)).arg("--help"), b"")?.expect(0)?;
+        ensure!(help.stdout.contains("Usage"), "{program} --help: {help:?}");
+    }
+    Ok(())
+}
+
+/// `vial-vmm` need not be on the path.
+fn find(program: &str) -> String {
+    ["/usr/local/bin", "/usr/lib/vial", "/usr/bin"]
+        .iter()
+        .map(|directory| format!("{directory}/{program}"))
+        .find(|path| Path::new(path).exists())
+        .unwrap_or_else(|| program.to_owned())
+}
+
+pub(crate) fn check_says_that_this_host_is_fit(_: &Bed) -> Result<()> {
+    let outcome = run(Command::new(find("vial")).arg("check"), b"")?.expect(0)?;
+    ensure!(outcome.stdout.contains("KVM"), "{outcome:?}");
+    Ok(())
+}

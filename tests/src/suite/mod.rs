@@ -1,0 +1,89 @@
+//! The cases by what they are about, and the loop that runs them.
+
+pub(crate) mod bed;
+mod compare;
+mod faults;
+mod input;
+mod lifecycle;
+mod streams;
+
+use std::time::Instant;
+
+use anyhow::Result;
+use bed::Bed;
+
+/// A case: a name, and what has to hold.
+pub(crate) struct Case {
+    /// `thing_condition_outcome`.
+    pub(crate) name: &'static str,
+    /// Returns an error that says what did not hold.
+    pub(crate) body: fn(&Bed) -> Result<()>,
+}
+
+/// Names functions as cases.
+macro_rules! cases {
+    ($($module:ident::$function:ident),* $(,)?) => {
+        vec![$(Case { name: stringify!($function), body: $module::$function }),*]
+    };
+}
+
+/// All cases, in the order in which they run.
+pub(crate) fn cases() -> Vec<Case> {
+    cases![
+        lifecycle::echo_prints_and_ends_with_0,
+        compare::kernel_inside_is_not_the_hosts,
+        lifecycle::exit_statuses_are_exact,
+        lifecycle::kill_ends_with_128_and_the_signal,
+        lifecycle::task_is_listed_with_its_processes,
+        lifecycle::exec_runs_beside_and_has_its_own_status,
+        lifecycle::exec_of_what_is_absent_fails_and_the_container_lives,
+        lifecycle::ten_in_a_row_all_work,
+        lifecycle::five_at_once_all_work,
+        streams::stdin_reaches_its_end,
+        streams::hundred_megabytes_arrive_whole_and_in_order,
+        streams::stderr_is_kept_apart,
+        streams::terminal_is_a_terminal_of_its_size,
+        streams::exec_with_a_terminal_works,
+        compare::what_a_process_may_do_is_the_same_as_with_runc,
+        compare::what_a_process_sees_is_the_same_as_with_runc,
+        compare::limits_and_read_only_root_are_the_same_as_with_runc,
+        compare::bind_mounts_show_the_hosts_files,
+        faults::program_that_is_absent_fails_like_with_runc,
+        faults::killed_vmm_ends_its_container,
+        faults::killed_shim_is_cleaned_up_after,
+        input::wrong_configuration_is_named,
+        input::wrong_command_lines_are_refused,
+        input::check_says_that_this_host_is_fit,
+    ]
+}
+
+/// Runs cases one after the other. Returns whether all of them held.
+///
+/// What a case leaves behind on the host is a failure of that case.
+pub(crate) fn run(cases: &[Case], image: &str) -> bool {
+    let bed = match Bed::new(image) {
+        Ok(bed) => bed,
+        Err(error) => {
+            println!("FAILED to begin: {error:#}");
+            println!("0 passed, {} failed", cases.len());
+            return false;
+        }
+    };
+    let mut failed = 0;
+    for case in cases {
+        let start = Instant::now();
+        let result = (case.body)(&bed).and_then(|()| bed.nothing_left());
+        let seconds = start.elapsed().as_secs_f64();
+        match result {
+            Ok(()) => println!("ok      {} ({seconds:.1} s)", case.name),
+            Err(error) => {
+                failed += 1;
+                println!("FAILED  {} ({seconds:.1} s): {error:#}", case.name);
+                bed.tell_the_log();
+                bed.clear();
+            }
+        }
+    }
+    println!("{} passed, {failed} failed", cases.len() - failed);
+    failed == 0
+}

@@ -1,0 +1,88 @@
+//! Standard streams and terminals.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+
+use super::bed::{Bed, Runtime, run, wait};
+
+pub(crate) fn stdin_reaches_its_end(bed: &Bed) -> Result<()> {
+    let text: String = (0..2000).map(|number| format!("line {number}\n")).collect();
+    for runtime in Runtime::BOTH {
+        let outcome = bed.run(runtime, &[], &["cat"], text.as_bytes())?.expect(0)?;
+        ensure!(outcome.stdout == text, "{runtime:?}: {} bytes came back", outcome.stdout.len());
+        let outcome = bed.run(runtime, &[], &["wc", "-c"], b"")?.expect(0)?;
+        ensure!(outcome.stdout.trim() == "0", "{runtime:?}: {outcome:?}");
+    }
+    Ok(())
+}
+
+pub(crate) fn hundred_megabytes_arrive_whole_and_in_order(bed: &Bed) -> Result<()> {
+    // Counted lines: what is lost, doubled or swapped shows.
+    const LAST: u64 = 12_500_000;
+    let name = bed.name();
+    let mut child = bed
+        .command(Runtime::Vial, &["--rm"], &name, &["seq", "1", &LAST.to_string()])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let mut output = BufReader::with_capacity(1 << 20, child.stdout.take().context("its output")?);
+    let (mut expected, mut bytes, mut line) = (1, 0, String::new());
+    while output.read_line(&mut line)? > 0 {
+        bytes += line.len();
+        let number = line.trim_end().parse::<u64>().with_context(|| format!("{line:?}"))?;
+        ensure!(number == expected, "line {expected} is {number}");
+        expected += 1;
+        line.clear();
+    }
+    ensure!(expected == LAST + 1, "the last line was {}", expected - 1);
+    ensure!(bytes > 100_000_000, "only {bytes} bytes");
+    let status = wait(&mut child)?;
+    ensure!(status == 0, "it ended with {status}");
+    Ok(())
+}
+
+pub(crate) fn stderr_is_kept_apart(bed: &Bed) -> Result<()> {
+    for runtime in Runtime::BOTH {
+        let outcome = bed.sh(runtime, "echo out; echo err >&2")?.expect(0)?;
+        ensure!(
+            (outcome.stdout.as_str(), outcome.stderr.as_str()) == ("out\n", "err\n"),
+            "{runtime:?}: {outcome:?}"
+        );
+    }
+    Ok(())
+}
+
+/// Runs a command on a terminal of 33 rows and 77 columns.
+fn on_a_terminal(command: &Command) -> Result<super::bed::Outcome> {
+    let quote =
+        |word: &std::ffi::OsStr| format!("'{}'", word.to_string_lossy().replace('\'', r"'\''"));
+    let mut words = vec![quote(command.get_program())];
+    words.extend(command.get_args().map(quote));
+    let line = format!("stty rows 33 cols 77; exec {}", words.join(" "));
+    run(Command::new("script").args(["-q", "-e", "-c", &line, "/dev/null"]), b"")
+}
+
+pub(crate) fn terminal_is_a_terminal_of_its_size(bed: &Bed) -> Result<()> {
+    for runtime in Runtime::BOTH {
+        let name = bed.name();
+        let line = "test -t 0 && test -t 1 && test -t 2 && sleep 1 && stty size; exit 5";
+        let command = bed.command(runtime, &["--rm", "-t"], &name, &["sh", "-c", line]);
+        let outcome = on_a_terminal(&command)?.expect(5)?;
+        ensure!(outcome.stdout.contains("33 77"), "{runtime:?}: {outcome:?}");
+    }
+    Ok(())
+}
+
+pub(crate) fn exec_with_a_terminal_works(bed: &Bed) -> Result<()> {
+    for runtime in Runtime::BOTH {
+        let container = bed.detached(runtime, &["sleep", "1000"])?;
+        let mut command = Command::new("ctr");
+        command.args(["task", "exec", "-t", "--exec-id", "terminal", &container.name]);
+        command.args(["sh", "-c", "test -t 0 && sleep 1 && stty size; exit 6"]);
+        let outcome = on_a_terminal(&command)?.expect(6)?;
+        ensure!(outcome.stdout.contains("33 77"), "{runtime:?}: {outcome:?}");
+    }
+    Ok(())
+}

@@ -1,0 +1,77 @@
+//! Where everything lies in the guest's physical address space and among its I/O ports.
+//!
+//! ```text
+//! 0x0000_0000  RAM: boot structures below 640 KiB, ACPI tables from 0xe0000
+//! 0x0010_0000  RAM: the kernel where its ELF headers say, the initial RAM disk at the top
+//! 0xc000_0000  32-bit hole: BARs of PCI devices
+//! 0xe000_0000    PCI configuration space (ECAM), one bus
+//! 0xfec0_0000    I/O APIC, local APIC, pages that KVM keeps for itself
+//! 0x1_0000_0000  RAM that does not fit below the hole
+//! ```
+
+/// End of RAM below 4 GiB, and start of the 32-bit hole.
+pub const LOW_RAM_END: u64 = 0xc000_0000;
+/// Start of RAM above 4 GiB.
+pub const HIGH_RAM_START: u64 = 1 << 32;
+
+/// The BARs of PCI devices are placed here.
+pub const PCI_MMIO_START: u64 = LOW_RAM_END;
+/// Size of that window, in bytes.
+pub const PCI_MMIO_SIZE: u64 = 0x2000_0000;
+/// PCI configuration space (PCI Express base specification, 7.2.2).
+pub const ECAM_START: u64 = 0xe000_0000;
+/// One bus: 32 devices, 8 functions, 4 KiB each.
+pub const ECAM_SIZE: u64 = 1 << 20;
+
+/// The I/O APIC's registers.
+pub const IO_APIC_START: u32 = 0xfec0_0000;
+/// A local APIC's registers.
+pub const LOCAL_APIC_START: u32 = 0xfee0_0000;
+/// A page that KVM uses on Intel processors (KVM_SET_IDENTITY_MAP_ADDR).
+pub const KVM_IDENTITY_MAP_START: u64 = 0xfffb_c000;
+/// Three pages that KVM uses on Intel processors (KVM_SET_TSS_ADDR).
+pub const KVM_TSS_START: u64 = 0xfffb_d000;
+
+/// The boot GDT.
+pub const GDT_START: u64 = 0x500;
+/// The boot IDT, empty.
+pub const IDT_START: u64 = 0x520;
+/// The boot parameters ("zero page", Linux Documentation/arch/x86/zero-page.rst).
+pub const ZERO_PAGE_START: u64 = 0x7000;
+/// The boot stack grows down from here.
+pub const BOOT_STACK_POINTER: u64 = 0x8ff0;
+/// The boot page tables: one page each of level 4, 3 and 2.
+pub const PML4_START: u64 = 0x9000;
+/// See [`PML4_START`].
+pub const PDPT_START: u64 = 0xa000;
+/// See [`PML4_START`].
+pub const PD_START: u64 = 0xb000;
+/// The kernel's command line.
+pub const COMMAND_LINE_START: u64 = 0x2_0000;
+/// The most bytes of it, the ending zero included: what the kernel reads (COMMAND_LINE_SIZE).
+pub const COMMAND_LINE_MAX: usize = 2048;
+/// End of the RAM below 640 KiB.
+pub const BASE_RAM_END: u64 = 0x9_fc00;
+/// The ACPI tables.
+pub const ACPI_START: u64 = 0xe_0000;
+/// End of the ACPI tables.
+pub const ACPI_END: u64 = 0x10_0000;
+/// Start of the RAM above 1 MiB; the kernel is loaded no lower.
+pub const KERNEL_START: u64 = 0x10_0000;
+
+/// The 16550 console: 8 ports.
+pub const SERIAL_PORT: u16 = 0x3f8;
+/// Its interrupt.
+pub const SERIAL_GSI: u32 = 4;
+/// The pvpanic device: one port.
+pub const PVPANIC_PORT: u16 = 0x505;
+/// The ACPI sleep control register (ACPI 6.5, 4.8.3.7.1): one port.
+pub const SLEEP_CONTROL_PORT: u16 = 0x600;
+/// The ACPI sleep status register (ACPI 6.5, 4.8.3.7.2): one port.
+pub const SLEEP_STATUS_PORT: u16 = 0x601;
+/// The ACPI reset register (ACPI 6.5, 4.8.3.6): one port.
+pub const RESET_PORT: u16 = 0x602;
+
+/// The first interrupt line that message-signalled interrupts use: those below belong to the I/O
+/// APIC's pins.
+pub const FIRST_MSI_GSI: u32 = 24;

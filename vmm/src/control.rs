@@ -1,0 +1,251 @@
+//! The VMM's side of its socket: it takes requests one after the other, and tells of what happens
+//! meanwhile, until the VM ends.
+
+use std::io::IoSlice;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::mpsc::{Receiver, Sender};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
+use vial_vmm_api::{
+    Action, CodecError, Descriptor, Event, ExitReason, Failure, FailureKind, MAX_DESCRIPTORS,
+    MAX_MESSAGE_BYTES, Message, Reply, Request, VmConfig, VmState, decode, encode,
+};
+
+use crate::machine::{Descriptors, Machine, RunningMachine};
+use crate::vcpu::EndOfVm;
+use crate::vm_state::{self, VmEvent};
+use crate::wake::Wake;
+
+/// Why the socket cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// An operation on the socket, or the wait for it.
+    #[error("{0} the API socket: {1}")]
+    Socket(&'static str, rustix::io::Errno),
+    /// The other side sent what is no message.
+    #[error("a request on the API socket: {0}")]
+    Codec(#[from] CodecError),
+    /// The other side sent more than a message may have.
+    #[error(
+        "a request on the API socket has over {MAX_MESSAGE_BYTES} bytes or over \
+         {MAX_DESCRIPTORS} descriptors"
+    )]
+    Truncated,
+    /// An event descriptor.
+    #[error("make an event descriptor: {0}; raise the limit of open files")]
+    Event(rustix::io::Errno),
+}
+
+/// What other threads tell this one.
+enum Notice {
+    GuestConnected(u32, OwnedFd),
+}
+
+/// The socket and the VM behind it.
+pub struct Control {
+    socket: OwnedFd,
+    state: VmState,
+    machine: Option<RunningMachine>,
+    wake: Wake,
+    notices: Receiver<Notice>,
+    notifier: Sender<Notice>,
+    ends: Receiver<ExitReason>,
+    end: EndOfVm,
+}
+
+impl Control {
+    /// Serves `socket`, one end of a `SOCK_SEQPACKET` pair.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub fn new(socket: OwnedFd) -> Result<Self, ControlError> {
+        let wake = Wake::new().map_err(ControlError::Event)?;
+        let (notifier, notices) = std::sync::mpsc::channel();
+        let (reasons, ends) = std::sync::mpsc::channel();
+        let end = EndOfVm::new(reasons, wake.clone());
+        let state = VmState::Empty;
+        Ok(Self { socket, state, machine: None, wake, notices, notifier, ends, end })
+    }
+
+    /// Serves until the VM ends, and returns why it did.
+    ///
+    /// # Errors
+    /// The socket fails, or brings what is no request.
+    pub fn run(mut self) -> Result<ExitReason, ControlError> {
+        loop {
+            let (readable, woken) = self.wait()?;
+            if woken {
+                self.wake.clear();
+                self.forward_notices();
+                if let Ok(reason) = self.ends.try_recv() {
+                    return Ok(self.finish(reason));
+                }
+            }
+            if readable && let Some(reason) = self.serve_request()? {
+                return Ok(self.finish(reason));
+            }
+        }
+    }
+
+    fn wait(&self) -> Result<(bool, bool), ControlError> {
+        let mut events =
+            [PollFd::new(&self.socket, PollFlags::IN), PollFd::new(&self.wake, PollFlags::IN)];
+        loop {
+            match poll(&mut events, None) {
+                Ok(_) => break,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(ControlError::Socket("wait for", error)),
+            }
+        }
+        Ok((!events[0].revents().is_empty(), !events[1].revents().is_empty()))
+    }
+
+    fn forward_notices(&mut self) {
+        while let Ok(Notice::GuestConnected(port, socket)) = self.notices.try_recv() {
+            let event = Event::GuestConnected { port, socket: Descriptor(0) };
+            // A guest that connects faster than the shim reads loses its connections.
+            if let Err(error) =
+                self.send(&Message::Event(event), &[socket.as_fd()], SendFlags::DONTWAIT)
+            {
+                tracing::warn!(port, %error, "a connection of the guest's is dropped");
+            }
+        }
+    }
+
+    fn finish(&mut self, reason: ExitReason) -> ExitReason {
+        self.state = vm_state::next(self.state, VmEvent::End).unwrap_or(VmState::Ended);
+        if let Some(machine) = &self.machine {
+            machine.flush_console();
+        }
+        let farewell = Message::Event(Event::Exited(reason));
+        if let Err(error) = self.send(&farewell, &[], SendFlags::DONTWAIT) {
+            // The exit status says the same.
+            tracing::debug!(%error, "nobody hears why the VM ended");
+        }
+        reason
+    }
+
+    /// Serves one request. Returns a reason when that ends the VM.
+    fn serve_request(&mut self) -> Result<Option<ExitReason>, ControlError> {
+        let Some((bytes, descriptors)) = self.receive()? else {
+            return Ok(Some(ExitReason::Stopped));
+        };
+        let Request { id, action } = decode(&bytes)?;
+        let mut end = None;
+        let result = match action {
+            Action::Boot(config) => self.boot(*config, descriptors),
+            Action::VsockConnect { port, socket } => self.connect(port, socket, descriptors),
+            Action::Status => Ok(Reply::Status(self.state)),
+            Action::Stop => {
+                end = Some(ExitReason::Stopped);
+                Ok(Reply::Done)
+            }
+        };
+        if let Err(failure) = &result {
+            tracing::warn!(request = id, reason = %failure.message, "a request failed");
+        }
+        self.send(&Message::Reply { id, result }, &[], SendFlags::empty())?;
+        Ok(end)
+    }
+
+    fn advance(&self, event: VmEvent) -> Result<VmState, Failure> {
+        vm_state::next(self.state, event)
+            .map_err(|error| Failure { kind: FailureKind::State, message: error.to_string() })
+    }
+
+    fn boot(&mut self, config: VmConfig, descriptors: Descriptors) -> Result<Reply, Failure> {
+        let next = self.advance(VmEvent::Boot)?;
+        let (notifier, wake) = (self.notifier.clone(), self.wake.clone());
+        let connected = Box::new(move |port, socket| {
+            // The receiver only goes when the process does.
+            let _ = notifier.send(Notice::GuestConnected(port, socket));
+            wake.ring();
+        });
+        let (machine, report) = Machine::build(config, descriptors, connected)
+            .and_then(|machine| machine.start(&self.end))
+            .map_err(|error| Failure {
+                kind: match error.is_invalid_request() {
+                    true => FailureKind::Invalid,
+                    false => FailureKind::Host,
+                },
+                message: error.to_string(),
+            })?;
+        self.machine = Some(machine);
+        self.state = next;
+        Ok(Reply::Booted(report))
+    }
+
+    fn connect(
+        &mut self,
+        port: u32,
+        socket: Descriptor,
+        mut descriptors: Descriptors,
+    ) -> Result<Reply, Failure> {
+        self.state = self.advance(VmEvent::Connect)?;
+        let failure = |kind, message| Failure { kind, message };
+        let socket = descriptors
+            .take(socket, "the connection")
+            .map_err(|error| failure(FailureKind::Invalid, error.to_string()))?;
+        match &self.machine {
+            Some(machine) => machine
+                .connect(port, socket)
+                .map(|()| Reply::Done)
+                .map_err(|message| failure(FailureKind::Host, message)),
+            None => Err(failure(FailureKind::State, "no VM runs; boot one first".into())),
+        }
+    }
+
+    /// The next packet and its descriptors, or nothing when the other side is gone.
+    fn receive(&self) -> Result<Option<(Vec<u8>, Descriptors)>, ControlError> {
+        let mut bytes = vec![0; MAX_MESSAGE_BYTES];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let received = loop {
+            let mut parts = [std::io::IoSliceMut::new(&mut bytes)];
+            match recvmsg(&self.socket, &mut parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
+                Err(rustix::io::Errno::INTR) => {}
+                Err(rustix::io::Errno::CONNRESET) => return Ok(None),
+                result => break result.map_err(|error| ControlError::Socket("read", error))?,
+            }
+        };
+        let descriptors: Vec<OwnedFd> = ancillary
+            .drain()
+            .filter_map(|message| match message {
+                RecvAncillaryMessage::ScmRights(rights) => Some(rights),
+                _ => None,
+            })
+            .flatten()
+            .collect();
+        if received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
+            return Err(ControlError::Truncated);
+        }
+        if received.bytes == 0 {
+            return Ok(None);
+        }
+        bytes.truncate(received.bytes);
+        Ok(Some((bytes, Descriptors::new(descriptors))))
+    }
+
+    fn send(
+        &self,
+        message: &Message,
+        descriptors: &[BorrowedFd<'_>],
+        flags: SendFlags,
+    ) -> Result<(), ControlError> {
+        let bytes = encode(message)?;
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        if !descriptors.is_empty() {
+            ancillary.push(SendAncillaryMessage::ScmRights(descriptors));
+        }
+        let flags = flags | SendFlags::NOSIGNAL;
+        sendmsg(&self.socket, &[IoSlice::new(&bytes)], &mut ancillary, flags)
+            .map(drop)
+            .map_err(|error| ControlError::Socket("write to", error))
+    }
+}

@@ -1,0 +1,122 @@
+//! A thread that runs device workers: it waits for their events and calls them.
+
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+use event_manager::{EventManager, RemoteEndpoint, SubscriberId};
+
+use crate::virtio::Worker;
+
+/// Why an event loop failed.
+#[derive(Debug, thiserror::Error)]
+pub enum EventLoopError {
+    /// The loop's epoll or event descriptors were refused.
+    #[error("make the event loop {name}: {reason}")]
+    Create {
+        /// The thread's name.
+        name: &'static str,
+        /// What was refused.
+        reason: String,
+    },
+    /// The thread was refused.
+    #[error("start the thread {name}: {source}; check the pids limit of the pod's cgroup")]
+    Spawn {
+        /// The thread's name.
+        name: &'static str,
+        /// What the host said.
+        source: std::io::Error,
+    },
+    /// The thread does not answer.
+    #[error("the event loop has ended: {0}")]
+    Gone(event_manager::Error),
+}
+
+impl From<event_manager::Error> for EventLoopError {
+    fn from(error: event_manager::Error) -> Self {
+        Self::Gone(error)
+    }
+}
+
+type Subscriber = Box<dyn Worker>;
+
+/// The way to an event loop from other threads. Cloning it is cheap.
+#[derive(Clone)]
+pub struct EventLoop {
+    endpoint: RemoteEndpoint<Subscriber>,
+    thread: Arc<Mutex<Option<JoinHandle<()>>>>,
+}
+
+/// A worker on an event loop.
+#[derive(Debug)]
+pub struct WorkerId(SubscriberId);
+
+impl EventLoop {
+    /// Starts a thread that runs workers. `prepare` runs first on it; there the thread gives up
+    /// what it does not need.
+    ///
+    /// # Errors
+    /// The host refused the thread or its descriptors.
+    pub fn start(
+        name: &'static str,
+        prepare: impl FnOnce() + Send + 'static,
+    ) -> Result<Self, EventLoopError> {
+        let (sender, receiver) = std::sync::mpsc::sync_channel(1);
+        let body = move || {
+            let mut events = match EventManager::<Subscriber>::new() {
+                Ok(events) => {
+                    let _ = sender.send(Ok(events.remote_endpoint()));
+                    events
+                }
+                Err(error) => {
+                    let _ = sender.send(Err(error.to_string()));
+                    return;
+                }
+            };
+            prepare();
+            loop {
+                if let Err(error) = events.run() {
+                    tracing::error!(thread = name, %error, "the event loop failed: ending the VM");
+                    std::process::abort();
+                }
+            }
+        };
+        let thread = std::thread::Builder::new()
+            .name(name.into())
+            .spawn(body)
+            .map_err(|source| EventLoopError::Spawn { name, source })?;
+        let endpoint = receiver
+            .recv()
+            .map_err(|_| "its thread ended".to_owned())
+            .and_then(|result| result)
+            .map_err(|reason| EventLoopError::Create { name, reason })?;
+        Ok(Self { endpoint, thread: Arc::new(Mutex::new(Some(thread))) })
+    }
+
+    /// Moves a worker to the loop's thread and waits until it listens.
+    ///
+    /// # Errors
+    /// The thread has ended.
+    pub fn add(&self, worker: Subscriber) -> Result<WorkerId, EventLoopError> {
+        self.endpoint
+            .call_blocking::<_, _, EventLoopError>(move |ops| Ok(ops.add_subscriber(worker)))
+            .map(WorkerId)
+    }
+
+    /// Takes a worker off the loop and drops it on the loop's thread. When this returns, the
+    /// worker touches guest memory no more.
+    ///
+    /// # Errors
+    /// The thread has ended.
+    pub fn remove(&self, id: WorkerId) -> Result<(), EventLoopError> {
+        self.endpoint.call_blocking::<_, _, EventLoopError>(move |ops| {
+            ops.remove_subscriber(id.0).map(drop).map_err(EventLoopError::from)
+        })
+    }
+
+    /// Whether the loop's thread still runs.
+    pub fn is_alive(&self) -> bool {
+        self.thread
+            .lock()
+            .is_ok_and(|thread| thread.as_ref().is_some_and(|thread| !thread.is_finished()))
+    }
+}

@@ -1,0 +1,237 @@
+//! The virtual machine as KVM has it: memory slots, interrupt lines and doorbells. All calls that
+//! need `unsafe` on the way to KVM are in this file.
+#![allow(unsafe_code)]
+
+use std::collections::BTreeMap;
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::{Arc, Mutex, OnceLock};
+
+use kvm_bindings::{
+    CpuId, KVM_API_VERSION, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC,
+    KVM_MAX_CPUID_ENTRIES, KvmIrqRouting, kvm_irq_routing_entry,
+    kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_irqchip, kvm_irq_routing_msi,
+    kvm_irq_routing_msi__bindgen_ty_1, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
+use vm_memory::{GuestMemory, GuestMemoryRegion};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::arch::layout::{FIRST_MSI_GSI, KVM_IDENTITY_MAP_START, KVM_TSS_START};
+use crate::memory::GuestRam;
+use crate::pci::bus::lock;
+use crate::pci::msix::{MsiError, MsiMessage, MsiRouter};
+use crate::virtio::pci::{Doorbells, TransportError};
+
+/// KVM's own limit of lines (KVM_MAX_IRQ_ROUTES).
+const MAX_GSI: u32 = 4096;
+
+/// Why KVM could not give a virtual machine.
+#[derive(Debug, thiserror::Error)]
+pub enum KvmError {
+    /// The descriptor is not KVM's, or KVM is of another age.
+    #[error(
+        "the descriptor given as /dev/kvm answers with API version {0}, not {KVM_API_VERSION}; \
+         give an open /dev/kvm"
+    )]
+    Version(i32),
+    /// KVM lacks something.
+    #[error("this host's KVM lacks {0}; run a newer kernel")]
+    Missing(&'static str),
+    /// KVM refused.
+    #[error("KVM could not {action}: {source}")]
+    Refused {
+        /// What was asked for.
+        action: &'static str,
+        /// Its answer.
+        source: kvm_ioctls::Error,
+    },
+}
+
+fn refused(action: &'static str) -> impl Fn(kvm_ioctls::Error) -> KvmError {
+    move |source| KvmError::Refused { action, source }
+}
+
+/// Takes a descriptor of `/dev/kvm`.
+///
+/// # Errors
+/// It is something else, or KVM lacks what a VM needs.
+pub fn adopt(descriptor: OwnedFd) -> Result<Kvm, KvmError> {
+    // SAFETY: the descriptor is owned, so nobody else closes it. Should it not be KVM's, the
+    // version below tells before anything else is asked of it.
+    let kvm = unsafe { Kvm::from_raw_fd(descriptor.into_raw_fd()) };
+    match kvm.get_api_version() {
+        version if version == KVM_API_VERSION as i32 => {}
+        version => return Err(KvmError::Version(version)),
+    }
+    let needed = [
+        (Cap::Irqchip, "an interrupt controller (KVM_CAP_IRQCHIP)"),
+        (Cap::Irqfd, "irqfd (KVM_CAP_IRQFD)"),
+        (Cap::Ioeventfd, "ioeventfd (KVM_CAP_IOEVENTFD)"),
+        (Cap::UserMemory, "memory slots (KVM_CAP_USER_MEMORY)"),
+        (Cap::ImmediateExit, "immediate exits (KVM_CAP_IMMEDIATE_EXIT)"),
+        (Cap::ExtCpuid, "CPUID (KVM_CAP_EXT_CPUID)"),
+    ];
+    match needed.into_iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
+        Some((_, what)) => Err(KvmError::Missing(what)),
+        None => Ok(kvm),
+    }
+}
+
+/// What CPUID can answer on this host.
+///
+/// # Errors
+/// KVM refuses.
+pub fn supported_cpuid(kvm: &Kvm) -> Result<CpuId, KvmError> {
+    kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(refused("tell what CPUID it supports"))
+}
+
+/// A virtual machine.
+pub struct Vm {
+    fd: VmFd,
+    lines: Mutex<Lines>,
+    /// What the memory slots point to: it stays mapped for as long as KVM may use it.
+    ram: OnceLock<GuestRam>,
+}
+
+#[derive(Default)]
+struct Lines {
+    allocated: u32,
+    routes: BTreeMap<u32, MsiMessage>,
+    attached: std::collections::BTreeSet<u32>,
+}
+
+impl Vm {
+    /// A machine with interrupt controllers, but no memory and no vCPUs.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn new(kvm: &Kvm) -> Result<Arc<Self>, KvmError> {
+        let fd = kvm.create_vm().map_err(refused("create a virtual machine"))?;
+        fd.set_identity_map_address(KVM_IDENTITY_MAP_START)
+            .map_err(refused("place its identity map"))?;
+        fd.set_tss_address(KVM_TSS_START as usize).map_err(refused("place its task segment"))?;
+        fd.create_irq_chip().map_err(refused("create interrupt controllers"))?;
+        Ok(Arc::new(Self { fd, lines: Mutex::default(), ram: OnceLock::new() }))
+    }
+
+    /// Gives the machine its memory, once: a slot for each region.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn set_memory(&self, ram: &GuestRam) -> Result<(), KvmError> {
+        let ram = self.ram.get_or_init(|| ram.clone());
+        for (slot, region) in (0..).zip(ram.iter()) {
+            let slot = kvm_userspace_memory_region {
+                slot,
+                flags: 0,
+                guest_phys_addr: region.start_addr().0,
+                memory_size: region.len(),
+                userspace_addr: region.as_ptr() as u64,
+            };
+            // SAFETY: the range is a mapping of guest memory, which `self` keeps mapped until the
+            // machine's descriptor is closed (fields are dropped in order).
+            unsafe { self.fd.set_user_memory_region(slot) }
+                .map_err(refused("take the guest's memory"))?;
+        }
+        Ok(())
+    }
+
+    /// Makes a vCPU.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn create_vcpu(&self, index: u8) -> Result<VcpuFd, KvmError> {
+        self.fd.create_vcpu(index.into()).map_err(refused("create a vCPU"))
+    }
+
+    /// Lets each write to `event` raise the edge-triggered pin `gsi` of the I/O APIC.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn attach_pin(&self, gsi: u32, event: &EventFd) -> Result<(), KvmError> {
+        self.fd.register_irqfd(event, gsi).map_err(refused("attach an interrupt pin"))
+    }
+
+    /// Tells KVM the messages of all lines. It takes the whole table each time.
+    fn set_routes(&self, lines: &Lines) -> Result<(), kvm_ioctls::Error> {
+        let pins = (0..FIRST_MSI_GSI).map(|pin| kvm_irq_routing_entry {
+            gsi: pin,
+            type_: KVM_IRQ_ROUTING_IRQCHIP,
+            u: kvm_irq_routing_entry__bindgen_ty_1 {
+                irqchip: kvm_irq_routing_irqchip { irqchip: KVM_IRQCHIP_IOAPIC, pin },
+            },
+            ..Default::default()
+        });
+        let messages = lines.routes.iter().map(|(gsi, message)| kvm_irq_routing_entry {
+            gsi: *gsi,
+            type_: KVM_IRQ_ROUTING_MSI,
+            u: kvm_irq_routing_entry__bindgen_ty_1 {
+                msi: kvm_irq_routing_msi {
+                    address_lo: message.address as u32,
+                    address_hi: (message.address >> 32) as u32,
+                    data: message.data,
+                    __bindgen_anon_1: kvm_irq_routing_msi__bindgen_ty_1::default(),
+                },
+            },
+            ..Default::default()
+        });
+        let entries: Vec<_> = pins.chain(messages).collect();
+        // It only fails for more entries than an array can have.
+        let routing = KvmIrqRouting::from_entries(&entries)
+            .map_err(|_| kvm_ioctls::Error::new(libc::E2BIG))?;
+        self.fd.set_gsi_routing(&routing)
+    }
+}
+
+impl MsiRouter for Vm {
+    fn allocate(&self) -> Result<u32, MsiError> {
+        let mut lines = lock(&self.lines);
+        let gsi = FIRST_MSI_GSI + lines.allocated;
+        if gsi >= MAX_GSI {
+            let reason = format!("KVM has no more than {MAX_GSI} lines");
+            return Err(MsiError { action: "allocate", gsi, reason });
+        }
+        lines.allocated += 1;
+        Ok(gsi)
+    }
+
+    fn attach(&self, gsi: u32, event: &EventFd, message: MsiMessage) -> Result<(), MsiError> {
+        let failed = |action| {
+            move |error: kvm_ioctls::Error| MsiError { action, gsi, reason: error.to_string() }
+        };
+        let mut lines = lock(&self.lines);
+        // Drivers mask and unmask without changing the message: then the table stays as it is.
+        if lines.routes.insert(gsi, message) != Some(message) {
+            self.set_routes(&lines).map_err(failed("route"))?;
+        }
+        if lines.attached.insert(gsi) {
+            self.fd.register_irqfd(event, gsi).map_err(failed("attach"))?;
+        }
+        Ok(())
+    }
+
+    fn detach(&self, gsi: u32, event: &EventFd) -> Result<(), MsiError> {
+        if lock(&self.lines).attached.remove(&gsi) {
+            self.fd.unregister_irqfd(event, gsi).map_err(|error| MsiError {
+                action: "detach",
+                gsi,
+                reason: error.to_string(),
+            })?;
+        }
+        Ok(())
+    }
+}
+
+impl Doorbells for Vm {
+    fn watch(&self, address: u64, event: &EventFd) -> Result<(), TransportError> {
+        self.fd
+            .register_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)
+            .map_err(|error| TransportError::Doorbell { address, reason: error.to_string() })
+    }
+
+    fn unwatch(&self, address: u64, event: &EventFd) -> Result<(), TransportError> {
+        self.fd
+            .unregister_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)
+            .map_err(|error| TransportError::Doorbell { address, reason: error.to_string() })
+    }
+}

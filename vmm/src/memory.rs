@@ -1,0 +1,80 @@
+//! The guest's memory: where it lies in the guest's physical address space, and its mapping.
+
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+
+use crate::arch::layout::{HIGH_RAM_START, LOW_RAM_END};
+
+/// The guest's memory. Cloning it is cheap: all clones are the same memory.
+pub type GuestRam = GuestMemoryMmap<()>;
+
+/// Why guest memory could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The host refused the mapping.
+    #[error(
+        "map {bytes} bytes of guest memory: {reason}; give the pod less memory or the node more"
+    )]
+    Map {
+        /// The mapping's size.
+        bytes: u64,
+        /// What the host said.
+        reason: String,
+    },
+    /// The ranges overlap, which means the layout is wrong.
+    #[error("lay out guest memory: {0}")]
+    Layout(String),
+}
+
+/// The ranges of RAM for a size, as start and length: below the 32-bit hole, and what does not
+/// fit there above 4 GiB.
+pub fn ram_ranges(bytes: u64) -> Vec<(GuestAddress, u64)> {
+    let low = bytes.min(LOW_RAM_END);
+    let high = bytes - low;
+    let mut ranges = vec![(GuestAddress(0), low)];
+    if high > 0 {
+        ranges.push((GuestAddress(HIGH_RAM_START), high));
+    }
+    ranges
+}
+
+/// Maps anonymous private memory for each range. Nothing is touched, so nothing is allocated.
+///
+/// # Errors
+/// The host refuses the mapping.
+pub fn map_ram(bytes: u64) -> Result<GuestRam, MemoryError> {
+    let regions = ram_ranges(bytes)
+        .into_iter()
+        .map(|(start, length)| {
+            let refused = |reason: String| MemoryError::Map { bytes: length, reason };
+            let size = usize::try_from(length).map_err(|error| refused(error.to_string()))?;
+            let mapping = MmapRegion::build(
+                None,
+                size,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+            )
+            .map_err(|error| refused(error.to_string()))?;
+            GuestRegionMmap::new(mapping, start)
+                .ok_or_else(|| MemoryError::Layout(format!("the range at {:#x}", start.0)))
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    GuestMemoryMmap::from_regions(regions).map_err(|error| MemoryError::Layout(error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ram_over_the_hole_continues_at_four_gib() {
+        assert_eq!(ram_ranges(128 << 20), [(GuestAddress(0), 128 << 20)]);
+        assert_eq!(ram_ranges(LOW_RAM_END), [(GuestAddress(0), LOW_RAM_END)]);
+        assert_eq!(
+            ram_ranges(64 << 30),
+            [
+                (GuestAddress(0), LOW_RAM_END),
+                (GuestAddress(HIGH_RAM_START), (64 << 30) - LOW_RAM_END)
+            ]
+        );
+    }
+}

@@ -1,0 +1,288 @@
+//! MSI-X (PCI local bus specification 3.0, 6.8.2): the table of vectors that the guest writes, and
+//! the event that a device triggers for each of them. A vector that is masked keeps what is
+//! triggered in its event, and delivers it when it is unmasked.
+
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// The capability's id.
+pub const CAPABILITY_ID: u8 = 0x11;
+/// Bytes of a table entry.
+pub const ENTRY_SIZE: u64 = 16;
+/// The most vectors a function may have.
+pub const MAX_VECTORS: u16 = 2048;
+
+const CONTROL_FUNCTION_MASK: u16 = 1 << 14;
+const CONTROL_ENABLE: u16 = 1 << 15;
+const VECTOR_MASKED: u32 = 1;
+
+/// A message-signalled interrupt: what is written, and where to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct MsiMessage {
+    /// The address.
+    pub address: u64,
+    /// The data.
+    pub data: u32,
+}
+
+/// Why an interrupt could not be wired.
+#[derive(Debug, thiserror::Error)]
+#[error("{action} interrupt line {gsi}: {reason}")]
+pub struct MsiError {
+    /// What was tried.
+    pub action: &'static str,
+    /// The line.
+    pub gsi: u32,
+    /// What KVM said.
+    pub reason: String,
+}
+
+/// What wires events to the guest's interrupt controllers: KVM, or a fake in tests.
+pub trait MsiRouter: Send + Sync {
+    /// Takes a line of its own for a vector.
+    ///
+    /// # Errors
+    /// There is none left.
+    fn allocate(&self) -> Result<u32, MsiError>;
+
+    /// Lets each write to `event` send `message` to the guest.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    fn attach(&self, gsi: u32, event: &EventFd, message: MsiMessage) -> Result<(), MsiError>;
+
+    /// Ends what [`MsiRouter::attach`] began. What is written meanwhile stays in `event`.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    fn detach(&self, gsi: u32, event: &EventFd) -> Result<(), MsiError>;
+}
+
+#[derive(Debug)]
+struct Vector {
+    message: MsiMessage,
+    masked: bool,
+    gsi: u32,
+    event: Arc<EventFd>,
+    /// The message that the event sends now, when it is attached.
+    attached: Option<MsiMessage>,
+}
+
+/// The vectors of a function.
+pub struct MsixTable {
+    vectors: Vec<Vector>,
+    control: u16,
+    router: Arc<dyn MsiRouter>,
+}
+
+impl MsixTable {
+    /// A table of `count` vectors, all masked.
+    ///
+    /// # Errors
+    /// No lines or descriptors are left.
+    pub fn new(count: u16, router: Arc<dyn MsiRouter>) -> Result<Self, MsiError> {
+        let vectors = (0..count.min(MAX_VECTORS))
+            .map(|_| {
+                let gsi = router.allocate()?;
+                let event = EventFd::new(EFD_NONBLOCK).map_err(|error| MsiError {
+                    action: "make an event for",
+                    gsi,
+                    reason: error.to_string(),
+                })?;
+                Ok(Vector {
+                    message: MsiMessage::default(),
+                    masked: true,
+                    gsi,
+                    event: Arc::new(event),
+                    attached: None,
+                })
+            })
+            .collect::<Result<_, MsiError>>()?;
+        Ok(Self { vectors, control: 0, router })
+    }
+
+    /// The capability's body after id and next pointer: control, table and pending bits.
+    pub fn capability(&self, bar: u8, table: u32, pending: u32) -> [u8; 10] {
+        let mut body = [0; 10];
+        let last = self.vectors.len().saturating_sub(1) as u16;
+        body[..2].copy_from_slice(&last.to_le_bytes());
+        body[2..6].copy_from_slice(&(table | u32::from(bar)).to_le_bytes());
+        body[6..].copy_from_slice(&(pending | u32::from(bar)).to_le_bytes());
+        body
+    }
+
+    /// The bits of the capability's control register that the guest may write.
+    pub const WRITABLE_CONTROL: u16 = CONTROL_ENABLE | CONTROL_FUNCTION_MASK;
+
+    /// The event that triggers a vector, when there is such a vector.
+    pub fn event(&self, vector: u16) -> Option<Arc<EventFd>> {
+        self.vectors.get(usize::from(vector)).map(|vector| vector.event.clone())
+    }
+
+    /// Whether the guest enabled MSI-X.
+    pub fn is_enabled(&self) -> bool {
+        self.control & CONTROL_ENABLE != 0
+    }
+
+    /// Takes what the guest wrote to the capability's control register.
+    pub fn set_control(&mut self, control: u16) {
+        if self.control != control & Self::WRITABLE_CONTROL {
+            self.control = control & Self::WRITABLE_CONTROL;
+            (0..self.vectors.len()).for_each(|index| self.rewire(index));
+        }
+    }
+
+    /// Reads the table. Accesses are 4 or 8 aligned bytes; others read as ones.
+    pub fn read_table(&self, offset: u64, data: &mut [u8]) {
+        let Some(dwords) = dwords(offset, data.len()) else {
+            data.fill(0xff);
+            return;
+        };
+        for (dword, out) in dwords.zip(data.chunks_exact_mut(4)) {
+            let value = self.vectors.get(dword / 4).map_or(u32::MAX, |vector| match dword % 4 {
+                0 => vector.message.address as u32,
+                1 => (vector.message.address >> 32) as u32,
+                2 => vector.message.data,
+                _ => u32::from(vector.masked),
+            });
+            out.copy_from_slice(&value.to_le_bytes());
+        }
+    }
+
+    /// Writes the table. Accesses are 4 or 8 aligned bytes; others do nothing.
+    pub fn write_table(&mut self, offset: u64, data: &[u8]) {
+        let Some(dwords) = dwords(offset, data.len()) else { return };
+        for (dword, value) in dwords.zip(data.chunks_exact(4)) {
+            let Some(vector) = self.vectors.get_mut(dword / 4) else { return };
+            let value = u32::from_le_bytes([value[0], value[1], value[2], value[3]]);
+            let address = vector.message.address;
+            match dword % 4 {
+                0 => vector.message.address = address & !0xffff_ffff | u64::from(value & !3),
+                1 => vector.message.address = address & 0xffff_ffff | u64::from(value) << 32,
+                2 => vector.message.data = value,
+                _ => vector.masked = value & VECTOR_MASKED != 0,
+            }
+            self.rewire(dword / 4);
+        }
+    }
+
+    /// Masks every vector and turns MSI-X off, as a reset does.
+    pub fn reset(&mut self) {
+        self.control = 0;
+        for index in 0..self.vectors.len() {
+            self.vectors[index].masked = true;
+            self.vectors[index].message = MsiMessage::default();
+            self.rewire(index);
+        }
+    }
+
+    fn rewire(&mut self, index: usize) {
+        let live = self.is_enabled() && self.control & CONTROL_FUNCTION_MASK == 0;
+        let vector = &mut self.vectors[index];
+        let wanted = (live && !vector.masked).then_some(vector.message);
+        if wanted == vector.attached {
+            return;
+        }
+        let result = match wanted {
+            // A message that changes while attached only changes the route.
+            Some(message) => self.router.attach(vector.gsi, &vector.event, message),
+            None => self.router.detach(vector.gsi, &vector.event),
+        };
+        match result {
+            Ok(()) => vector.attached = wanted,
+            Err(error) => tracing::warn!(%error, "an interrupt of a device cannot be delivered"),
+        }
+    }
+}
+
+fn dwords(offset: u64, length: usize) -> Option<std::ops::Range<usize>> {
+    let aligned = matches!(length, 4 | 8) && offset.is_multiple_of(length as u64);
+    let first = usize::try_from(offset / 4).ok()?;
+    aligned.then_some(first..first + length / 4)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Recorder(Mutex<Vec<(u32, Option<MsiMessage>)>>);
+
+    impl MsiRouter for Recorder {
+        fn allocate(&self) -> Result<u32, MsiError> {
+            Ok(24)
+        }
+        fn attach(&self, gsi: u32, _: &EventFd, message: MsiMessage) -> Result<(), MsiError> {
+            self.0.lock().unwrap().push((gsi, Some(message)));
+            Ok(())
+        }
+        fn detach(&self, gsi: u32, _: &EventFd) -> Result<(), MsiError> {
+            self.0.lock().unwrap().push((gsi, None));
+            Ok(())
+        }
+    }
+
+    fn table(count: u16) -> (Arc<Recorder>, MsixTable) {
+        let recorder = Arc::new(Recorder::default());
+        let table = MsixTable::new(count, recorder.clone()).unwrap();
+        (recorder, table)
+    }
+
+    const MESSAGE: MsiMessage = MsiMessage { address: 0x1_fee0_1000, data: 0x41 };
+
+    fn program(table: &mut MsixTable, vector: u64) {
+        let base = vector * ENTRY_SIZE;
+        table.write_table(base, &MESSAGE.address.to_le_bytes());
+        table.write_table(base + 8, &MESSAGE.data.to_le_bytes());
+        table.write_table(base + 12, &0u32.to_le_bytes());
+    }
+
+    #[test]
+    fn vector_is_attached_when_enabled_and_unmasked_and_detached_when_masked() {
+        let (recorder, mut table) = table(2);
+        program(&mut table, 1);
+        assert!(recorder.0.lock().unwrap().is_empty());
+        table.set_control(CONTROL_ENABLE);
+        table.set_control(CONTROL_ENABLE | CONTROL_FUNCTION_MASK);
+        table.set_control(CONTROL_ENABLE);
+        table.write_table(ENTRY_SIZE + 12, &1u32.to_le_bytes());
+        let log = recorder.0.lock().unwrap();
+        assert_eq!(*log, [(24, Some(MESSAGE)), (24, None), (24, Some(MESSAGE)), (24, None)]);
+    }
+
+    #[test]
+    fn table_reads_what_was_written() {
+        let (_, mut table) = table(2);
+        program(&mut table, 1);
+        let mut entry = [0; 8];
+        table.read_table(ENTRY_SIZE, &mut entry);
+        assert_eq!(u64::from_le_bytes(entry), MESSAGE.address);
+        table.read_table(ENTRY_SIZE + 8, &mut entry);
+        assert_eq!(u64::from_le_bytes(entry), u64::from(MESSAGE.data));
+    }
+
+    #[test]
+    fn accesses_past_the_table_or_misaligned_do_nothing() {
+        let (recorder, mut table) = table(1);
+        table.set_control(CONTROL_ENABLE);
+        for offset in [1, 2, 6, ENTRY_SIZE, ENTRY_SIZE * 100, u64::MAX - 3, u64::MAX - 7] {
+            for length in [1, 2, 4, 8] {
+                table.write_table(offset, &[0; 8][..length]);
+                let mut data = [0; 8];
+                table.read_table(offset, &mut data[..length]);
+                assert_eq!(data[..length], [0xff; 8][..length], "{offset} {length}");
+            }
+        }
+        assert!(recorder.0.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn capability_tells_the_last_vector_and_the_places() {
+        let (_, table) = table(3);
+        let body = table.capability(0, 0x4000, 0x5000);
+        assert_eq!(body, [2, 0, 0, 0x40, 0, 0, 0, 0x50, 0, 0]);
+    }
+}

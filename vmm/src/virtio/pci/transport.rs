@@ -1,0 +1,369 @@
+//! A virtio device as a PCI function: its BAR, its interrupts, and the moment when its queues go
+//! over to the device.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use virtio_queue::{Queue, QueueT};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::registers::{Action, QueueRegisters, Registers};
+use crate::event_loop::{EventLoop, EventLoopError, WorkerId};
+use crate::memory::GuestRam;
+use crate::pci::PciFunction;
+use crate::pci::bus::{BusError, PciBus};
+use crate::pci::config::{BarChange, ConfigError, ConfigSpace, Identity};
+use crate::pci::msix::{self, MsiError, MsiRouter, MsixTable};
+use crate::virtio::{
+    ActivateError, Activation, ActiveQueue, Fault, Interrupt, VirtioDevice, WorkerThread,
+};
+
+const BAR_SIZE: u64 = 0x8000;
+const COMMON: u64 = 0x0000;
+const INTERRUPT_STATUS: u64 = 0x1000;
+const DEVICE_CONFIG: u64 = 0x2000;
+const NOTIFY: u64 = 0x3000;
+const MSIX_TABLE: u64 = 0x4000;
+const MSIX_PENDING: u64 = 0x5000;
+const REGION_SIZE: u64 = 0x1000;
+const NOTIFY_MULTIPLIER: u32 = 4;
+
+// Virtio's PCI ids and capability types (virtio 1.2, 4.1.2, 4.1.4).
+const VENDOR: u16 = 0x1af4;
+const DEVICE_BASE: u16 = 0x1040;
+const VENDOR_CAPABILITY: u8 = 0x09;
+const TYPE_COMMON: u8 = 1;
+const TYPE_NOTIFY: u8 = 2;
+const TYPE_INTERRUPT_STATUS: u8 = 3;
+const TYPE_DEVICE_CONFIG: u8 = 4;
+
+/// Why a device could not be put on the bus.
+#[derive(Debug, thiserror::Error)]
+pub enum TransportError {
+    /// An interrupt could not be had.
+    #[error(transparent)]
+    Interrupt(#[from] MsiError),
+    /// The bus is full.
+    #[error(transparent)]
+    Bus(#[from] BusError),
+    /// The function's registers do not fit.
+    #[error("put a device's registers together: {0}")]
+    Config(#[from] ConfigError),
+    /// No descriptor was left for a queue's event.
+    #[error("make a queue's event: {0}; raise the limit of open files")]
+    Event(std::io::Error),
+    /// KVM refused to watch a doorbell.
+    #[error("watch the doorbell at {address:#x}: {reason}")]
+    Doorbell {
+        /// Its address.
+        address: u64,
+        /// What KVM said.
+        reason: String,
+    },
+}
+
+/// What lets a guest's write to an address add 1 to an event, without an exit to the VMM.
+pub trait Doorbells: Send + Sync {
+    /// Begins.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    fn watch(&self, address: u64, event: &EventFd) -> Result<(), TransportError>;
+
+    /// Ends.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    fn unwatch(&self, address: u64, event: &EventFd) -> Result<(), TransportError>;
+}
+
+/// The event loops that devices' workers run on.
+#[derive(Clone)]
+pub struct Workers {
+    /// See [`WorkerThread::Io`].
+    pub io: EventLoop,
+    /// See [`WorkerThread::FileServer`].
+    pub file_server: Option<EventLoop>,
+}
+
+impl Workers {
+    fn of(&self, thread: WorkerThread) -> &EventLoop {
+        match (thread, &self.file_server) {
+            (WorkerThread::FileServer, Some(file_server)) => file_server,
+            _ => &self.io,
+        }
+    }
+}
+
+/// A virtio device on the PCI bus.
+pub struct VirtioPci {
+    device: Box<dyn VirtioDevice>,
+    registers: Registers,
+    config: ConfigSpace,
+    msix: MsixTable,
+    msix_control: u16,
+    needs_reset: Arc<AtomicBool>,
+    kicks: Vec<Arc<EventFd>>,
+    doorbells: Arc<dyn Doorbells>,
+    workers: Workers,
+    worker: Option<(WorkerThread, WorkerId)>,
+    ram: GuestRam,
+}
+
+impl VirtioPci {
+    /// Wraps a device. Its BAR takes a place on `bus`; adding it there is the caller's.
+    ///
+    /// # Errors
+    /// No interrupt, doorbell, descriptor or address is left.
+    pub fn new(
+        device: Box<dyn VirtioDevice>,
+        bus: &PciBus,
+        ram: GuestRam,
+        router: Arc<dyn MsiRouter>,
+        doorbells: Arc<dyn Doorbells>,
+        workers: Workers,
+    ) -> Result<Self, TransportError> {
+        let queues = device.queue_sizes().len();
+        // One vector a queue, and one for configuration changes.
+        let vectors = queues as u16 + 1;
+        let msix = MsixTable::new(vectors, router)?;
+        let mut config = ConfigSpace::new(identity(device.id()));
+        config.add_bar(0, BAR_SIZE, bus.allocate_bar(BAR_SIZE)?)?;
+        add_virtio_capabilities(&mut config)?;
+        let body = msix.capability(0, MSIX_TABLE as u32, MSIX_PENDING as u32);
+        let msix_capability = config.add_capability(msix::CAPABILITY_ID, &body)?;
+        let msix_control = msix_capability + 2;
+        config.allow(usize::from(msix_control), &MsixTable::WRITABLE_CONTROL.to_le_bytes());
+        let kicks = (0..queues)
+            .map(|_| EventFd::new(EFD_NONBLOCK).map(Arc::new).map_err(TransportError::Event))
+            .collect::<Result<Vec<_>, _>>()?;
+        let registers = Registers::new(device.features(), device.queue_sizes(), vectors);
+        let this = Self {
+            device,
+            registers,
+            config,
+            msix,
+            msix_control,
+            needs_reset: Arc::new(AtomicBool::new(false)),
+            kicks,
+            doorbells,
+            workers,
+            worker: None,
+            ram,
+        };
+        for (_, address, _) in this.config.decoded_bars() {
+            this.ring_at(address)?;
+        }
+        Ok(this)
+    }
+
+    fn doorbell_addresses(bar: u64) -> impl Iterator<Item = u64> {
+        (0..).map(move |queue: u64| bar + NOTIFY + queue * u64::from(NOTIFY_MULTIPLIER))
+    }
+
+    fn ring_at(&self, bar: u64) -> Result<(), TransportError> {
+        for (address, kick) in Self::doorbell_addresses(bar).zip(&self.kicks) {
+            self.doorbells.watch(address, kick)?;
+        }
+        Ok(())
+    }
+
+    fn move_doorbells(&self, change: BarChange) {
+        if let Some(old) = change.old {
+            for (address, kick) in Self::doorbell_addresses(old).zip(&self.kicks) {
+                if let Err(error) = self.doorbells.unwatch(address, kick) {
+                    tracing::warn!(%error, "a doorbell stays where its device was");
+                }
+            }
+        }
+        if let Some(new) = change.new
+            && let Err(error) = self.ring_at(new)
+        {
+            // The guest chose an address that another device has. Writes there still arrive as
+            // exits, and are served by `write_bar`.
+            tracing::warn!(%error, "a device was moved to where it cannot be rung");
+        }
+    }
+
+    fn interrupt(&self, vector: u16) -> Interrupt {
+        self.msix.event(vector).map_or_else(Interrupt::none, Interrupt::new)
+    }
+
+    fn activate(&mut self) {
+        let config_interrupt = self.interrupt(self.registers.config_vector());
+        let fault = Fault::new(self.needs_reset.clone(), config_interrupt.clone());
+        if let Err(error) = self.try_activate(config_interrupt, fault.clone()) {
+            fault.report("virtio-pci", &error);
+        }
+    }
+
+    fn try_activate(
+        &mut self,
+        config_interrupt: Interrupt,
+        fault: Fault,
+    ) -> Result<(), ActivateError> {
+        let mut queues = Vec::with_capacity(self.kicks.len());
+        for (registers, kick) in self.registers.queues().iter().zip(&self.kicks) {
+            let queue = match registers.enabled {
+                true => {
+                    let queue = self.build_queue(registers)?;
+                    let interrupt = self.interrupt(registers.vector);
+                    Some(ActiveQueue::new(queue, self.ram.clone(), kick.clone(), interrupt))
+                }
+                false => None,
+            };
+            queues.push(queue);
+        }
+        let activation = Activation {
+            ram: self.ram.clone(),
+            features: self.registers.features(),
+            queues,
+            config_interrupt,
+            fault,
+        };
+        let worker = self.device.activate(activation)?;
+        let thread = self.device.worker_thread();
+        let gone = |error: EventLoopError| ActivateError {
+            device: "virtio-pci",
+            reason: error.to_string(),
+        };
+        let id = self.workers.of(thread).add(worker).map_err(gone)?;
+        self.worker = Some((thread, id));
+        Ok(())
+    }
+
+    fn build_queue(&self, registers: &QueueRegisters) -> Result<Queue, ActivateError> {
+        let bad = |reason: String| ActivateError { device: "virtqueue", reason };
+        let mut queue = Queue::new(registers.max_size).map_err(|error| bad(error.to_string()))?;
+        let halves = |value: u64| (Some(value as u32), Some((value >> 32) as u32));
+        queue.set_size(registers.size);
+        let (low, high) = halves(registers.descriptors);
+        queue.set_desc_table_address(low, high);
+        let (low, high) = halves(registers.driver);
+        queue.set_avail_ring_address(low, high);
+        let (low, high) = halves(registers.device);
+        queue.set_used_ring_address(low, high);
+        queue.set_event_idx(self.registers.features() & crate::virtio::FEATURE_EVENT_IDX != 0);
+        queue.set_ready(true);
+        if queue.is_valid(&self.ram) {
+            Ok(queue)
+        } else {
+            Err(bad("its rings lie outside the guest's memory".into()))
+        }
+    }
+
+    fn reset(&mut self) {
+        if let Some((thread, id)) = self.worker.take()
+            && let Err(error) = self.workers.of(thread).remove(id)
+        {
+            tracing::error!(%error, "a device's worker cannot be stopped");
+        }
+        for kick in &self.kicks {
+            let _ = kick.read(); // Non-blocking: empty already is fine.
+        }
+        self.needs_reset.store(false, Ordering::Release);
+    }
+
+    fn perform(&mut self, action: Action) {
+        match action {
+            Action::None => {}
+            Action::Activate => self.activate(),
+            Action::Reset => self.reset(),
+        }
+    }
+}
+
+fn identity(virtio_id: u32) -> Identity {
+    let class = match virtio_id {
+        1 => [0, 0, 0x02],         // Network, Ethernet.
+        2 | 26 => [0, 0x80, 0x01], // Mass storage, other.
+        _ => [0, 0x80, 0x08],      // System peripheral, other.
+    };
+    Identity {
+        vendor: VENDOR,
+        device: DEVICE_BASE + virtio_id as u16,
+        revision: 1,
+        class,
+        subsystem_vendor: VENDOR,
+        subsystem: 0x40 + virtio_id as u16,
+    }
+}
+
+/// Where the structures lie (virtio 1.2, 4.1.4): `struct virtio_pci_cap` less its first two bytes.
+fn add_virtio_capabilities(config: &mut ConfigSpace) -> Result<(), ConfigError> {
+    let structures = [
+        (TYPE_COMMON, COMMON, 0x38),
+        (TYPE_INTERRUPT_STATUS, INTERRUPT_STATUS, 1),
+        (TYPE_DEVICE_CONFIG, DEVICE_CONFIG, REGION_SIZE as u32),
+    ];
+    for (kind, offset, length) in structures {
+        config.add_capability(VENDOR_CAPABILITY, &structure(16, kind, offset, length))?;
+    }
+    let mut notify = structure(20, TYPE_NOTIFY, NOTIFY, REGION_SIZE as u32).to_vec();
+    notify.extend(NOTIFY_MULTIPLIER.to_le_bytes());
+    config.add_capability(VENDOR_CAPABILITY, &notify)?;
+    Ok(())
+}
+
+fn structure(capability_length: u8, kind: u8, offset: u64, length: u32) -> [u8; 14] {
+    let mut body = [0; 14];
+    body[0] = capability_length;
+    body[1] = kind;
+    body[6..10].copy_from_slice(&(offset as u32).to_le_bytes());
+    body[10..].copy_from_slice(&length.to_le_bytes());
+    body
+}
+
+impl PciFunction for VirtioPci {
+    fn config(&self) -> &ConfigSpace {
+        &self.config
+    }
+
+    fn write_config(&mut self, offset: u16, data: &[u8]) -> Vec<BarChange> {
+        let changes = self.config.write(offset, data);
+        self.msix.set_control(self.config.u16_at(usize::from(self.msix_control)));
+        for change in &changes {
+            self.move_doorbells(*change);
+        }
+        changes
+    }
+
+    fn read_bar(&mut self, _: u8, offset: u64, data: &mut [u8]) {
+        let within = offset % REGION_SIZE;
+        match offset - within {
+            COMMON => {
+                if self.needs_reset.load(Ordering::Acquire) {
+                    self.registers.set_needs_reset();
+                }
+                self.registers.read(within, data);
+            }
+            DEVICE_CONFIG => {
+                let config = self.device.config();
+                for (index, byte) in data.iter_mut().enumerate() {
+                    *byte = config.get(within as usize + index).copied().unwrap_or(0);
+                }
+            }
+            MSIX_TABLE => self.msix.read_table(within, data),
+            _ => data.fill(0),
+        }
+    }
+
+    fn write_bar(&mut self, _: u8, offset: u64, data: &[u8]) {
+        let within = offset % REGION_SIZE;
+        match offset - within {
+            COMMON => {
+                let action = self.registers.write(within, data);
+                self.perform(action);
+            }
+            // Only when the doorbell could not be watched.
+            NOTIFY => {
+                let queue = (within / u64::from(NOTIFY_MULTIPLIER)) as usize;
+                if let Some(kick) = self.kicks.get(queue) {
+                    let _ = kick.write(1); // Full means pending.
+                }
+            }
+            MSIX_TABLE => self.msix.write_table(within, data),
+            _ => {}
+        }
+    }
+}

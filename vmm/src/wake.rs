@@ -1,0 +1,38 @@
+//! An event by which one thread wakes another that waits in poll(2).
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use rustix::event::{EventfdFlags, eventfd};
+
+/// The event. Cloning it is cheap: all clones are the same event.
+#[derive(Debug, Clone)]
+pub struct Wake(Arc<OwnedFd>);
+
+impl Wake {
+    /// An event that has not happened.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub fn new() -> Result<Self, rustix::io::Errno> {
+        eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).map(Arc::new).map(Self)
+    }
+
+    /// Lets it happen.
+    pub fn ring(&self) {
+        // A full counter is an event that has happened already.
+        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+    }
+
+    /// Makes it as if it had not happened.
+    pub fn clear(&self) {
+        // It is non-blocking: nothing to read is fine too.
+        let _ = rustix::io::read(&self.0, &mut [0; 8]);
+    }
+}
+
+impl AsFd for Wake {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}

@@ -1,0 +1,216 @@
+//! The VMM process against the real KVM, with guests of a few dozen bytes: how each of them ends,
+//! what it sees of its platform, and what a wrong request gets. `/dev/kvm` has to be there; it
+//! need not be fit for Linux.
+
+mod client;
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Seek, Write};
+use std::path::Path;
+
+use client::{Attachments, Vmm};
+use vial_vmm_api::{
+    API_VERSION, Action, Descriptor, DeviceConfig, Event, ExitReason, FailureKind, Reply, VmConfig,
+    VmState,
+};
+
+const LOAD_ADDRESS: u64 = 0x100_0000;
+
+/// An ELF kernel whose only segment is `code`.
+fn kernel(code: &[u8]) -> File {
+    let mut bytes = vec![0u8; 120];
+    bytes[..8].copy_from_slice(&[0x7f, b'E', b'L', b'F', 2, 1, 1, 0]);
+    bytes[16..21].copy_from_slice(&[2, 0, 0x3e, 0, 1]);
+    bytes[24..32].copy_from_slice(&LOAD_ADDRESS.to_le_bytes());
+    bytes[32..40].copy_from_slice(&64u64.to_le_bytes());
+    bytes[52..58].copy_from_slice(&[64, 0, 56, 0, 1, 0]);
+    bytes[64..72].copy_from_slice(&[1, 0, 0, 0, 5, 0, 0, 0]);
+    let length = code.len() as u64;
+    let fields = [120, LOAD_ADDRESS, LOAD_ADDRESS, length, length, 0x1000];
+    for (index, value) in fields.into_iter().enumerate() {
+        bytes[72 + index * 8..80 + index * 8].copy_from_slice(&u64::to_le_bytes(value));
+    }
+    bytes.extend_from_slice(code);
+    file(&bytes)
+}
+
+fn file(bytes: &[u8]) -> File {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(bytes).unwrap();
+    file
+}
+
+/// `mov al, value; mov dx, port; out dx, al`
+fn out(port: u16, value: u8) -> Vec<u8> {
+    let [low, high] = port.to_le_bytes();
+    vec![0xb0, value, 0x66, 0xba, low, high, 0xee]
+}
+
+/// `mov eax, [address]; mov dx, 0x3f8; out dx, al; shr eax, 8; …` for all four bytes.
+fn print_dword(address: u32) -> Vec<u8> {
+    let mut code = vec![0xbf];
+    code.extend(address.to_le_bytes()); // mov edi, address
+    code.extend([0x8b, 0x07, 0x66, 0xba, 0xf8, 0x03]); // mov eax, [rdi]; mov dx, 0x3f8
+    for _ in 0..4 {
+        code.extend([0xee, 0xc1, 0xe8, 0x08]); // out dx, al; shr eax, 8
+    }
+    code
+}
+
+const POWER_OFF: (u16, u8) = (0x600, 0x34);
+
+struct Request {
+    config: VmConfig,
+    files: Attachments,
+}
+
+fn request(kernel: File) -> Request {
+    let mut files = Attachments::default();
+    let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm");
+    let kvm = files.add(kvm.expect("these tests need /dev/kvm, open for reading and writing"));
+    let kernel = files.add(kernel);
+    let config = VmConfig {
+        version: API_VERSION,
+        kvm,
+        vcpus: 1,
+        memory_mib: 32,
+        kernel,
+        initrd: None,
+        command_line: String::new(),
+        console: None,
+        devices: Vec::new(),
+    };
+    Request { config, files }
+}
+
+fn start() -> Vmm {
+    Vmm::start(Path::new(env!("CARGO_BIN_EXE_vial-vmm")))
+}
+
+fn boot(vmm: &mut Vmm, request: Request) -> Result<Reply, vial_vmm_api::Failure> {
+    vmm.ask(Action::Boot(Box::new(request.config)), &request.files.all())
+}
+
+/// Boots `code` and checks that both the event and the exit status tell `reason`.
+fn ends(code: &[u8], reason: ExitReason) {
+    let mut vmm = start();
+    let report = boot(&mut vmm, request(kernel(code))).expect("boot");
+    let Reply::Booted(report) = report else { panic!("{report:?}") };
+    assert!(report.marks.is_sorted_by_key(|(_, at)| *at), "{report:?}");
+    assert_eq!(vmm.event().0, Event::Exited(reason));
+    assert_eq!(vmm.wait().code(), Some(reason.status().into()));
+}
+
+#[test]
+fn guest_that_powers_off_ends_with_0() {
+    ends(&out(POWER_OFF.0, POWER_OFF.1), ExitReason::PowerOff);
+}
+
+#[test]
+fn guest_that_resets_is_told_apart() {
+    ends(&out(0x602, 1), ExitReason::Reset);
+}
+
+#[test]
+fn guest_that_panics_is_told_apart() {
+    ends(&out(0x505, 1), ExitReason::Panic);
+}
+
+#[test]
+fn guest_with_a_triple_fault_is_told_apart() {
+    // lidt [0] of an empty table, then an undefined instruction.
+    ends(&[0x0f, 0x01, 0x1c, 0x25, 0x20, 0x05, 0, 0, 0x0f, 0x0b], ExitReason::TripleFault);
+}
+
+#[test]
+fn console_and_configuration_space_show_what_was_configured() {
+    // The page tables map the first gibibyte; a third entry of 1 GiB maps the 32-bit hole.
+    let mut code = vec![0xbf, 0x18, 0xa0, 0, 0, 0xb8, 0x83, 0, 0, 0xc0, 0x48, 0x89, 0x07];
+    code.extend(out(0x3f8, b'>'));
+    for device in 0..4 {
+        code.extend(print_dword(0xe000_0000 + (device << 15)));
+    }
+    code.extend(out(POWER_OFF.0, POWER_OFF.1));
+    let mut console = tempfile::tempfile().unwrap();
+    let mut request = request(kernel(&code));
+    request.config.console = Some(request.files.add(console.try_clone().unwrap()));
+    request.config.devices =
+        vec![DeviceConfig::Vsock { guest_cid: 3, host_ports: vec![] }, DeviceConfig::Rng];
+    let mut vmm = start();
+    boot(&mut vmm, request).expect("boot");
+    assert_eq!(vmm.event().0, Event::Exited(ExitReason::PowerOff));
+    let mut text = Vec::new();
+    console.rewind().unwrap();
+    console.read_to_end(&mut text).unwrap();
+    let mut expected = vec![b'>'];
+    for id in [0x0008_1b36u32, 0x1053_1af4, 0x1044_1af4, u32::MAX] {
+        expected.extend(id.to_le_bytes());
+    }
+    assert_eq!(text, expected);
+}
+
+/// `jmp $`
+const FOREVER: [u8; 2] = [0xeb, 0xfe];
+
+#[test]
+fn stop_ends_a_guest_that_never_would() {
+    let mut vmm = start();
+    assert_eq!(vmm.ask(Action::Status, &[]), Ok(Reply::Status(VmState::Empty)));
+    boot(&mut vmm, request(kernel(&FOREVER))).expect("boot");
+    assert_eq!(vmm.ask(Action::Status, &[]), Ok(Reply::Status(VmState::Running)));
+    let again = boot(&mut vmm, request(kernel(&FOREVER))).unwrap_err();
+    assert_eq!(again.kind, FailureKind::State);
+    assert_eq!(vmm.ask(Action::Stop, &[]), Ok(Reply::Done));
+    assert_eq!(vmm.wait().code(), Some(ExitReason::Stopped.status().into()));
+}
+
+#[test]
+fn vm_ends_when_nobody_holds_its_socket() {
+    let mut vmm = start();
+    boot(&mut vmm, request(kernel(&FOREVER))).expect("boot");
+    vmm.hang_up();
+    assert_eq!(vmm.wait().code(), Some(ExitReason::Stopped.status().into()));
+}
+
+#[test]
+fn wrong_request_is_refused_in_a_sentence_and_the_next_may_be_right() {
+    type Spoil = fn(&mut Request);
+    let cases: [(Spoil, &str); 8] = [
+        (|r| r.config.memory_mib = 16, "16 MiB of memory"),
+        (|r| r.config.vcpus = 0, "vCPUs"),
+        (|r| r.config.kernel = r.files.add(file(b"#!/bin/sh\n")), "uncompressed 64-bit ELF"),
+        (|r| r.config.kernel = r.files.add(file(b"")), "uncompressed 64-bit ELF"),
+        (|r| r.config.initrd = Some(r.files.add(file(&vec![0; 40 << 20]))), "does not fit"),
+        (|r| r.config.kvm = r.files.add(File::open("/dev/null").unwrap()), "/dev/kvm"),
+        (|r| r.config.kernel = Descriptor(63), "missing or named twice"),
+        (
+            |r| r.config.devices = vec![DeviceConfig::Vsock { guest_cid: 2, host_ports: vec![] }],
+            "reserved",
+        ),
+    ];
+    let mut vmm = start();
+    for (spoil, words) in cases {
+        let mut request = request(kernel(&FOREVER));
+        spoil(&mut request);
+        let failure = boot(&mut vmm, request).unwrap_err();
+        assert!(failure.message.contains(words), "{words}: {}", failure.message);
+    }
+    boot(&mut vmm, request(kernel(&FOREVER))).expect("boot after refusals");
+}
+
+#[test]
+fn packet_that_is_no_request_ends_the_process_with_1() {
+    let mut vmm = start();
+    vmm.send_raw(&[0xff; 32], &[]);
+    assert_eq!(vmm.wait().code(), Some(1));
+}
+
+#[test]
+fn most_vcpus_and_most_memory_boot() {
+    let mut request = request(kernel(&out(POWER_OFF.0, POWER_OFF.1)));
+    request.config.vcpus = 64;
+    request.config.memory_mib = 64 << 10;
+    let mut vmm = start();
+    boot(&mut vmm, request).expect("boot");
+    assert_eq!(vmm.event().0, Event::Exited(ExitReason::PowerOff));
+}
