@@ -76,7 +76,8 @@ fn read_agent(path: &Path) -> Result<Vec<u8>> {
     Ok(program)
 }
 
-/// What the image holds: the agent, mount points, and the console that the kernel opens before it starts init.
+/// What the image holds: the agent, mount points, the console that the kernel opens before it starts init, and the null
+/// device, which the agent's runtime opens before its first line where there is no console to be its standard streams.
 fn entries(program: Vec<u8>) -> Vec<Entry> {
     let directory = |path: &str, permissions| Entry {
         path: path.to_owned(),
@@ -93,6 +94,11 @@ fn entries(program: Vec<u8>) -> Vec<Entry> {
             path: "dev/console".to_owned(),
             permissions: 0o600,
             content: Content::CharacterDevice { major: 5, minor: 1 },
+        },
+        Entry {
+            path: "dev/null".to_owned(),
+            permissions: 0o666,
+            content: Content::CharacterDevice { major: 1, minor: 3 },
         },
         Entry { path: "init".to_owned(), permissions: 0o755, content: Content::File(program) },
     ]
