@@ -124,8 +124,16 @@ fn guest_with_a_triple_fault_is_told_apart() {
 
 #[test]
 fn console_and_configuration_space_show_what_was_configured() {
-    // The page tables map the first gibibyte; a third entry of 1 GiB maps the 32-bit hole.
-    let mut code = vec![0xbf, 0x18, 0xa0, 0, 0, 0xb8, 0x83, 0, 0, 0xc0, 0x48, 0x89, 0x07];
+    // The page tables map the first gibibyte: map 2 MiB of the 32-bit hole too, by a table of
+    // their own at 0xc000.
+    let mut code = Vec::new();
+    for (address, entry) in [(0xa018u32, 0xc003u32), (0xc800, 0xe000_0083)] {
+        code.push(0xbf); // mov edi, address
+        code.extend(address.to_le_bytes());
+        code.push(0xb8); // mov eax, entry
+        code.extend(entry.to_le_bytes());
+        code.extend([0x48, 0x89, 0x07]); // mov [rdi], rax
+    }
     code.extend(out(0x3f8, b'>'));
     for device in 0..4 {
         code.extend(print_dword(0xe000_0000 + (device << 15)));

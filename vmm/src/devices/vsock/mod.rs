@@ -2,12 +2,13 @@
 //!
 //! There are no socket files. A connection from the host comes as one end of a socket pair
 //! ([`VsockConnector::connect`]); a connection from the guest to one of the allowed ports makes a
-//! pair and hands one end out. [`connection`] decides, [`worker`] moves the bytes: straight
+//! pair and hands one end out. `connection` decides, `worker` and `entry` move the bytes: straight
 //! between the host's socket and guest memory, with a bounded buffer where the host is slow.
 //!
 //! Nothing survives a reset: all connections are dropped, and the host sees their end.
 
 mod connection;
+mod entry;
 mod packet;
 mod worker;
 

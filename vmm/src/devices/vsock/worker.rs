@@ -1,25 +1,22 @@
-//! Moves the bytes of vsock connections between the host's sockets and the guest's queues, as
-//! [`Connection`] decides.
+//! Serves the guest's queues and watches the host's sockets of all connections, as [`Connection`]
+//! decides.
 //!
 //! Each wake-up does a bounded amount of work. Packets for the guest are made connection by
 //! connection, one packet each in turn, so that one that floods does not starve the others. A
 //! socket is watched only for what could be used: for data only when the guest has room for it.
 
 use std::collections::{HashMap, VecDeque};
-use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType, recv, send, shutdown,
-    socketpair,
-};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 use super::connection::{Connection, Verdict};
+use super::entry::{Entry, close};
 use super::packet::{HEADER_BYTES, Operation, Ports, Received, Sent, TYPE_STREAM};
 use super::{DEVICE, HOST_CID, MAX_CONNECTIONS, MAX_PENDING, OnGuestConnect, Shared};
-use crate::devices::buffers::{Buffers, Span};
+use crate::devices::buffers::Buffers;
 use crate::memory::GuestRam;
 use crate::virtio::{ActiveQueue, Fault, QueueError};
 
@@ -28,8 +25,6 @@ const PACKETS_PER_WAKE: usize = 256;
 /// The most RST packets without a connection that wait for room in the guest's receive queue.
 /// While they wait, the transmit queue does too.
 const MAX_RESETS: usize = 256;
-/// The most data in one packet for the guest.
-const MAX_DATA_BYTES: usize = 64 << 10;
 /// The first of our ports for connections from the host: above those that programs choose.
 const FIRST_HOST_PORT: u32 = 1 << 30;
 
@@ -49,155 +44,6 @@ pub(super) struct Parts {
     pub(super) receive: ActiveQueue,
     pub(super) transmit: ActiveQueue,
     pub(super) fault: Fault,
-}
-
-/// A connection and the host's socket of it.
-struct Entry {
-    machine: Connection,
-    /// `None` when the host's end is closed and all of it was read.
-    socket: Option<OwnedFd>,
-    /// Data of the guest that the host has not taken yet. Bounded by the credit given.
-    backlog: VecDeque<u8>,
-    /// What the event loop watches the socket for.
-    watched: Option<EventSet>,
-    /// The socket had data when last asked.
-    readable: bool,
-    /// The host's end is closed. The socket is not watched any more: it would report this
-    /// without end.
-    hung_up: bool,
-    /// The guest is done with the connection; only the backlog is still to be passed on.
-    detached: bool,
-    /// It is in [`VsockWorker::ready`].
-    queued: bool,
-}
-
-impl Entry {
-    fn new(machine: Connection, socket: OwnedFd) -> Self {
-        Self {
-            machine,
-            socket: Some(socket),
-            backlog: VecDeque::new(),
-            watched: None,
-            readable: false,
-            hung_up: false,
-            detached: false,
-            queued: false,
-        }
-    }
-
-    /// Whether there is a packet to be made for the guest.
-    fn has_packet(&self) -> bool {
-        !self.detached && (self.machine.owes() || self.can_read())
-    }
-
-    fn can_read(&self) -> bool {
-        self.readable
-            && self.socket.is_some()
-            && !self.machine.is_host_read_over()
-            && self.machine.budget() > 0
-    }
-
-    /// What the socket is to be watched for.
-    fn interest(&self) -> Option<EventSet> {
-        if self.socket.is_none() || self.hung_up {
-            return None;
-        }
-        // Without any, hang-ups are still reported.
-        let mut set = EventSet::empty();
-        if !self.detached
-            && !self.readable
-            && !self.machine.is_host_read_over()
-            && self.machine.budget() > 0
-        {
-            set |= EventSet::IN;
-        }
-        if !self.backlog.is_empty() {
-            set |= EventSet::OUT;
-        }
-        Some(set)
-    }
-
-    /// Throws away what the host does not want.
-    fn discard_backlog(&mut self) {
-        let bytes = self.backlog.len() as u32;
-        self.backlog = VecDeque::new();
-        self.machine.on_host_refuses();
-        self.machine.on_forwarded(bytes);
-    }
-
-    /// Passes on data that came in a packet, and keeps what the host does not take at once.
-    fn deliver(&mut self, ram: &GuestRam, buffers: &Buffers, bytes: u32) -> Result<(), QueueError> {
-        let Some(socket) = self.socket.as_ref().filter(|_| !self.machine.is_discarding()) else {
-            self.machine.on_forwarded(bytes);
-            return Ok(());
-        };
-        let mut span = Span { offset: HEADER_BYTES, bytes: bytes as usize };
-        if self.backlog.is_empty() {
-            match buffers.send(ram, socket.as_fd(), span) {
-                Ok(sent) => {
-                    span = Span { offset: span.offset + sent, bytes: span.bytes - sent };
-                    self.machine.on_forwarded(sent as u32);
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(_) => {
-                    self.discard_backlog();
-                    self.machine.on_forwarded(bytes);
-                    return Ok(());
-                }
-            }
-        }
-        if span.bytes > 0 {
-            let mut rest = vec![0; span.bytes];
-            buffers.copy_to(ram, span.offset, &mut rest)?;
-            self.backlog.extend(rest);
-        }
-        Ok(())
-    }
-
-    /// Passes on what the host takes of the backlog now.
-    fn flush(&mut self) {
-        let Some(socket) = &self.socket else { return };
-        while !self.backlog.is_empty() {
-            let (front, _) = self.backlog.as_slices();
-            match send(socket, front, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
-                Ok(sent) => {
-                    self.backlog.drain(..sent);
-                    self.machine.on_forwarded(sent as u32);
-                }
-                Err(rustix::io::Errno::INTR) => {}
-                Err(rustix::io::Errno::AGAIN) => return,
-                Err(_) => return self.discard_backlog(),
-            }
-        }
-        self.backlog = VecDeque::new();
-        self.shut_down();
-    }
-
-    /// Tells the host of the directions that the guest has ended.
-    fn shut_down(&self) {
-        let Some(socket) = &self.socket else { return };
-        // It fails only when the host's end is closed, which shows elsewhere.
-        if self.machine.is_guest_refusing() {
-            let _ = shutdown(socket, Shutdown::Read);
-        }
-        if self.machine.is_guest_end() && self.backlog.is_empty() {
-            let _ = shutdown(socket, Shutdown::Write);
-        }
-    }
-}
-
-/// Closes a socket so that the host sees the end of the stream and no error: Linux reports a
-/// connection reset when data is left unread.
-fn close(socket: OwnedFd) {
-    let _ = shutdown(&socket, Shutdown::Both);
-    let mut unread = [0_u8; 16 << 10];
-    // Nothing can be added any more, and a socket's buffer is a few hundred KiB.
-    for _ in 0..256 {
-        match recv(&socket, &mut unread[..], RecvFlags::DONTWAIT) {
-            Ok((1.., _)) => {}
-            _ => break,
-        }
-    }
 }
 
 /// Something to be put into the guest's receive queue.
@@ -557,7 +403,7 @@ impl VsockWorker {
         // After a hang-up the data goes first, so that one SHUTDOWN behind it says all.
         let mut packet = if entry.hung_up { None } else { entry.machine.next_owed() };
         if packet.is_none() && entry.can_read() {
-            packet = read_data(entry, &self.parts.ram, buffers);
+            packet = entry.read(&self.parts.ram, buffers);
         }
         if packet.is_none() {
             packet = entry.machine.next_owed();
@@ -641,32 +487,6 @@ impl VsockWorker {
             }
         }
     }
-}
-
-/// Reads data of the host into a chain, behind the header.
-fn read_data(entry: &mut Entry, ram: &GuestRam, buffers: &Buffers) -> Option<Sent> {
-    let socket = entry.socket.as_ref()?;
-    let room = buffers.len() - HEADER_BYTES;
-    let wanted = room.min(MAX_DATA_BYTES).min(entry.machine.budget() as usize);
-    if wanted == 0 {
-        return None;
-    }
-    match buffers.receive(ram, socket.as_fd(), Span { offset: HEADER_BYTES, bytes: wanted }) {
-        Ok(0) => {}
-        Ok(bytes) => {
-            // Less than asked for is all that there was, unless the host has closed its end.
-            entry.readable = bytes == wanted || entry.hung_up;
-            return Some(entry.machine.send_data(bytes as u32));
-        }
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock && !entry.hung_up => {
-            entry.readable = false;
-            return None;
-        }
-        Err(_) => {}
-    }
-    entry.readable = false;
-    entry.machine.on_host_end();
-    entry.machine.next_owed()
 }
 
 impl MutEventSubscriber for VsockWorker {

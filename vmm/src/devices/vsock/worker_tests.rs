@@ -1,5 +1,7 @@
 use std::sync::Mutex;
 
+use rustix::net::{SendFlags, Shutdown, send, shutdown};
+
 use super::super::connection::BUFFER_BYTES;
 use super::super::packet::tests::GuestHeader;
 use super::super::packet::{SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
