@@ -48,6 +48,11 @@ impl Cgroup {
         PathBuf::from(format!("{CONTAINERS}/{id}"))
     }
 
+    /// Where it is.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Every process in it and in what the container made below it.
     ///
     /// # Errors

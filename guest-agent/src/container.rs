@@ -20,6 +20,7 @@ use tokio::sync::watch;
 use vial_agent_protocol::{MAX_SPEC_BYTES, is_valid_id};
 
 use crate::cgroup::{Cgroup, CgroupError};
+use crate::devices::DeviceError;
 use crate::launch::LaunchError;
 use crate::reaper::{ExitStatus, Reaper};
 use crate::share::{Share, ShareError};
@@ -83,6 +84,8 @@ pub(crate) enum ContainerError {
     Stdio(#[from] StdioError),
     #[error(transparent)]
     Launch(#[from] LaunchError),
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
     #[error("the request was broken off inside the agent")]

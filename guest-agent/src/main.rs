@@ -9,6 +9,7 @@
 mod boot;
 mod cgroup;
 mod container;
+mod devices;
 mod helper;
 mod launch;
 mod log;

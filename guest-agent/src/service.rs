@@ -13,6 +13,7 @@ use vial_agent_protocol::agent::{
 use vial_agent_protocol::{PROTOCOL_VERSION, agent_ttrpc};
 
 use crate::container::{ContainerError, Containers, Create, Exec};
+use crate::devices::DeviceError;
 use crate::launch::LaunchError;
 use crate::marks::{Mark, now_ns};
 use crate::reaper::ExitStatus;
@@ -42,6 +43,7 @@ fn code(error: &ContainerError) -> Code {
         | E::Size { .. }
         | E::Spec(_)
         | E::Share(_)
+        | E::Device(DeviceError::TooMany(_))
         | E::Launch(LaunchError::Executable(_))
         | E::Stdio(StdioError::TerminalStderr | StdioError::Twice(_)) => Code::INVALID_ARGUMENT,
         E::State { .. } | E::NoTerminal(_) | E::Stdio(StdioError::Stream(_)) => {
@@ -54,6 +56,7 @@ fn code(error: &ContainerError) -> Code {
         | E::Stdio(StdioError::Pipe(_))
         | E::Launch(_)
         | E::Cgroup(_)
+        | E::Device(_)
         | E::BrokenOff => Code::INTERNAL,
     }
 }

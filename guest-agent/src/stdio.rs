@@ -247,8 +247,7 @@ mod tests {
             stdin.shutdown().await.unwrap();
         });
         let (mut out, mut err) = (Vec::new(), Vec::new());
-        let (a, b) = tokio::join!(stdout.read_to_end(&mut out), stderr.read_to_end(&mut err));
-        (a.unwrap(), b.unwrap());
+        tokio::try_join!(stdout.read_to_end(&mut out), stderr.read_to_end(&mut err)).unwrap();
         child.wait().unwrap();
         (out, err)
     }

@@ -1,9 +1,8 @@
-//! The system calls that no safe wrapper offers. The only unsafe code of the agent
-//! besides [`crate::devices`].
+//! The system calls that no safe wrapper offers: the only unsafe code of the agent.
 #![allow(unsafe_code)]
 
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use tokio::io::unix::AsyncFd;
 
@@ -60,4 +59,97 @@ pub(crate) fn async_fd(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an OwnedFd is open until it is dropped, answers the same number every time, and
     // the AsyncFd deregisters it before dropping it.
     Ok(unsafe { AsyncFd::register(fd) }?)
+}
+
+/// The commands and constants of bpf(2) that are used here (linux/bpf.h).
+const BPF_PROG_LOAD: i32 = 5;
+const BPF_PROG_ATTACH: i32 = 8;
+const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
+const BPF_CGROUP_DEVICE: u32 = 6;
+/// A program of a cgroup further down is asked, too; both have to agree.
+const BPF_F_ALLOW_MULTI: u32 = 2;
+
+/// How often the loading of a program is tried again that a signal interrupted.
+const MAX_LOAD_TRIES: u32 = 100;
+
+/// The part of `union bpf_attr` for BPF_PROG_LOAD; what follows it is 0 to the kernel.
+#[repr(C)]
+struct ProgramLoad {
+    kind: u32,
+    instructions: u32,
+    instruction_address: u64,
+    license_address: u64,
+    log_level: u32,
+    log_size: u32,
+    log_address: u64,
+    kernel_version: u32,
+    flags: u32,
+}
+
+/// The part of `union bpf_attr` for BPF_PROG_ATTACH.
+#[repr(C)]
+struct ProgramAttach {
+    target: u32,
+    program: u32,
+    kind: u32,
+    flags: u32,
+}
+
+/// Loads a program that decides about device accesses of a cgroup.
+///
+/// # Errors
+/// The kernel's verifier refuses it, or the kernel knows no such programs.
+pub(crate) fn load_device_program(instructions: &[[u8; 8]]) -> io::Result<OwnedFd> {
+    let load = ProgramLoad {
+        kind: BPF_PROG_TYPE_CGROUP_DEVICE,
+        instructions: u32::try_from(instructions.len()).map_err(io::Error::other)?,
+        instruction_address: instructions.as_ptr() as u64,
+        license_address: c"Apache-2.0".as_ptr() as u64,
+        log_level: 0,
+        log_size: 0,
+        log_address: 0,
+        kernel_version: 0,
+        flags: 0,
+    };
+    let mut tries = 0;
+    loop {
+        // SAFETY: the kernel reads `load`, as many instructions as it says, and the license up to
+        // its NUL; all of them outlive the call, and nothing is written, for there is no log.
+        let fd = unsafe {
+            libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const load, size_of::<ProgramLoad>())
+        };
+        if fd >= 0 {
+            // SAFETY: the kernel has just made this descriptor for us (with O_CLOEXEC), and its
+            // number fits, as every descriptor's does.
+            return Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) });
+        }
+        let error = io::Error::last_os_error();
+        // The verifier gives up when a signal comes, and children end at any time.
+        if error.kind() != io::ErrorKind::WouldBlock || tries == MAX_LOAD_TRIES {
+            return Err(error);
+        }
+        tries += 1;
+    }
+}
+
+/// Lets a program from [`load_device_program`] decide for a cgroup, until that is removed.
+///
+/// # Errors
+/// The kernel refuses.
+pub(crate) fn attach_device_program(cgroup: impl AsFd, program: &OwnedFd) -> io::Result<()> {
+    let attach = ProgramAttach {
+        // Open descriptors are not negative.
+        target: cgroup.as_fd().as_raw_fd() as u32,
+        program: program.as_raw_fd() as u32,
+        kind: BPF_CGROUP_DEVICE,
+        flags: BPF_F_ALLOW_MULTI,
+    };
+    // SAFETY: the kernel reads `attach`, which outlives the call, and writes nothing.
+    let result = unsafe {
+        libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &raw const attach, size_of::<ProgramAttach>())
+    };
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }

@@ -342,3 +342,21 @@ async fn many_at_once_do_not_meet() {
     });
     futures::future::join_all(runs).await;
 }
+
+#[tokio::test]
+async fn devices_beyond_the_rules_cannot_be_opened() {
+    let agent = Agent::start().await;
+    let id = fresh_id("devices");
+    // A node of the first loop device can be made, which is no harm, but not opened.
+    let script = "mknod /dev/x b 7 0; cat /dev/x 2>&1; echo fine > /dev/null && cat /dev/null \
+                  && head -c 3 /dev/zero | wc -c";
+    let mut spec = spec(&["sh", "-c", script]);
+    for set in ["bounding", "effective", "permitted"] {
+        spec["process"]["capabilities"][set].as_array_mut().unwrap().push(json!("CAP_MKNOD"));
+    }
+    let mut streams = agent.run(&id, &spec).await;
+    assert_eq!(streams.output().await, "cat: /dev/x: Operation not permitted\n3\n");
+    agent.wait(&id, "").await;
+    agent.delete(&id).await.unwrap();
+    agent.assert_no_trace(&id);
+}

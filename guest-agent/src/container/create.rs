@@ -15,6 +15,7 @@ use super::{
     file_error,
 };
 use crate::cgroup::Cgroup;
+use crate::devices::Program;
 use crate::helper::{Order, Task};
 use crate::launch;
 use crate::reaper::Launch;
@@ -95,13 +96,15 @@ impl Containers {
         container: &Arc<Container>,
         create: Create,
     ) -> Result<u32, ContainerError> {
-        self.write_bundle(container, &create)?;
+        let devices = self.write_bundle(container, &create)?;
         let claimed = Claimed::claim(&self.streams, create.stdio).await?;
         let (exec_errors, theirs) = stdio::error_pipe()?;
         let task = Task::Create { exec_errors: launch::number(&theirs) };
         let order = self.order(&container.id, &container.directory, task);
         let made = self.launch(order, create.stdio.terminal, claimed, Some(theirs)).await?;
         let pid = made.pid;
+        // Its nodes are made, and none of its own code has run yet.
+        devices.attach(container.cgroup.path())?;
 
         let exit = self.reaper.watch(pid);
         let (sender, receiver) = watch::channel(None);
@@ -131,7 +134,12 @@ impl Containers {
         Ok(pid as u32)
     }
 
-    fn write_bundle(&self, container: &Container, create: &Create) -> Result<(), ContainerError> {
+    /// Answers the rules for the container's devices.
+    fn write_bundle(
+        &self,
+        container: &Container,
+        create: &Create,
+    ) -> Result<Program, ContainerError> {
         let mut sources = BTreeMap::new();
         for (index, path) in &create.mounts {
             sources.insert(*index as usize, self.share.resolve(path)?);
@@ -149,7 +157,10 @@ impl Containers {
         }
         let directory = &container.directory;
         fs::create_dir(directory).map_err(file_error("create directory", directory))?;
-        write_json(&directory.join("config.json"), &spec)
+        write_json(&directory.join("config.json"), &spec)?;
+        let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+        let rules = resources.and_then(|resources| resources.devices().as_deref());
+        Ok(Program::new(rules.unwrap_or_default())?)
     }
 
     /// An order with fresh file names in `directory`, without a terminal.
