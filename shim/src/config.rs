@@ -225,6 +225,15 @@ mod tests {
     }
 
     #[test]
+    fn example_file_holds_the_defaults() {
+        let mut example = parse(include_str!("../../runtimeclass/config.toml")).unwrap();
+        let defaults = parse("").unwrap();
+        // Where that is depends on what lies beside the test's program.
+        example.vmm.clone_from(&defaults.vmm);
+        assert_eq!(example, defaults);
+    }
+
+    #[test]
     fn unknown_key_is_named_with_its_file() {
         let error = parse("memory_mb = 64").unwrap_err();
         assert!(error.contains("memory_mb") && error.contains("/etc/vial/config.toml"), "{error}");

@@ -12,7 +12,7 @@ use crate::{
 #[derive(Debug, thiserror::Error)]
 pub enum ServiceError {
     /// No container or exec of that id.
-    #[error("{what} '{id}' is not known")]
+    #[error("{what} '{id}': not found")]
     NotFound {
         /// Container or exec.
         what: &'static str,
@@ -20,10 +20,10 @@ pub enum ServiceError {
         id: String,
     },
     /// The process has ended.
-    #[error("the process has already ended")]
+    #[error("the process has already ended: not found")]
     AlreadyEnded,
     /// There is one of that id.
-    #[error("{what} '{id}' exists already")]
+    #[error("{what} '{id}': already exists")]
     Exists {
         /// Container or exec.
         what: &'static str,

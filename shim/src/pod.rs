@@ -1,6 +1,6 @@
 //! The containers of one sandbox, and what is done to them.
 //!
-//! The first container's creation starts the sandbox. Work that changes which containers there
+//! The sandbox is started ahead of its first container, or with it. Work that changes which containers there
 //! are is done one at a time; work on one process is ordered by that process's own lock.
 
 use std::{
@@ -56,6 +56,8 @@ pub struct NewContainer {
 struct Slot {
     state: SandboxState,
     sandbox: Option<Arc<Sandbox>>,
+    /// Why it could not be started ahead, for whoever creates the first container.
+    failure: Option<ServiceError>,
 }
 
 /// The containers of one sandbox.
@@ -70,7 +72,7 @@ pub struct Pod {
 impl Pod {
     /// No containers yet. A plan that could not be made is told to whoever wants to create one.
     pub fn new(plan: Result<Plan, String>, events: EventSink, exit: Arc<ExitSignal>) -> Self {
-        let slot = Slot { state: SandboxState::Empty, sandbox: None };
+        let slot = Slot { state: SandboxState::Empty, sandbox: None, failure: None };
         Self {
             plan,
             slot: tokio::sync::Mutex::new(slot),
@@ -111,12 +113,37 @@ impl Pod {
         sandbox.ok_or_else(|| ServiceError::Precondition("the sandbox does not run".into()))
     }
 
+    /// Starts the sandbox ahead of the first container's creation, which containerd asks for
+    /// once the shim answers. A failure is told then.
+    pub async fn start_ahead(&self) {
+        let mut slot = self.slot.lock().await;
+        let Ok(plan) = self.plan() else { return };
+        if slot.state == SandboxState::Empty
+            && let Err(error) = running(&mut slot, plan).await
+        {
+            slot.failure = Some(error);
+        }
+    }
+
     /// Creates a container, and the sandbox with the first one. Returns [`Pod::pid`].
     ///
     /// # Errors
-    /// [`ServiceError`]. Nothing of the container is left then, nor of a sandbox that would have
-    /// been for it alone.
+    /// [`ServiceError`]. Nothing of the container is left then, nor of a sandbox without
+    /// containers.
     pub async fn create(self: &Arc<Self>, new: NewContainer) -> Result<u32, ServiceError> {
+        let created = self.create_in_sandbox(new).await;
+        if created.is_err() {
+            let mut slot = self.slot.lock().await;
+            if self.containers_mut().is_empty()
+                && let Err(error) = stop(&mut slot).await
+            {
+                tracing::error!("{error}");
+            }
+        }
+        created
+    }
+
+    async fn create_in_sandbox(self: &Arc<Self>, new: NewContainer) -> Result<u32, ServiceError> {
         let plan = self.plan()?;
         plan.timeline.mark("create request");
         if !new.checkpoint.is_empty() {
@@ -141,6 +168,9 @@ impl Pod {
         if self.containers_mut().contains_key(&new.id) {
             return Err(ServiceError::Exists { what: "container", id: new.id });
         }
+        if let Some(error) = slot.failure.take() {
+            return Err(error);
+        }
         let sandbox = running(&mut slot, plan).await?;
         let made = match role {
             Role::Sandbox => {
@@ -148,17 +178,9 @@ impl Pod {
             }
             Role::Alone | Role::Member(_) => make(plan, &sandbox, &new, bytes, &spec).await,
         };
-        let container = match made {
-            Ok(container) => Arc::new(container),
-            Err(error) => {
-                if role != (Role::Member(plan.id.clone())) {
-                    stop(&mut slot).await?;
-                }
-                return Err(error);
-            }
-        };
-        drop(slot);
+        let container = Arc::new(made?);
         self.containers_mut().insert(new.id.clone(), container.clone());
+        drop(slot);
         let pid = sandbox.pid();
         self.events.publish(created(new, pid)).await;
         tokio::spawn(self.clone().watch(sandbox, container.clone(), container.init.clone()));

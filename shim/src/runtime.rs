@@ -125,7 +125,11 @@ impl Shim for Runtime {
         // The library's publisher does not keep the order of events when it tries one again, and
         // cannot be waited for. Its address is what is needed.
         let events = EventSink::new(publisher.address, self.namespace.clone());
-        TaskService::new(Arc::new(Pod::new(plan, events, self.exit.clone())))
+        let pod = Arc::new(Pod::new(plan, events, self.exit.clone()));
+        // containerd asks for a container in any case, so the VM boots while it gets there.
+        let ahead = pod.clone();
+        tokio::spawn(async move { ahead.start_ahead().await });
+        TaskService::new(pod)
     }
 
     fn runtime_info(runtime_id: &str, _: Option<&Any>) -> Result<RuntimeInfo, Error> {

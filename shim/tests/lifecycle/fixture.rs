@@ -22,6 +22,7 @@ use crate::events::Topics;
 
 pub(crate) struct Fixture {
     dir: tempfile::TempDir,
+    pod: Arc<Pod>,
     service: TaskService,
     topics: Topics,
     _server: ttrpc::asynchronous::Server,
@@ -109,8 +110,12 @@ impl Fixture {
             timeline: Arc::new(Timeline::default()),
         };
         let sink = EventSink::new(socket.display().to_string(), "default".into());
-        let pod = Pod::new(Ok(plan), sink, Arc::new(ExitSignal::default()));
-        Self { service: TaskService::new(Arc::new(pod)), dir, topics, _server: server }
+        let pod = Arc::new(Pod::new(Ok(plan), sink, Arc::new(ExitSignal::default())));
+        Self { service: TaskService::new(pod.clone()), pod, dir, topics, _server: server }
+    }
+
+    pub(crate) async fn start_ahead(&self) {
+        self.pod.start_ahead().await;
     }
 
     pub(crate) fn directory(&self, name: &str) -> PathBuf {

@@ -61,6 +61,8 @@ fn main() {
         processes_end_with_their_vm,
         bind_mounts_are_seen_and_read_only_is,
         members_share_the_vm_of_their_pod,
+        sandbox_started_ahead_is_used_and_stopped,
+        failure_of_a_start_ahead_is_told_at_creation,
     ];
     println!("\ntest result: ok. {passed} passed; 0 failed; 0 ignored");
 }
@@ -75,7 +77,7 @@ async fn container_runs_and_leaves_nothing() {
     assert_eq!(fixture.state("demo", "").await.status(), Status::STOPPED);
     assert_eq!(bundle.output().await, "content of demo\n");
     assert_eq!(fixture.delete("demo", "").await.unwrap(), 42);
-    assert!(fixture.start("demo", "").await.unwrap_err().contains("not known"));
+    assert!(fixture.start("demo", "").await.unwrap_err().contains("not found"));
     fixture.shut_down_and_check().await;
 }
 
@@ -273,5 +275,33 @@ async fn members_share_the_vm_of_their_pod() {
     fixture.kill("demo", "", 15).await.unwrap();
     assert_eq!(fixture.wait("demo", "").await, 128 + 15);
     fixture.delete("demo", "").await.unwrap();
+    fixture.shut_down_and_check().await;
+}
+
+async fn sandbox_started_ahead_is_used_and_stopped() {
+    let fixture = Fixture::new("").await;
+    fixture.start_ahead().await;
+    let bundle = fixture.bundle("demo", &["true"], "");
+    fixture.create(&bundle).await.unwrap();
+    fixture.start("demo", "").await.unwrap();
+    assert_eq!(fixture.wait("demo", "").await, 0);
+    fixture.delete("demo", "").await.unwrap();
+    fixture.shut_down_and_check().await;
+
+    let fixture = Fixture::new("").await;
+    fixture.start_ahead().await;
+    let bundle = fixture.bundle("demo", &["true"], r#""mounts": 1,"#);
+    let error = fixture.create(&bundle).await.unwrap_err();
+    assert!(error.contains("no OCI runtime spec"), "{error}");
+    fixture.check_nothing_left();
+}
+
+async fn failure_of_a_start_ahead_is_told_at_creation() {
+    let fixture = Fixture::new("kernel_arguments = \"refuse\"").await;
+    fixture.start_ahead().await;
+    fixture.check_nothing_left();
+    let bundle = fixture.bundle("demo", &["true"], "");
+    let error = fixture.create(&bundle).await.unwrap_err();
+    assert!(error.contains("the kernel is no ELF file"), "{error}");
     fixture.shut_down_and_check().await;
 }
