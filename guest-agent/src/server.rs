@@ -178,8 +178,9 @@ async fn serve_async(
     let containers = Containers::new(places, reaper.clone(), streams.clone());
     let shutdown = Shutdown::default();
 
-    let control = Listener::bind(endpoint, AGENT_PORT, "agent.sock")?;
+    // Who can ask can also open streams.
     let stdio = Listener::bind(endpoint, STREAM_PORT, "stream.sock")?;
+    let control = Listener::bind(endpoint, AGENT_PORT, "agent.sock")?;
     let reaping = tokio::spawn(reaper.run());
     tokio::spawn(async move {
         loop {
