@@ -278,12 +278,15 @@ fn start_workers(
     config: &VmConfig,
     console: Option<&Arc<Mutex<Console>>>,
 ) -> Result<Workers, MachineError> {
-    let shares = config.devices.iter().any(|device| matches!(device, DeviceConfig::Fs { .. }));
+    let files = |device: &DeviceConfig| {
+        matches!(device, DeviceConfig::Fs { .. } | DeviceConfig::Block { .. })
+    };
+    let blocks = config.devices.iter().any(files);
     let io = EventLoop::start("io", || {})?;
     if let Some(console) = console {
         crate::console_input::watch(&io, console)?;
     }
-    let file_server = if shares { Some(EventLoop::start("file-server", || {})?) } else { None };
+    let file_server = if blocks { Some(EventLoop::start("file-server", || {})?) } else { None };
     Ok(Workers { io, file_server })
 }
 

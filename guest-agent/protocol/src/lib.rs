@@ -12,14 +12,14 @@
 //!   a stream before or after the request that names it; the agent waits [`STREAM_WAIT_SECONDS`].
 
 /// The messages of `proto/agent.proto`.
-#[allow(missing_docs, unused_attributes, unused_mut, unreachable_pub, clippy::all)] // Generated.
+#[allow(warnings, clippy::all)] // Generated.
 #[rustfmt::skip]
 pub mod agent {
     include!(concat!(env!("OUT_DIR"), "/agent.rs"));
 }
 
 /// The client and the server trait of `proto/agent.proto`.
-#[allow(missing_docs, unused_imports, unreachable_pub, clippy::all)] // Generated.
+#[allow(warnings, clippy::all)] // Generated.
 #[rustfmt::skip]
 pub mod agent_ttrpc {
     include!(concat!(env!("OUT_DIR"), "/agent_ttrpc.rs"));

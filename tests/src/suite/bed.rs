@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -85,14 +85,14 @@ impl Bed {
     /// Looks at the host. The image has to be there, and both runtimes have to have run once, so
     /// that what they make once for the host is not taken for a trace.
     pub(crate) fn new(image: &str) -> Result<Self> {
-        let listed = run(Command::new("ctr").args(["image", "ls", "-q"]), b"")?;
+        let listed = run(Command::new("ctr").args(["image", "ls", "-q"]))?;
         if !listed.expect(0)?.stdout.lines().any(|line| line == image) {
             bail!("the image {image} is not there; import what tests/images makes");
         }
         let mut bed =
             Self { image: image.into(), before: Traces::take()?, next: AtomicU32::new(1) };
         for runtime in Runtime::BOTH {
-            bed.run(runtime, &[], &["true"], b"")?
+            bed.run(runtime, &[], &["true"])?
                 .expect(0)
                 .with_context(|| format!("the first container with {}", runtime.name()))?;
         }
@@ -121,26 +121,20 @@ impl Bed {
     }
 
     /// Runs `args` in a container and removes it.
-    pub(crate) fn run(
-        &self,
-        runtime: Runtime,
-        options: &[&str],
-        args: &[&str],
-        stdin: &[u8],
-    ) -> Result<Outcome> {
+    pub(crate) fn run(&self, runtime: Runtime, options: &[&str], args: &[&str]) -> Result<Outcome> {
         let options: Vec<&str> = [&["--rm"], options].concat();
-        run(&mut self.command(runtime, &options, &self.name(), args), stdin)
+        run(&mut self.command(runtime, &options, &self.name(), args))
     }
 
     /// Runs a shell line in a container and removes it.
     pub(crate) fn sh(&self, runtime: Runtime, line: &str) -> Result<Outcome> {
-        self.run(runtime, &[], &["sh", "-c", line], b"")
+        self.run(runtime, &[], &["sh", "-c", line])
     }
 
     /// Starts a container in the background.
     pub(crate) fn detached(&self, runtime: Runtime, args: &[&str]) -> Result<Detached> {
         let name = self.name();
-        run(&mut self.command(runtime, &["-d"], &name, args), b"")?
+        run(&mut self.command(runtime, &["-d"], &name, args))?
             .expect(0)
             .context("start a container in the background")?;
         Ok(Detached { name })
@@ -163,7 +157,7 @@ impl Bed {
 
     /// Removes all containers, so that the next case starts clean.
     pub(crate) fn clear(&self) {
-        let listed = run(Command::new("ctr").args(["container", "ls", "-q"]), b"");
+        let listed = run(Command::new("ctr").args(["container", "ls", "-q"]));
         for name in listed.map(|outcome| outcome.stdout).unwrap_or_default().lines() {
             Detached { name: name.into() }.remove();
         }
@@ -190,7 +184,7 @@ pub(crate) struct Detached {
 impl Detached {
     /// `ctr task …`
     pub(crate) fn task(&self, args: &[&str]) -> Result<Outcome> {
-        run(Command::new("ctr").arg("task").args(args), b"")
+        run(Command::new("ctr").arg("task").args(args))
     }
 
     /// Runs `args` in it, with more options of `ctr task exec`.
@@ -198,7 +192,7 @@ impl Detached {
         let id = format!("exec-{}", std::process::id() + rand());
         let mut command = Command::new("ctr");
         command.args(["task", "exec", "--exec-id", &id]).args(options).arg(&self.name).args(args);
-        run(&mut command, b"")
+        run(&mut command)
     }
 
     /// The state as `ctr task ls` shows it.
@@ -230,7 +224,7 @@ impl Detached {
         let _ = self.task(&["kill", "-s", "SIGKILL", &self.name]);
         let _ = self.reaches("STOPPED");
         let _ = self.task(&["delete", "--force", &self.name]);
-        let _ = run(Command::new("ctr").args(["container", "rm", &self.name]), b"");
+        let _ = run(Command::new("ctr").args(["container", "rm", &self.name]));
     }
 }
 
@@ -246,23 +240,18 @@ fn rand() -> u32 {
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
-/// Runs a command with something on its standard input, and within [`PATIENCE`].
-pub(crate) fn run(command: &mut Command, stdin: &[u8]) -> Result<Outcome> {
+/// Runs a command with nothing on its standard input, and within [`PATIENCE`].
+pub(crate) fn run(command: &mut Command) -> Result<Outcome> {
     let name = format!("{command:?}");
     let mut child = command
-        .stdin(Stdio::piped())
+        .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .with_context(|| format!("start {name}"))?;
-    let mut input = child.stdin.take().context("its standard input")?;
-    let stdin = stdin.to_vec();
-    // It may end without reading all of it.
-    let writer = std::thread::spawn(move || drop(input.write_all(&stdin)));
     let stdout = collect(child.stdout.take().context("its standard output")?);
     let stderr = collect(child.stderr.take().context("its standard error")?);
     let status = wait(&mut child).with_context(|| name.clone())?;
-    let _ = writer.join();
     let text = |reader: std::thread::JoinHandle<Vec<u8>>| {
         let bytes = reader.join().unwrap_or_default();
         String::from_utf8_lossy(&bytes).into_owned()
@@ -297,7 +286,7 @@ fn collect(mut pipe: impl Read + Send + 'static) -> std::thread::JoinHandle<Vec<
 
 impl Traces {
     fn take() -> Result<Self> {
-        let links = run(Command::new("ip").args(["-o", "link"]), b"")?.expect(0)?.stdout;
+        let links = run(Command::new("ip").args(["-o", "link"]))?.expect(0)?.stdout;
         Ok(Self {
             processes: processes()?,
             mounts: fs::read_to_string("/proc/self/mountinfo")?

@@ -7,9 +7,9 @@ use anyhow::{Context, Result, ensure};
 use super::bed::{Bed, Runtime, run};
 
 pub(crate) fn kernel_inside_is_not_the_hosts(bed: &Bed) -> Result<()> {
-    let host = run(Command::new("uname").arg("-r"), b"")?.expect(0)?.stdout;
-    let runc = bed.run(Runtime::Runc, &[], &["uname", "-r"], b"")?.expect(0)?.stdout;
-    let vial = bed.run(Runtime::Vial, &[], &["uname", "-r"], b"")?.expect(0)?.stdout;
+    let host = run(Command::new("uname").arg("-r"))?.expect(0)?.stdout;
+    let runc = bed.run(Runtime::Runc, &[], &["uname", "-r"])?.expect(0)?.stdout;
+    let vial = bed.run(Runtime::Vial, &[], &["uname", "-r"])?.expect(0)?.stdout;
     ensure!(runc == host, "runc shows another kernel: {runc:?}");
     ensure!(vial != host && !vial.trim().is_empty(), "the kernel inside is {vial:?}");
     Ok(())
@@ -18,7 +18,7 @@ pub(crate) fn kernel_inside_is_not_the_hosts(bed: &Bed) -> Result<()> {
 /// Runs a line with both, and compares what it prints line by line.
 fn same(bed: &Bed, options: &[&str], line: &str) -> Result<()> {
     let [runc, vial] = Runtime::BOTH.map(|runtime| {
-        bed.run(runtime, options, &["sh", "-c", line], b"")
+        bed.run(runtime, options, &["sh", "-c", line])
             .and_then(|outcome| outcome.expect(0))
             .with_context(|| format!("{runtime:?}"))
     });
@@ -70,7 +70,6 @@ pub(crate) fn limits_and_read_only_root_are_the_same_as_with_runc(bed: &Bed) -> 
             Runtime::Vial,
             &["--memory-limit", "67108864", "--privileged"],
             &["sh", "-c", "mount -t cgroup2 c /mnt && find /mnt -name memory.max | xargs cat"],
-            b"",
         )?
         .expect(0)?;
     ensure!(limit.stdout.lines().any(|line| line == "67108864"), "{limit:?}");
@@ -84,8 +83,7 @@ pub(crate) fn bind_mounts_show_the_hosts_files(bed: &Bed) -> Result<()> {
     for runtime in Runtime::BOTH {
         let mount = format!("type=bind,src={path},dst=/data,options=rbind:rw");
         let line = "cat /data/note && echo from inside > /data/answer";
-        let outcome =
-            bed.run(runtime, &["--mount", &mount], &["sh", "-c", line], b"")?.expect(0)?;
+        let outcome = bed.run(runtime, &["--mount", &mount], &["sh", "-c", line])?.expect(0)?;
         ensure!(outcome.stdout == "from the host\n", "{runtime:?}: {outcome:?}");
         let answer = std::fs::read_to_string(directory.path().join("answer"))?;
         ensure!(answer == "from inside\n", "{runtime:?}: {answer:?}");
@@ -93,14 +91,14 @@ pub(crate) fn bind_mounts_show_the_hosts_files(bed: &Bed) -> Result<()> {
 
         let mount = format!("type=bind,src={path},dst=/data,options=rbind:ro");
         let line = "touch /data/no; test ! -e /data/no";
-        bed.run(runtime, &["--mount", &mount], &["sh", "-c", line], b"")?.expect(0)?;
+        bed.run(runtime, &["--mount", &mount], &["sh", "-c", line])?.expect(0)?;
 
         let mount = format!("type=bind,src={path}/note,dst=/note,options=bind:ro");
-        let outcome = bed.run(runtime, &["--mount", &mount], &["cat", "/note"], b"")?.expect(0)?;
+        let outcome = bed.run(runtime, &["--mount", &mount], &["cat", "/note"])?.expect(0)?;
         ensure!(outcome.stdout == "from the host\n", "{runtime:?}: {outcome:?}");
 
         let mount = "type=bind,src=/no/such/source,dst=/data,options=rbind:rw";
-        let outcome = bed.run(runtime, &["--mount", mount], &["true"], b"")?;
+        let outcome = bed.run(runtime, &["--mount", mount], &["true"])?;
         ensure!(
             outcome.status != 0 && outcome.stderr.contains("/no/such/source"),
             "{runtime:?}: {outcome:?}"

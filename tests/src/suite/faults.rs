@@ -8,7 +8,7 @@ use super::bed::{Bed, Detached, Runtime};
 
 pub(crate) fn program_that_is_absent_fails_like_with_runc(bed: &Bed) -> Result<()> {
     for runtime in Runtime::BOTH {
-        let outcome = bed.run(runtime, &[], &["/no/such/program"], b"")?;
+        let outcome = bed.run(runtime, &[], &["/no/such/program"])?;
         ensure!(
             outcome.status != 0 && outcome.stderr.contains("/no/such/program"),
             "{runtime:?}: {outcome:?}"

@@ -41,7 +41,7 @@ pub(crate) fn wrong_configuration_is_named(bed: &Bed) -> Result<()> {
     ];
     for (config, words) in cases {
         fs::write(CONFIG, &config)?;
-        let outcome = bed.run(Runtime::Vial, &[], &["true"], b"")?;
+        let outcome = bed.run(Runtime::Vial, &[], &["true"])?;
         ensure!(
             outcome.status != 0 && outcome.stderr.contains(words),
             "{words:?} was due in {outcome:?}"
@@ -64,11 +64,11 @@ pub(crate) fn wrong_command_lines_are_refused(_: &Bed) -> Result<()> {
         ("vial", &["no-such-command"], 2),
     ] {
         let program = find(program);
-        let outcome = run(Command::new(&program).args(args), b"")?.expect(status)?;
+        let outcome = run(Command::new(&program).args(args))?.expect(status)?;
         ensure!(!outcome.stderr.trim().is_empty(), "{program} {args:?} says nothing");
     }
     for program in ["vial-vmm", "vial"] {
-        let help = run(Command::new(find(program)).arg("--help"), b"")?.expect(0)?;
+        let help = run(Command::new(find(program)).arg("--help"))?.expect(0)?;
         ensure!(help.stdout.contains("Usage"), "{program} --help: {help:?}");
     }
     Ok(())
@@ -84,7 +84,7 @@ fn find(program: &str) -> String {
 }
 
 pub(crate) fn check_says_that_this_host_is_fit(_: &Bed) -> Result<()> {
-    let outcome = run(Command::new(find("vial")).arg("check"), b"")?.expect(0)?;
+    let outcome = run(Command::new(find("vial")).arg("check"))?.expect(0)?;
     ensure!(outcome.stdout.contains("KVM"), "{outcome:?}");
     Ok(())
 }

@@ -8,7 +8,7 @@ use super::bed::{Bed, Runtime, run, wait};
 
 pub(crate) fn echo_prints_and_ends_with_0(bed: &Bed) -> Result<()> {
     for runtime in Runtime::BOTH {
-        let outcome = bed.run(runtime, &[], &["echo", "hello", "from inside"], b"")?.expect(0)?;
+        let outcome = bed.run(runtime, &[], &["echo", "hello", "from inside"])?.expect(0)?;
         ensure!(outcome.stdout == "hello from inside\n", "{runtime:?}: {outcome:?}");
         ensure!(outcome.stderr.is_empty(), "{runtime:?} complains: {:?}", outcome.stderr);
     }
@@ -43,7 +43,7 @@ pub(crate) fn kill_ends_with_128_and_the_signal(bed: &Bed) -> Result<()> {
                 std::io::Read::read_exact(output, &mut up)?;
             }
             let mut kill = Command::new("ctr");
-            run(kill.args(["task", "kill", "-s", signal, &name]), b"")?.expect(0)?;
+            run(kill.args(["task", "kill", "-s", signal, &name]))?.expect(0)?;
             let ended = wait(&mut child)?;
             ensure!(ended == status, "{runtime:?}: {signal} ended it with {ended}, not {status}");
         }
@@ -103,7 +103,7 @@ pub(crate) fn exec_of_what_is_absent_fails_and_the_container_lives(bed: &Bed) ->
 pub(crate) fn ten_in_a_row_all_work(bed: &Bed) -> Result<()> {
     for round in 0..10 {
         let text = format!("round {round}");
-        let outcome = bed.run(Runtime::Vial, &[], &["echo", &text], b"")?.expect(0)?;
+        let outcome = bed.run(Runtime::Vial, &[], &["echo", &text])?.expect(0)?;
         ensure!(outcome.stdout.trim() == text, "round {round}: {outcome:?}");
     }
     Ok(())

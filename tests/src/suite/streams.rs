@@ -1,19 +1,50 @@
 //! Standard streams and terminals.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 
 use super::bed::{Bed, Runtime, run, wait};
 
+/// Writes to a container's standard input, reads back what it answers to that, and only then ends
+/// the input: `ctr` forgets an end that comes before the task is there.
+fn converse(
+    bed: &Bed,
+    runtime: Runtime,
+    args: &[&str],
+    input: &str,
+    first: &str,
+) -> Result<String> {
+    let name = bed.name();
+    let mut child = bed
+        .command(runtime, &["--rm"], &name, args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let mut stdin = child.stdin.take().context("its standard input")?;
+    let mut stdout = child.stdout.take().context("its standard output")?;
+    let input = input.to_owned();
+    let writer = std::thread::spawn(move || stdin.write_all(input.as_bytes()).map(|()| stdin));
+    let mut answer = vec![0; first.len()];
+    stdout.read_exact(&mut answer)?;
+    ensure!(answer == first.as_bytes(), "{runtime:?} answers with something else");
+    drop(writer.join().map_err(|_| anyhow::anyhow!("the writer panicked"))??);
+    let mut rest = String::new();
+    stdout.read_to_string(&mut rest)?;
+    let status = wait(&mut child)?;
+    ensure!(status == 0, "{runtime:?}: it ended with {status}");
+    Ok(rest)
+}
+
 pub(crate) fn stdin_reaches_its_end(bed: &Bed) -> Result<()> {
     let text: String = (0..2000).map(|number| format!("line {number}\n")).collect();
     for runtime in Runtime::BOTH {
-        let outcome = bed.run(runtime, &[], &["cat"], text.as_bytes())?.expect(0)?;
-        ensure!(outcome.stdout == text, "{runtime:?}: {} bytes came back", outcome.stdout.len());
-        let outcome = bed.run(runtime, &[], &["wc", "-c"], b"")?.expect(0)?;
-        ensure!(outcome.stdout.trim() == "0", "{runtime:?}: {outcome:?}");
+        let rest = converse(bed, runtime, &["cat"], &text, &text)?;
+        ensure!(rest.is_empty(), "{runtime:?}: {} bytes too many", rest.len());
+        let count = ["sh", "-c", "echo ready; wc -c"];
+        let rest = converse(bed, runtime, &count, &text, "ready\n")?;
+        ensure!(rest.trim() == text.len().to_string(), "{runtime:?} counts {rest:?}");
     }
     Ok(())
 }
@@ -61,7 +92,7 @@ fn on_a_terminal(command: &Command) -> Result<super::bed::Outcome> {
     let mut words = vec![quote(command.get_program())];
     words.extend(command.get_args().map(quote));
     let line = format!("stty rows 33 cols 77; exec {}", words.join(" "));
-    run(Command::new("script").args(["-q", "-e", "-c", &line, "/dev/null"]), b"")
+    run(Command::new("script").args(["-q", "-e", "-c", &line, "/dev/null"]))
 }
 
 pub(crate) fn terminal_is_a_terminal_of_its_size(bed: &Bed) -> Result<()> {

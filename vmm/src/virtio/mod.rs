@@ -33,7 +33,7 @@ impl<T: MutEventSubscriber + Send> Worker for T {}
 pub enum WorkerThread {
     /// Shared by all devices that never block.
     Io,
-    /// The file server's own: it makes file system calls, which block.
+    /// Of the devices that make file system calls, which block: the file server and disks.
     FileServer,
 }
 
