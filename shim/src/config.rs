@@ -79,12 +79,14 @@ pub enum ConfigError {
         error: std::io::Error,
     },
     /// The file is no TOML, or has a key or a type that is not known.
-    #[error("the configuration {path} is wrong: {error}")]
+    #[error("the configuration {path} is wrong in line {line}: {text}")]
     Parse {
         /// The file.
         path: PathBuf,
-        /// Which line, which key.
-        error: Box<toml::de::Error>,
+        /// Counted from 1.
+        line: usize,
+        /// Which key, and what it could be.
+        text: String,
     },
     /// A value is out of its bounds.
     #[error("the configuration {path} is wrong: {key} = {value}, but it has to be {expected}")]
@@ -122,8 +124,15 @@ impl Config {
     /// # Errors
     /// [`ConfigError::Parse`] and [`ConfigError::Value`].
     pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
-        let file = toml::from_str(text)
-            .map_err(|error| ConfigError::Parse { path: path.into(), error: Box::new(error) })?;
+        let file = toml::from_str(text).map_err(|error: toml::de::Error| {
+            let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+            ConfigError::Parse {
+                path: path.into(),
+                line: before.matches('\n').count() + 1,
+                // In one line: containerd shows it as part of one.
+                text: error.message().replace('\n', ", "),
+            }
+        })?;
         Self::check(file, path)
     }
 
@@ -235,7 +244,8 @@ mod tests {
 
     #[test]
     fn unknown_key_is_named_with_its_file() {
-        let error = parse("memory_mb = 64").unwrap_err();
+        let error = parse("vcpus = 1\nmemory_mb = 64").unwrap_err();
+        assert!(error.contains("line 2") && !error.contains('\n'), "{error}");
         assert!(error.contains("memory_mb") && error.contains("/etc/vial/config.toml"), "{error}");
     }
 

@@ -73,22 +73,17 @@ impl Shim for Runtime {
         }
     }
 
-    /// Starts the process that serves, or finds the one that serves the sandbox already.
     async fn start_shim(&mut self, options: StartOpts) -> Result<String, Error> {
-        // What is wrong with these is told here, where containerd shows it.
-        Config::load().map_err(other)?;
-        let (_, spec) = Spec::read(&bundle()?).map_err(other)?;
-        if let Role::Member(sandbox) = spec.role().map_err(other)? {
-            let address = options.socket_address(&sandbox);
-            let path = address.strip_prefix("unix://").unwrap_or(&address);
-            UnixStream::connect(path).map_err(|error| {
-                other(format!("the shim of sandbox '{sandbox}' does not answer: {error}"))
-            })?;
-            return Ok(address);
+        match start(self.started_ns, options).await {
+            Ok(address) => Ok(address),
+            // The library would show the error as Rust's debugging sees it. containerd shows
+            // what is written here to whoever wanted the container, and nothing was started.
+            Err(Error::Other(text)) => {
+                eprintln!("{text}");
+                std::process::exit(1)
+            }
+            Err(error) => Err(error),
         }
-        let grouping = options.id.clone();
-        let started = self.started_ns.to_string();
-        containerd_shim::spawn(options, &grouping, vec![(STARTED_VARIABLE, &started)]).await
     }
 
     async fn delete_shim(&mut self) -> Result<DeleteResponse, Error> {
@@ -143,6 +138,24 @@ impl Shim for Runtime {
             ..Default::default()
         })
     }
+}
+
+/// Starts the process that serves, or finds the one that serves the sandbox already.
+async fn start(started_ns: u64, options: StartOpts) -> Result<String, Error> {
+    // What is wrong with these is told now, before anything was started.
+    Config::load().map_err(other)?;
+    let (_, spec) = Spec::read(&bundle()?).map_err(other)?;
+    if let Role::Member(sandbox) = spec.role().map_err(other)? {
+        let address = options.socket_address(&sandbox);
+        let path = address.strip_prefix("unix://").unwrap_or(&address);
+        UnixStream::connect(path).map_err(|error| {
+            other(format!("the shim of sandbox '{sandbox}' does not answer: {error}"))
+        })?;
+        return Ok(address);
+    }
+    let grouping = options.id.clone();
+    let started = started_ns.to_string();
+    containerd_shim::spawn(options, &grouping, vec![(STARTED_VARIABLE, &started)]).await
 }
 
 fn remove_socket(path: &Path) {

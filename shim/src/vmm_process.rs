@@ -177,11 +177,15 @@ async fn keep_lines(stderr: impl AsyncRead + Unpin, kept: &Mutex<VecDeque<String
         match (&mut stderr).take(MAX_LINE_BYTES).read_until(b'\n', &mut line).await {
             Ok(0) => return,
             Ok(_) => {
-                let text = String::from_utf8_lossy(&line).trim_end().to_string();
+                let text = String::from_utf8_lossy(&line).trim().to_string();
                 if text.is_empty() {
                     continue;
                 }
-                tracing::warn!("vmm: {text}");
+                match text.split_ascii_whitespace().next() {
+                    Some("INFO") => tracing::info!("vmm: {text}"),
+                    Some("DEBUG" | "TRACE") => tracing::debug!("vmm: {text}"),
+                    _ => tracing::warn!("vmm: {text}"),
+                }
                 let mut kept = kept.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
                 if kept.len() == KEPT_LINES {
                     kept.pop_front();

@@ -41,8 +41,8 @@ pub const STREAM_WAIT_SECONDS: u64 = 10;
 pub const MAX_WAITING_STREAMS: usize = 256;
 /// The largest OCI spec or process object, in bytes. ttrpc itself ends at 4 MiB a message.
 pub const MAX_SPEC_BYTES: usize = 2 << 20;
-/// The longest container or exec id, in bytes.
-pub const MAX_ID_BYTES: usize = 256;
+/// The longest container or exec id, in bytes: what a file name can have (NAME_MAX).
+pub const MAX_ID_BYTES: usize = 255;
 
 /// The tag of the shared file system, as the guest mounts it.
 pub const SHARE_TAG: &str = "vial";
