@@ -12,7 +12,7 @@ PAYLOAD := target/payload
 export VIAL_STARTED := $(or $(VIAL_STARTED),$(shell date +%s))
 STEP := tests/host/step
 
-.PHONY: help deps build kernel image images host payload shell demo test fmt clippy clean
+.PHONY: help deps build kernel image images host payload shell suite demo test fmt clippy clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -46,6 +46,10 @@ payload: build image ## all that a host needs to run pods, in target/payload/
 
 shell: payload host ## a shell on the emulated host, with containerd and Vial
 	@$(PAYLOAD)/bin/vial-host shell --payload $(PAYLOAD)
+
+suite: payload host ## only the end-to-end cases whose names contain FILTER, on the emulated host
+	@$(PAYLOAD)/bin/vial-host run --timeout 900 --payload $(PAYLOAD) -- \
+		vial-suite --import /payload/images/busybox.tar $(FILTER)
 
 demo: payload ## run a pod in a microVM behind containerd
 	@tests/demo/run

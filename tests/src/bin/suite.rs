@@ -22,6 +22,9 @@ struct Cli {
     /// Lists the cases and runs none
     #[arg(long)]
     list: bool,
+    /// Archives to import first, each for `ctr image import`
+    #[arg(long, value_name = "FILE")]
+    import: Vec<std::path::PathBuf>,
     /// The image that the containers run
     #[arg(long, default_value = suite::bed::IMAGE)]
     image: String,
@@ -39,7 +42,7 @@ fn main() -> ExitCode {
         eprintln!("vial-suite: no case is called {:?}; see --list", cli.filter);
         return ExitCode::from(2);
     }
-    match suite::run(&cases, &cli.image) {
+    match suite::run(&cases, &cli.image, &cli.import) {
         true => ExitCode::SUCCESS,
         false => ExitCode::FAILURE,
     }

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::Read;
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -84,7 +85,11 @@ struct Traces {
 impl Bed {
     /// Looks at the host. The image has to be there, and both runtimes have to have run once, so
     /// that what they make once for the host is not taken for a trace.
-    pub(crate) fn new(image: &str) -> Result<Self> {
+    pub(crate) fn new(image: &str, archives: &[PathBuf]) -> Result<Self> {
+        for archive in archives {
+            run(Command::new("ctr").args(["image", "import", "--local"]).arg(archive))?
+                .expect(0)?;
+        }
         let listed = run(Command::new("ctr").args(["image", "ls", "-q"]))?;
         if !listed.expect(0)?.stdout.lines().any(|line| line == image) {
             bail!("the image {image} is not there; import what tests/images makes");
@@ -165,7 +170,7 @@ impl Bed {
 
     /// Prints the end of containerd's log, where a failure is explained.
     pub(crate) fn tell_the_log(&self) {
-        let log = std::env::var("CONTAINERD_LOG").unwrap_or("/var/log/containerd.log".into());
+        let log = std::env::var("CONTAINERD_LOG").unwrap_or("/run/containerd.log".into());
         if let Ok(text) = fs::read_to_string(log) {
             let lines: Vec<&str> = text.lines().collect();
             for line in &lines[lines.len().saturating_sub(25)..] {

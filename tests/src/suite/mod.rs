@@ -7,6 +7,7 @@ mod input;
 mod lifecycle;
 mod streams;
 
+use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::Result;
@@ -60,8 +61,8 @@ pub(crate) fn cases() -> Vec<Case> {
 /// Runs cases one after the other. Returns whether all of them held.
 ///
 /// What a case leaves behind on the host is a failure of that case.
-pub(crate) fn run(cases: &[Case], image: &str) -> bool {
-    let bed = match Bed::new(image) {
+pub(crate) fn run(cases: &[Case], image: &str, archives: &[PathBuf]) -> bool {
+    let bed = match Bed::new(image, archives) {
         Ok(bed) => bed,
         Err(error) => {
             println!("FAILED to begin: {error:#}");
