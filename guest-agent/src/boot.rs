@@ -5,8 +5,6 @@
 //! which containers are started with, refuses such a root; so a tmpfs is moved over it first. On
 //! a real root file system (EROFS, say) that step falls away.
 
-mod loopback;
-
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -67,7 +65,7 @@ pub(crate) fn set_up() -> Result<Vec<Mark>, BootError> {
     marks.push(Mark::now("mounts"));
     mount_share()?;
     marks.push(Mark::now("share"));
-    loopback::up().map_err(BootError::Loopback)?;
+    crate::network::bring_up_loopback().map_err(BootError::Loopback)?;
     set_limits();
     Ok(marks)
 }

@@ -14,6 +14,7 @@ mod helper;
 mod launch;
 mod log;
 mod marks;
+mod network;
 mod reaper;
 mod server;
 mod service;

@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::{Code, get_status};
 use vial_agent_protocol::agent::{
-    ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty, ExecProcessRequest,
+    ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty, ExecProcessRequest,
     HelloRequest, HelloResponse, KillProcessRequest, ListPidsResponse, Mark as WireMark,
     ProcessRequest, ResizeTerminalRequest, StartResponse, Stdio, WaitProcessResponse,
 };
@@ -16,6 +16,7 @@ use crate::container::{ContainerError, Containers, Create, Exec};
 use crate::devices::DeviceError;
 use crate::launch::LaunchError;
 use crate::marks::{Mark, now_ns};
+use crate::network;
 use crate::reaper::ExitStatus;
 use crate::shutdown::Shutdown;
 use crate::stdio::{StdioError, StdioIds};
@@ -120,6 +121,24 @@ impl agent_ttrpc::Agent for AgentService {
         response.marks = self.marks.iter().map(wire_mark).collect();
         response.now_ns = now_ns();
         Ok(response)
+    }
+
+    async fn configure_network(
+        &self,
+        _: &TtrpcContext,
+        request: ConfigureNetworkRequest,
+    ) -> Answer<Empty> {
+        // A few dozen messages to the kernel, which answers each at once.
+        network::configure(&request).map_err(|error| {
+            tracing::error!("{error}");
+            let code = if error.is_of_the_request() {
+                Code::INVALID_ARGUMENT
+            } else {
+                Code::INTERNAL
+            };
+            ttrpc::Error::RpcStatus(get_status(code, error.to_string()))
+        })?;
+        Ok(Empty::new())
     }
 
     async fn create_container(

@@ -44,6 +44,15 @@ pub const MAX_SPEC_BYTES: usize = 2 << 20;
 /// The longest container or exec id, in bytes: what a file name can have (NAME_MAX).
 pub const MAX_ID_BYTES: usize = 255;
 
+/// The most interfaces of a pod.
+pub const MAX_INTERFACES: usize = 8;
+/// The most addresses of one interface.
+pub const MAX_ADDRESSES: usize = 64;
+/// The most routes of a pod.
+pub const MAX_ROUTES: usize = 1024;
+/// The most neighbours of a pod that are set for good.
+pub const MAX_NEIGHBOURS: usize = 1024;
+
 /// The tag of the shared file system, as the guest mounts it.
 pub const SHARE_TAG: &str = "vial";
 

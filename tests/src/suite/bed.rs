@@ -168,16 +168,25 @@ impl Bed {
         }
     }
 
-    /// Prints the end of containerd's log, where a failure is explained.
-    pub(crate) fn tell_the_log(&self) {
-        let log = std::env::var("CONTAINERD_LOG").unwrap_or("/run/containerd.log".into());
-        if let Ok(text) = fs::read_to_string(log) {
-            let lines: Vec<&str> = text.lines().collect();
-            for line in &lines[lines.len().saturating_sub(25)..] {
-                println!("    | {line}");
-            }
+    /// How long containerd's log is now.
+    pub(crate) fn log_length(&self) -> usize {
+        fs::read(log_path()).map(|text| text.len()).unwrap_or_default()
+    }
+
+    /// Prints what containerd's log complains of since it was `from` bytes long.
+    pub(crate) fn tell_the_log(&self, from: usize) {
+        let Ok(text) = fs::read(log_path()) else { return };
+        let text = String::from_utf8_lossy(text.get(from..).unwrap_or_default());
+        let complains = |line: &&str| line.contains("level=error") || line.contains("level=warn");
+        for line in text.lines().filter(complains).take(40) {
+            println!("    | {line}");
         }
     }
+}
+
+/// Where containerd's log is, as whoever started containerd says.
+fn log_path() -> String {
+    std::env::var("CONTAINERD_LOG").unwrap_or("/run/containerd.log".into())
 }
 
 /// A container that runs in the background until it is dropped.

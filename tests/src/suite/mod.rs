@@ -72,7 +72,7 @@ pub(crate) fn run(cases: &[Case], image: &str, archives: &[PathBuf]) -> bool {
     };
     let mut failed = 0;
     for case in cases {
-        let start = Instant::now();
+        let (start, log) = (Instant::now(), bed.log_length());
         let result = (case.body)(&bed).and_then(|()| bed.nothing_left());
         let seconds = start.elapsed().as_secs_f64();
         match result {
@@ -80,7 +80,7 @@ pub(crate) fn run(cases: &[Case], image: &str, archives: &[PathBuf]) -> bool {
             Err(error) => {
                 failed += 1;
                 println!("FAILED  {} ({seconds:.1} s): {error:#}", case.name);
-                bed.tell_the_log();
+                bed.tell_the_log(log);
                 bed.clear();
             }
         }
