@@ -6,9 +6,10 @@ use async_trait::async_trait;
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::{Code, get_status};
 use vial_agent_protocol::agent::{
-    ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty, ExecProcessRequest,
-    HelloRequest, HelloResponse, KillProcessRequest, ListPidsResponse, Mark as WireMark,
-    ProcessRequest, ResizeTerminalRequest, StartResponse, Stdio, WaitProcessResponse,
+    ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateContainerResponse,
+    Empty, ExecProcessRequest, HelloRequest, HelloResponse, KillProcessRequest, ListPidsResponse,
+    Mark as WireMark, ProcessRequest, ResizeTerminalRequest, StartResponse, Stdio,
+    WaitProcessResponse,
 };
 use vial_agent_protocol::{PROTOCOL_VERSION, agent_ttrpc};
 
@@ -131,11 +132,8 @@ impl agent_ttrpc::Agent for AgentService {
         // A few dozen messages to the kernel, which answers each at once.
         network::configure(&request).map_err(|error| {
             tracing::error!("{error}");
-            let code = if error.is_of_the_request() {
-                Code::INVALID_ARGUMENT
-            } else {
-                Code::INTERNAL
-            };
+            let code =
+                if error.is_of_the_request() { Code::INVALID_ARGUMENT } else { Code::INTERNAL };
             ttrpc::Error::RpcStatus(get_status(code, error.to_string()))
         })?;
         Ok(Empty::new())

@@ -1,0 +1,70 @@
+use super::*;
+use proptest::prelude::*;
+
+fn same_family() -> impl Strategy<Value = [IpAddr; 3]> {
+    prop_oneof![
+        any::<[Ipv4Addr; 3]>().prop_map(|all| all.map(IpAddr::from)),
+        any::<[Ipv6Addr; 3]>().prop_map(|all| all.map(IpAddr::from)),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn route_is_read_as_it_was_written(
+        addresses in same_family(),
+        (index, prefix, scope, protocol) in (1..i32::MAX, 1..=32u8, any::<u8>(), any::<u8>()),
+        (metric, onlink, gateway, source) in any::<(u32, bool, bool, bool)>(),
+    ) {
+        let [destination, through, from] = addresses;
+        prop_assume!(!is_link_local(&destination));
+        let route = Route {
+            index,
+            destination: Cidr { address: destination, prefix },
+            gateway: gateway.then_some(through),
+            source: source.then_some(from),
+            scope,
+            protocol,
+            metric,
+            onlink,
+        };
+        prop_assert_eq!(read_route(add_route(&route).body()), Some(route));
+    }
+
+    #[test]
+    fn address_and_neighbour_are_read_as_they_were_written(
+        [address, ..] in same_family(), index in any::<i32>(), prefix in 0..=32u8, mac in any::<[u8; 6]>(),
+    ) {
+        prop_assume!(!is_link_local(&address));
+        let cidr = Cidr { address, prefix };
+        prop_assert_eq!(read_address(add_address(index, cidr).body()), Some((index, cidr)));
+        let neighbour = Neighbour { index, address, mac };
+        prop_assert_eq!(read_neighbour(add_neighbour(&neighbour).body()), Some(neighbour));
+        prop_assert_eq!(cidr.to_string().parse(), Ok(cidr));
+    }
+
+    #[test]
+    fn any_body_is_read_to_an_end(body in proptest::collection::vec(any::<u8>(), 0..128)) {
+        let _ = (read_link(&body), read_address(&body), read_route(&body), read_neighbour(&body));
+    }
+}
+
+#[test]
+fn link_is_read_as_it_was_named() {
+    let link = read_link(rename(7, "eth0").body()).unwrap();
+    assert_eq!((link.index, link.name.as_str()), (7, "eth0"));
+    assert_eq!(read_link(set_mtu(7, 1400).body()).unwrap().mtu, 1400);
+    assert_eq!(read_link(up(7).body()).unwrap().flags, IFF_UP);
+}
+
+#[test]
+fn what_is_no_cidr_is_refused() {
+    for text in ["", "10.0.0.1", "10.0.0.1/33", "::1/129", "a/8", "10.0.0.1/-1", "10.0.0.1/x"] {
+        assert!(text.parse::<Cidr>().is_err(), "{text}");
+    }
+}
+
+#[test]
+fn what_every_kernel_makes_by_itself_is_left_out() {
+    let cidr = "fe80::1/64".parse().unwrap();
+    assert_eq!(read_address(add_address(1, cidr).body()), None);
+}

@@ -1,0 +1,256 @@
+//! Gives the guest the network that the host's namespace has: names, addresses, routes and
+//! neighbours, for the interfaces that the VMM has made of it.
+//!
+//! A request is read into checked types first ([`Plan::read`], pure); only then is anything
+//! changed.
+
+use std::collections::HashSet;
+use std::io;
+use std::net::IpAddr;
+
+use vial_agent_protocol::agent::ConfigureNetworkRequest;
+use vial_agent_protocol::{MAX_ADDRESSES, MAX_INTERFACES, MAX_NEIGHBOURS, MAX_ROUTES};
+use vial_netlink::network::{self, Cidr, CidrError, Link, Neighbour, Route};
+use vial_netlink::{Message, Socket};
+
+/// The longest name of an interface (IFNAMSIZ with its NUL).
+const MAX_NAME_BYTES: usize = 15;
+const MTU: std::ops::RangeInclusive<u32> = 68..=65535;
+/// The first interface of every network namespace is `lo`.
+const LOOPBACK_INDEX: i32 = 1;
+
+/// Why the network is not as the request wants it.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum NetworkError {
+    #[error("the network has {count} {what}, more than the {limit} that a guest can have")]
+    TooMany { what: &'static str, count: usize, limit: usize },
+    #[error("'{0}' cannot be the name of an interface, or is so twice")]
+    Name(String),
+    #[error("{0:02x?} cannot be a MAC address, or is that of two interfaces")]
+    Mac(Vec<u8>),
+    #[error("the MTU of {name} is {mtu}, not 68 to 65535")]
+    Mtu { name: String, mtu: u32 },
+    #[error(transparent)]
+    Cidr(#[from] CidrError),
+    #[error("'{0}' is no address of the kind that it should be")]
+    Address(String),
+    #[error("{0} is not 0 to 255")]
+    Number(u32),
+    #[error("the network has no interface '{0}'")]
+    Device(String),
+    #[error("the guest has no interface with the address of {0}")]
+    Absent(String),
+    #[error("cannot {action} in the guest: {source}")]
+    Kernel { action: String, source: io::Error },
+}
+
+impl NetworkError {
+    /// Whether another request could do better.
+    pub(crate) fn is_of_the_request(&self) -> bool {
+        !matches!(self, Self::Absent(_) | Self::Kernel { .. })
+    }
+}
+
+/// Brings up `lo` of the namespace that the caller is in.
+///
+/// # Errors
+/// The kernel refuses.
+pub(crate) fn bring_up_loopback() -> io::Result<()> {
+    Socket::open()?.change(network::up(LOOPBACK_INDEX))
+}
+
+#[derive(Debug)]
+struct Interface {
+    name: String,
+    mac: [u8; 6],
+    mtu: u32,
+    addresses: Vec<Cidr>,
+}
+
+/// A checked request. Routes and neighbours have an index into `interfaces` in place of one of
+/// the kernel's.
+#[derive(Debug)]
+struct Plan {
+    interfaces: Vec<Interface>,
+    routes: Vec<Route>,
+    neighbours: Vec<Neighbour>,
+}
+
+fn at_most(what: &'static str, count: usize, limit: usize) -> Result<(), NetworkError> {
+    if count > limit {
+        return Err(NetworkError::TooMany { what, count, limit });
+    }
+    Ok(())
+}
+
+/// What is shown of a text that came from outside.
+fn shown(text: &str) -> String {
+    text.chars().take(64).flat_map(char::escape_debug).collect()
+}
+
+fn address(text: &str, like: Option<&IpAddr>) -> Result<IpAddr, NetworkError> {
+    let parsed: Option<IpAddr> = text.parse().ok();
+    parsed
+        .filter(|address| like.is_none_or(|like| like.is_ipv4() == address.is_ipv4()))
+        .ok_or_else(|| NetworkError::Address(shown(text)))
+}
+
+fn optional(text: &str, like: &IpAddr) -> Result<Option<IpAddr>, NetworkError> {
+    if text.is_empty() { Ok(None) } else { address(text, Some(like)).map(Some) }
+}
+
+fn mac(bytes: &[u8]) -> Result<[u8; 6], NetworkError> {
+    bytes.try_into().map_err(|_| NetworkError::Mac(bytes.iter().take(32).copied().collect()))
+}
+
+fn small(number: u32) -> Result<u8, NetworkError> {
+    number.try_into().map_err(|_| NetworkError::Number(number))
+}
+
+fn is_name(name: &str) -> bool {
+    (1..=MAX_NAME_BYTES).contains(&name.len())
+        && name != "."
+        && name != ".."
+        && name.bytes().all(|byte| byte.is_ascii_graphic() && !b"/:%".contains(&byte))
+}
+
+impl Plan {
+    fn read(request: &ConfigureNetworkRequest) -> Result<Self, NetworkError> {
+        at_most("interfaces", request.interfaces.len(), MAX_INTERFACES)?;
+        at_most("routes", request.routes.len(), MAX_ROUTES)?;
+        at_most("neighbours", request.neighbours.len(), MAX_NEIGHBOURS)?;
+        let (mut names, mut macs) = (HashSet::new(), HashSet::new());
+        let mut interfaces = Vec::new();
+        for wire in &request.interfaces {
+            at_most("addresses on an interface", wire.addresses.len(), MAX_ADDRESSES)?;
+            if !is_name(&wire.name) || wire.name == "lo" || !names.insert(&wire.name) {
+                return Err(NetworkError::Name(shown(&wire.name)));
+            }
+            let mac = mac(&wire.mac)?;
+            if mac == [0; 6] || !macs.insert(mac) {
+                return Err(NetworkError::Mac(mac.to_vec()));
+            }
+            if !MTU.contains(&wire.mtu) {
+                return Err(NetworkError::Mtu { name: wire.name.clone(), mtu: wire.mtu });
+            }
+            let addresses: Result<_, CidrError> =
+                wire.addresses.iter().map(|text| text.parse()).collect();
+            let (name, mtu) = (wire.name.clone(), wire.mtu);
+            interfaces.push(Interface { name, mac, mtu, addresses: addresses? });
+        }
+        let place = |name: &str| {
+            let place = interfaces.iter().position(|interface| interface.name == name);
+            place.map(|place| place as i32).ok_or_else(|| NetworkError::Device(shown(name)))
+        };
+        let mut routes = Vec::new();
+        for wire in &request.routes {
+            let destination: Cidr = wire.destination.parse()?;
+            routes.push(Route {
+                index: place(&wire.device)?,
+                destination,
+                gateway: optional(&wire.gateway, &destination.address)?,
+                source: optional(&wire.source, &destination.address)?,
+                scope: small(wire.scope)?,
+                protocol: small(wire.protocol)?,
+                metric: wire.metric,
+                onlink: wire.onlink,
+            });
+        }
+        let mut neighbours = Vec::new();
+        for wire in &request.neighbours {
+            let address = address(&wire.address, None)?;
+            neighbours.push(Neighbour {
+                index: place(&wire.device)?,
+                address,
+                mac: mac(&wire.mac)?,
+            });
+        }
+        Ok(Self { interfaces, routes, neighbours })
+    }
+}
+
+fn change(
+    socket: &mut Socket,
+    message: Message,
+    action: impl FnOnce() -> String,
+) -> Result<(), NetworkError> {
+    let changed = socket.change(message);
+    changed.map_err(|source| NetworkError::Kernel { action: action(), source })
+}
+
+/// Sets the guest's network up.
+///
+/// # Errors
+/// [`NetworkError`].
+pub(crate) fn configure(request: &ConfigureNetworkRequest) -> Result<(), NetworkError> {
+    let plan = Plan::read(request)?;
+    let kernel = |action: &str| {
+        let action = action.to_owned();
+        move |source| NetworkError::Kernel { action, source }
+    };
+    let mut socket = Socket::open().map_err(kernel("open a netlink socket"))?;
+    let links = network::links(&mut socket).map_err(kernel("list the interfaces"))?;
+    let found: Result<Vec<&Link>, NetworkError> = plan
+        .interfaces
+        .iter()
+        .map(|interface| {
+            let mut same = links.iter().filter(|link| link.mac == interface.mac);
+            same.next().ok_or_else(|| NetworkError::Absent(interface.name.clone()))
+        })
+        .collect();
+    let found = found?;
+    rename(&mut socket, &plan.interfaces, &found)?;
+    for (interface, link) in plan.interfaces.iter().zip(&found) {
+        let name = &interface.name;
+        change(&mut socket, network::set_mtu(link.index, interface.mtu), || {
+            format!("set the MTU of {name} to {}", interface.mtu)
+        })?;
+        for &cidr in &interface.addresses {
+            let message = network::add_address(link.index, cidr);
+            change(&mut socket, message, || format!("give {name} the address {cidr}"))?;
+        }
+        change(&mut socket, network::up(link.index), || format!("bring {name} up"))?;
+    }
+    // Checked by Plan::read: every place is that of an interface.
+    let index = |place: i32| found[place as usize].index;
+    for route in plan.routes {
+        let route = Route { index: index(route.index), ..route };
+        change(&mut socket, network::add_route(&route), || {
+            format!("add the route to {}", route.destination)
+        })?;
+    }
+    for neighbour in plan.neighbours {
+        let neighbour = Neighbour { index: index(neighbour.index), ..neighbour };
+        change(&mut socket, network::add_neighbour(&neighbour), || {
+            format!("set the neighbour {}", neighbour.address)
+        })?;
+    }
+    Ok(())
+}
+
+/// In two rounds, for one's name may be what another is still called.
+fn rename(
+    socket: &mut Socket,
+    interfaces: &[Interface],
+    found: &[&Link],
+) -> Result<(), NetworkError> {
+    let wrong: Vec<(&Interface, &&Link)> = interfaces
+        .iter()
+        .zip(found)
+        .filter(|(interface, link)| interface.name != link.name)
+        .collect();
+    for (interface, link) in &wrong {
+        let name = format!("vial-{}", link.index);
+        change(socket, network::rename(link.index, &name), || {
+            format!("name an interface for {}", interface.name)
+        })?;
+    }
+    for (interface, link) in &wrong {
+        let name = &interface.name;
+        change(socket, network::rename(link.index, name), || format!("name an interface {name}"))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;
