@@ -77,6 +77,15 @@ pub fn adopt(descriptor: OwnedFd) -> Result<Kvm, KvmError> {
     }
 }
 
+/// What KVM tells of an internal error (KVM_EXIT_INTERNAL_ERROR) that a vCPU just left the guest by.
+pub fn internal_error(vcpu: &mut VcpuFd) -> String {
+    // SAFETY: every variant of this union is plain integers, so whatever KVM wrote last can be
+    // read as this one.
+    let error = unsafe { vcpu.get_kvm_run().__bindgen_anon_1.internal };
+    let count = (error.ndata as usize).min(error.data.len());
+    format!("internal error {} with {:x?}", error.suberror, &error.data[..count])
+}
+
 /// What CPUID can answer on this host.
 ///
 /// # Errors

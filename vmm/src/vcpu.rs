@@ -8,6 +8,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vial_vmm_api::ExitReason;
 
 use crate::arch::layout::{ECAM_SIZE, ECAM_START};
+use crate::kvm;
 use crate::pci::PciBus;
 use crate::ports::Ports;
 use crate::wake::Wake;
@@ -67,38 +68,51 @@ impl EndOfVm {
 /// Runs the guest on this vCPU until something ends the VM.
 pub fn run(mut vcpu: VcpuFd, index: u8, platform: &Platform, end: &EndOfVm) {
     loop {
-        let reason = match vcpu.run() {
-            Ok(exit) => serve(exit, index, platform),
-            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => None,
-            Err(error) => {
-                tracing::error!(vcpu = index, %error, "KVM could not run the vCPU");
-                Some(ExitReason::Failed)
-            }
+        let served = match vcpu.run() {
+            Ok(exit) => serve(exit, platform),
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Served::GoOn,
+            Err(error) => Served::Stuck(format!("KVM could not run it: {error}")),
         };
-        if let Some(reason) = reason {
-            end.signal(reason);
-            return;
-        }
+        let what = match served {
+            Served::GoOn => continue,
+            Served::End(reason) => return end.signal(reason),
+            Served::InternalError => kvm::internal_error(&mut vcpu),
+            Served::Stuck(what) => what,
+        };
+        let rip = vcpu.get_regs().map(|regs| regs.rip).unwrap_or_default();
+        tracing::error!(
+            vcpu = index,
+            %what,
+            rip = format_args!("{rip:#x}"),
+            "a vCPU is stuck; if this happens to every pod, check with `vial check` that this \
+             host's KVM is usable"
+        );
+        return end.signal(ExitReason::Failed);
     }
 }
 
-fn serve(exit: VcpuExit<'_>, index: u8, platform: &Platform) -> Option<ExitReason> {
+/// What an exit leads to.
+enum Served {
+    GoOn,
+    End(ExitReason),
+    /// KVM met an error of its own, and tells more of it.
+    InternalError,
+    /// Neither KVM nor the VMM can go on with it.
+    Stuck(String),
+}
+
+fn serve(exit: VcpuExit<'_>, platform: &Platform) -> Served {
     match exit {
         VcpuExit::MmioRead(address, data) => platform.read_memory(address, data),
         VcpuExit::MmioWrite(address, data) => platform.write_memory(address, data),
         VcpuExit::IoIn(port, data) => platform.ports.read(port, data),
-        VcpuExit::IoOut(port, data) => return platform.ports.write(port, data),
-        VcpuExit::Intr => {}
-        VcpuExit::Shutdown => return Some(ExitReason::TripleFault),
-        other => {
-            tracing::error!(
-                vcpu = index,
-                exit = ?other,
-                "the guest did what KVM cannot serve; if this happens to every pod, check that \
-                 this host's KVM is usable with `vial check`"
-            );
-            return Some(ExitReason::Failed);
+        VcpuExit::IoOut(port, data) => {
+            return platform.ports.write(port, data).map_or(Served::GoOn, Served::End);
         }
+        VcpuExit::Intr => {}
+        VcpuExit::Shutdown => return Served::End(ExitReason::TripleFault),
+        VcpuExit::InternalError => return Served::InternalError,
+        other => return Served::Stuck(format!("KVM left the guest by {other:?}")),
     }
-    None
+    Served::GoOn
 }
