@@ -23,7 +23,7 @@ deps: ## install what is missing (apt on Debian and Ubuntu; elsewhere name it)
 build: deps ## the programs: vial-vmm, containerd-shim-vial-v2, vial, vial-agent
 	@$(STEP) build "building the programs" cargo build --release --bins \
 		-p vial-vmm -p vial-shim -p vial-rootfs -p vial-tests
-	@$(STEP) agent "building the agent" env RUSTFLAGS="-C target-feature=+crt-static -C force-unwind-tables=no" LIBSECCOMP_LINK_TYPE=static \
+	@$(STEP) agent "building the agent" env RUSTFLAGS="-C target-feature=+crt-static -C force-unwind-tables=no" LIBSECCOMP_LINK_TYPE=static CARGO_PROFILE_RELEASE_LTO=fat \
 		LIBSECCOMP_LIB_PATH="$$(dirname "$$(gcc -print-file-name=libseccomp.a)")" \
 		cargo build --release --target x86_64-unknown-linux-gnu --target-dir $(AGENT_TARGET) -p vial-agent
 
