@@ -88,6 +88,18 @@ impl Agent {
         Ok(Self { client })
     }
 
+    /// Gives the guest the pod's network.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn configure_network(
+        &self,
+        request: &agent::ConfigureNetworkRequest,
+    ) -> Result<(), AgentError> {
+        let configured = self.client.configure_network(limited(), request).await;
+        configured.map(drop).map_err(failed("set up the network"))
+    }
+
     /// Makes a container and its init process.
     ///
     /// # Errors

@@ -12,7 +12,7 @@ use rustix::{
 
 use crate::{
     config::Config,
-    share,
+    network, share,
     spec::{Role, Spec},
     state_dir::{ProcessIdentity, State, StateDir, StateDirError},
 };
@@ -29,6 +29,9 @@ pub enum CleanupError {
     /// See [`share::ShareError`].
     #[error(transparent)]
     Share(#[from] share::ShareError),
+    /// See [`network::NetworkError`].
+    #[error(transparent)]
+    Network(#[from] network::NetworkError),
     /// A process cannot be ended.
     #[error("cannot end the {what} (process {pid}): {error}")]
     Kill {
@@ -67,6 +70,10 @@ pub fn clean(
     });
     let vmm = state.as_ref().and_then(|state| state.vmm);
     let killed = state.as_ref().map_or(Ok(()), kill_both);
+    let detached = match state.as_ref().and_then(|state| state.network.as_ref()) {
+        Some(attachment) => network::detach(attachment),
+        None => Ok(()),
+    };
     share::unmount_below(dir.path())?;
     dir.remove()?;
     if let Some(state) = state {
@@ -74,6 +81,7 @@ pub fn clean(
         let _ = std::fs::remove_file(state.socket);
     }
     killed?;
+    detached?;
     Ok(vmm.map_or(0, |vmm| vmm.pid))
 }
 
@@ -144,6 +152,7 @@ mod tests {
             id: "demo".into(),
             shim: ProcessIdentity { pid: 1, start_ticks: u64::MAX },
             vmm: ProcessIdentity::of(child.id()),
+            network: None,
             socket: socket.clone(),
             vcpus: 1,
             memory_mib: 128,

@@ -3,7 +3,7 @@
 use ttrpc::Code;
 
 use crate::{
-    agent::AgentError, life::NoSuchStep, share::ShareError, spec::SpecError,
+    agent::AgentError, life::NoSuchStep, network::NetworkError, share::ShareError, spec::SpecError,
     state_dir::StateDirError, stdio::StdioError, vmm_client::VmmError,
     vmm_process::VmmProcessError,
 };
@@ -84,6 +84,9 @@ pub enum ServiceError {
     /// See [`StateDirError`].
     #[error(transparent)]
     StateDir(#[from] StateDirError),
+    /// See [`NetworkError`].
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// See [`ShareError`].
     #[error(transparent)]
     Share(#[from] ShareError),
@@ -106,6 +109,7 @@ impl ServiceError {
                 SpecError::TooLarge { .. } | SpecError::Parse { .. } | SpecError::Role(_),
             )
             | Self::StateDir(StateDirError::Name(_))
+            | Self::Network(NetworkError::Host(_))
             | Self::Stdio(StdioError::Scheme { .. })
             | Self::Share(
                 ShareError::Spec(_)

@@ -10,7 +10,7 @@
 //! - [`sandbox`] starts and stops the VM as a chain of steps that each have an undo ([`undo`]).
 //! - [`vmm_process`], [`vmm_client`] and [`agent`] are the borders to the VMM and the guest.
 //! - [`share`] and [`spec`] put a container's files where the guest can see them; [`stdio`]
-//!   copies its streams.
+//!   copies its streams. [`network`] joins the pod's network namespace with the VM.
 //! - [`life`] holds the states as pure functions; [`state_dir`], [`timeline`] and [`cleanup`]
 //!   what is kept on disk, and how it goes away after a crash.
 //! - [`config`] is the operator's file; [`check`] and [`ps`] are behind the `vial` command.
@@ -23,6 +23,7 @@ pub mod container;
 pub mod error;
 pub mod events;
 pub mod life;
+pub mod network;
 pub mod pod;
 pub mod process;
 pub mod ps;

@@ -139,6 +139,7 @@ mod tests {
             id: "demo".into(),
             shim: me,
             vmm: Some(me),
+            network: None,
             socket: "/s".into(),
             vcpus: 2,
             memory_mib: 256,

@@ -46,6 +46,21 @@ pub struct Runtime {
     exit: Arc<ExitSignal>,
 }
 
+impl Runtime {
+    fn plan(&self, timeline: Arc<Timeline>) -> Result<Plan, Error> {
+        // The sandbox's own bundle: that of a member is known to the shim that serves.
+        let (_, spec) = Spec::read(&bundle()?).map_err(other)?;
+        Ok(Plan {
+            config: Config::load().map_err(other)?,
+            namespace: self.namespace.clone(),
+            id: self.id.clone(),
+            socket: self.socket.clone(),
+            network_namespace: spec.network_namespace().map(Path::to_path_buf),
+            timeline,
+        })
+    }
+}
+
 fn other(error: impl std::fmt::Display) -> Error {
     Error::Other(error.to_string())
 }
@@ -110,13 +125,7 @@ impl Shim for Runtime {
         let started = std::env::var(STARTED_VARIABLE).ok().and_then(|text| text.parse().ok());
         timeline.mark_at("shim exec", started.unwrap_or(self.started_ns));
         timeline.mark("task service ready");
-        let plan = Config::load().map_err(|error| error.to_string()).map(|config| Plan {
-            config,
-            namespace: self.namespace.clone(),
-            id: self.id.clone(),
-            socket: self.socket.clone(),
-            timeline,
-        });
+        let plan = self.plan(timeline).map_err(|error| error.to_string());
         // The library's publisher does not keep the order of events when it tries one again, and
         // cannot be waited for. Its address is what is needed.
         let events = EventSink::new(publisher.address, self.namespace.clone());

@@ -1,7 +1,8 @@
 //! One VM: started as a chain of steps, stopped by taking them back.
 //!
-//! state directory → shared tree → VMM process → boot → guest ready → agent greeted. Each step
-//! pushes its undo; a failure takes all back, and stopping does the same.
+//! state directory → network → shared tree → VMM process → boot → guest ready → agent greeted →
+//! network configured. Each step pushes its undo; a failure takes all back, and stopping does the
+//! same.
 
 use std::{
     fs::File,
@@ -20,13 +21,14 @@ use tokio::{
     net::UnixStream,
     sync::{mpsc, watch},
 };
-use vial_agent_protocol::{AGENT_PORT, READY_PORT, SHARE_TAG};
+use vial_agent_protocol::{AGENT_PORT, READY_PORT, SHARE_TAG, agent::ConfigureNetworkRequest};
 use vial_vmm_api::{API_VERSION, Action, Descriptor, DeviceConfig, Reply, VmConfig};
 
 use crate::{
     agent::Agent,
     config::Config,
     error::ServiceError,
+    network::{self, Tap},
     share::{self, Share},
     state_dir::{ProcessIdentity, STATE_VERSION, State, StateDir},
     timeline::Timeline,
@@ -56,6 +58,8 @@ pub struct Plan {
     pub id: String,
     /// The socket that the shim serves.
     pub socket: std::path::PathBuf,
+    /// The network namespace whose interfaces the guest gets; without it the guest has none.
+    pub network_namespace: Option<std::path::PathBuf>,
     /// Where the phases are marked.
     pub timeline: Arc<Timeline>,
 }
@@ -110,6 +114,12 @@ impl Sandbox {
         dir.write_state(&state)?;
         timeline.mark("state directory");
 
+        let (taps, network) = match &plan.network_namespace {
+            Some(namespace) => attach_network(namespace, &dir, &mut state, undo)?,
+            None => Default::default(),
+        };
+        timeline.mark("network joined");
+
         let mounted = dir.path().to_path_buf();
         undo.push("mount the shared tree", || async move {
             share::unmount_below(&mounted).map_err(|error| error.to_string())
@@ -140,14 +150,17 @@ impl Sandbox {
         });
 
         let console = if config.debug_console { Some(open_console(&dir)?) } else { None };
+        let handed = Handed { files: &files, console: console.as_ref(), share: &share, taps };
         let boot = async {
-            let ready =
-                boot(plan, &files, console.as_ref(), &share, &process, &client, &mut events)
-                    .await?;
+            let ready = boot(plan, handed, &process, &client, &mut events).await?;
             timeline.mark("guest ready");
             let stream = client.connect(AGENT_PORT).await.map_err(vmm("reach the agent"))?;
             let agent = Agent::greet(stream, config.boot_timeout, timeline).await?;
             timeline.mark("agent greeted");
+            if !network.interfaces.is_empty() {
+                agent.configure_network(&network).await?;
+                timeline.mark("network configured");
+            }
             Ok((ready, agent))
         };
         let (ready, agent) = tokio::select! {
@@ -231,6 +244,7 @@ fn first_state(plan: &Plan) -> State {
         // A process can always see itself; without /proc nothing here works at all.
         shim: ProcessIdentity::of(pid).unwrap_or(ProcessIdentity { pid, start_ticks: 0 }),
         vmm: None,
+        network: None,
         socket: plan.socket.clone(),
         vcpus: plan.config.vcpus,
         memory_mib: plan.config.memory_mib,
@@ -241,11 +255,39 @@ fn first_state(plan: &Plan) -> State {
     }
 }
 
+/// Joins the pod's network namespace with taps for the VM. What is about to be done there is
+/// written down first.
+fn attach_network(
+    namespace: &Path,
+    dir: &StateDir,
+    state: &mut State,
+    undo: &mut UndoStack,
+) -> Result<(Vec<Tap>, ConfigureNetworkRequest), ServiceError> {
+    let found = network::look(namespace)?;
+    state.network = Some(found.attachment.clone());
+    dir.write_state(state)?;
+    let attachment = found.attachment.clone();
+    // Before the step: it may come half of its way.
+    undo.push("join the pod's network", || async move {
+        network::detach(&attachment).map_err(|error| error.to_string())
+    });
+    let taps = network::attach(&found)?;
+    Ok((taps, found.request))
+}
+
 /// What the VMM is handed and exists before the sandbox does.
 struct Files {
     kvm: File,
     kernel: File,
     initrd: File,
+}
+
+/// All that the VMM is handed.
+struct Handed<'a> {
+    files: &'a Files,
+    console: Option<&'a File>,
+    share: &'a Share,
+    taps: Vec<Tap>,
 }
 
 impl Files {
@@ -316,9 +358,7 @@ fn console_tail(console: Option<&File>) -> String {
 /// its end is the agent's end.
 async fn boot(
     plan: &Plan,
-    files: &Files,
-    console: Option<&File>,
-    share: &Share,
+    Handed { files, console, share, taps }: Handed<'_>,
     process: &VmmProcess,
     client: &VmmClient,
     events: &mut mpsc::Receiver<VmmEvent>,
@@ -326,6 +366,18 @@ async fn boot(
     let root = open_path(&share.share)?;
     let proc_fd = open_path(Path::new(&format!("/proc/{}/fd", process.pid())))?;
     let mut given = Given::default();
+    let mut devices = vec![
+        DeviceConfig::Rng,
+        DeviceConfig::Vsock { guest_cid: GUEST_CID, host_ports: vec![READY_PORT] },
+        DeviceConfig::Fs {
+            tag: SHARE_TAG.into(),
+            root: given.add(&root),
+            proc_fd: Some(given.add(&proc_fd)),
+        },
+    ];
+    for Tap { descriptor, mac, mtu } in &taps {
+        devices.push(DeviceConfig::Net { tap: given.add(descriptor), mac: *mac, mtu: *mtu });
+    }
     let config = VmConfig {
         version: API_VERSION,
         kvm: given.add(&files.kvm),
@@ -335,18 +387,14 @@ async fn boot(
         initrd: Some(given.add(&files.initrd)),
         command_line: plan.config.command_line(),
         console: console.map(|console| given.add(console)),
-        devices: vec![
-            DeviceConfig::Rng,
-            DeviceConfig::Vsock { guest_cid: GUEST_CID, host_ports: vec![READY_PORT] },
-            DeviceConfig::Fs {
-                tag: SHARE_TAG.into(),
-                root: given.add(&root),
-                proc_fd: Some(given.add(&proc_fd)),
-            },
-        ],
+        devices,
     };
     let action = Action::Boot(Box::new(config));
-    match client.request(action, &given.0).await {
+    let answer = client.request(action, &given.0).await;
+    // The VMM alone holds them from here on: they go when it goes.
+    drop(given);
+    drop(taps);
+    match answer {
         Ok(Reply::Booted(report)) => {
             for (name, at_ns) in report.marks {
                 plan.timeline.mark_at(&format!("VMM: {name}"), at_ns);

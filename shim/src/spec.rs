@@ -22,9 +22,31 @@ pub struct Spec {
     /// What is mounted into it.
     #[serde(default)]
     pub mounts: Vec<Mount>,
+    /// What only Linux has.
+    #[serde(default)]
+    pub linux: Linux,
     /// Free words; containerd's CRI plugin says here what belongs to which pod.
     #[serde(default)]
     pub annotations: HashMap<String, String>,
+}
+
+/// `linux` of a spec.
+#[derive(Debug, Default, Deserialize)]
+pub struct Linux {
+    /// The namespaces that the container gets.
+    #[serde(default)]
+    pub namespaces: Vec<Namespace>,
+}
+
+/// One of a spec's `linux.namespaces`.
+#[derive(Debug, Deserialize)]
+pub struct Namespace {
+    /// Its type.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// The one to join; a new one without it.
+    #[serde(default)]
+    pub path: PathBuf,
 }
 
 /// `root` of a spec.
@@ -125,6 +147,12 @@ impl Spec {
         Ok((text, spec))
     }
 
+    /// The network namespace that somebody made for the container, CNI as a rule.
+    pub fn network_namespace(&self) -> Option<&Path> {
+        let network = self.linux.namespaces.iter().find(|namespace| namespace.kind == "network")?;
+        (!network.path.as_os_str().is_empty()).then_some(&network.path)
+    }
+
     /// What the container is to its sandbox.
     ///
     /// # Errors
@@ -158,6 +186,19 @@ mod tests {
         assert_eq!(spec(member).role().unwrap(), Role::Member("pod".into()));
         let orphan = r#"{"annotations": {"io.kubernetes.cri.container-type": "container"}}"#;
         assert!(spec(orphan).role().is_err());
+    }
+
+    #[test]
+    fn network_namespace_is_one_with_a_path() {
+        let with = |more: &str| {
+            let json = format!(r#"{{"linux": {{"namespaces": [{{"type": "pid"}} {more}]}}}}"#);
+            spec(&json).network_namespace().map(Path::to_path_buf)
+        };
+        assert_eq!(with(""), None);
+        assert_eq!(with(r#", {"type": "network"}"#), None);
+        let path = Some("/run/netns/a".into());
+        assert_eq!(with(r#", {"type": "network", "path": "/run/netns/a"}"#), path);
+        assert_eq!(spec("{}").network_namespace(), None);
     }
 
     #[test]

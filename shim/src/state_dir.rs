@@ -29,6 +29,9 @@ pub struct State {
     pub shim: ProcessIdentity,
     /// The VMM's process, once there is one.
     pub vmm: Option<ProcessIdentity>,
+    /// What was, or is about to be, changed in the pod's network namespace.
+    #[serde(default)]
+    pub network: Option<crate::network::Attachment>,
     /// The socket that the shim serves.
     pub socket: PathBuf,
     /// vCPUs of the VM.
@@ -264,6 +267,7 @@ mod tests {
             id: "demo".into(),
             shim: ProcessIdentity::of(std::process::id()).unwrap(),
             vmm: None,
+            network: None,
             socket: "/run/containerd/s/0".into(),
             vcpus: 1,
             memory_mib: 128,

@@ -224,6 +224,15 @@ impl Agent for Guest {
         Ok(agent::HelloResponse { version: PROTOCOL_VERSION, ..Default::default() })
     }
 
+    async fn configure_network(
+        &self,
+        _: &TtrpcContext,
+        request: agent::ConfigureNetworkRequest,
+    ) -> ttrpc::Result<Empty> {
+        assert!(!request.interfaces.is_empty());
+        Ok(Empty::new())
+    }
+
     async fn create_container(
         &self,
         _: &TtrpcContext,

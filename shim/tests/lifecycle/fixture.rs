@@ -107,6 +107,7 @@ impl Fixture {
             namespace: "default".into(),
             id: "demo".into(),
             socket: dir.path().join("socket"),
+            network_namespace: None,
             timeline: Arc::new(Timeline::default()),
         };
         let sink = EventSink::new(socket.display().to_string(), "default".into());

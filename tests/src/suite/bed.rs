@@ -136,10 +136,11 @@ impl Bed {
         self.run(runtime, &[], &["sh", "-c", line])
     }
 
-    /// Starts a container in the background.
+    /// Starts a container in the background. Its streams go nowhere: nobody is there to remove
+    /// them when its shim is killed.
     pub(crate) fn detached(&self, runtime: Runtime, args: &[&str]) -> Result<Detached> {
         let name = self.name();
-        run(&mut self.command(runtime, &["-d"], &name, args))?
+        run(&mut self.command(runtime, &["-d", "--null-io"], &name, args))?
             .expect(0)
             .context("start a container in the background")?;
         Ok(Detached { name })

@@ -21,7 +21,7 @@ pub(crate) fn program_that_is_absent_fails_like_with_runc(bed: &Bed) -> Result<(
 
 /// The number of the only process whose name begins with `prefix` and whose command line
 /// mentions `word`.
-fn process(prefix: &str, word: &str) -> Result<i32> {
+pub(crate) fn process(prefix: &str, word: &str) -> Result<i32> {
     let found: Vec<i32> = fs::read_dir("/proc")?
         .flatten()
         .filter_map(|entry| {
@@ -35,7 +35,7 @@ fn process(prefix: &str, word: &str) -> Result<i32> {
     Ok(found[0])
 }
 
-fn kill(pid: i32) -> Result<()> {
+pub(crate) fn kill(pid: i32) -> Result<()> {
     let pid = rustix::process::Pid::from_raw(pid).context("a process number")?;
     rustix::process::kill_process(pid, rustix::process::Signal::KILL)?;
     Ok(())

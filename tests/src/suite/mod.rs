@@ -5,6 +5,7 @@ mod compare;
 mod faults;
 mod input;
 mod lifecycle;
+mod network;
 mod streams;
 
 use std::path::PathBuf;
@@ -52,6 +53,8 @@ pub(crate) fn cases() -> Vec<Case> {
         faults::program_that_is_absent_fails_like_with_runc,
         faults::killed_vmm_ends_its_container,
         faults::killed_shim_is_cleaned_up_after,
+        network::network_of_the_namespace_is_the_containers,
+        network::network_is_released_after_a_killed_shim,
         input::wrong_configuration_is_named,
         input::wrong_command_lines_are_refused,
         input::check_says_that_this_host_is_fit,

@@ -1,0 +1,350 @@
+//! The pod's network: what CNI made in the pod's network namespace, given to the VM.
+//!
+//! Each interface of the namespace gets a tap beside it, and traffic control joins the two: what
+//! comes in at one goes out at the other, so that the guest stands where the namespace stood. The
+//! interface keeps its addresses; nothing reaches the namespace's own stack any more. The guest
+//! is told names, addresses, routes and neighbours by the agent.
+//!
+//! Three steps, so that what is to be undone is on disk before it is done: [`look`] changes
+//! nothing, [`attach`] makes taps and joins them, [`detach`] takes both back, after a crash too.
+//! Each runs on a thread that enters the namespace and ends in it.
+
+mod tap;
+mod traffic;
+
+use std::{
+    fs::File,
+    io,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
+    path::{Path, PathBuf},
+};
+
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use serde::{Deserialize, Serialize};
+use vial_agent_protocol::{
+    MAX_ADDRESSES, MAX_INTERFACES, MAX_NEIGHBOURS, MAX_ROUTES,
+    agent::{self, ConfigureNetworkRequest},
+};
+use vial_netlink::{
+    Socket,
+    network::{self, ARPHRD_ETHER, IFF_LOOPBACK, IFF_UP, Link},
+};
+
+/// Why the pod's network cannot be given to the VM.
+#[derive(Debug, thiserror::Error)]
+pub enum NetworkError {
+    /// The namespace cannot be entered.
+    #[error("cannot enter the network namespace {path}: {error}; CNI has to make it first")]
+    Enter {
+        /// Its path.
+        path: PathBuf,
+        /// What went wrong.
+        error: io::Error,
+    },
+    /// The namespace is the host's.
+    #[error(
+        "the network namespace {0} is the host's own, which a microVM cannot share; run pods \
+         with hostNetwork with another runtime"
+    )]
+    Host(PathBuf),
+    /// There is more in it than a guest can have.
+    #[error("the pod's network has {count} {what}, more than the {limit} that a VM can have")]
+    TooMany {
+        /// What there is too much of.
+        what: &'static str,
+        /// How many there are.
+        count: usize,
+        /// How many there can be.
+        limit: usize,
+    },
+    /// An interface's address or MTU is none that the VM can have.
+    #[error(
+        "the interface {0} of the pod's network has no MAC address of its own, or no MTU of 68 to 65535"
+    )]
+    Interface(String),
+    /// Somebody uses what joins the interface with the tap.
+    #[error(
+        "the interface {0} of the pod's network has an ingress queueing discipline already, \
+         which the VM needs for itself; configure CNI without a plugin that adds one there"
+    )]
+    Ingress(String),
+    /// No tap can be made.
+    #[error("cannot make a tap in the pod's network: {0}; `modprobe tun` may help")]
+    Tap(io::Error),
+    /// The kernel refused a step.
+    #[error("cannot {action} in the pod's network: {error}{remedy}")]
+    Kernel {
+        /// What was tried.
+        action: String,
+        /// What went wrong.
+        error: io::Error,
+        /// What may help, after a semicolon, or nothing.
+        remedy: &'static str,
+    },
+}
+
+fn kernel(action: impl Into<String>) -> impl FnOnce(io::Error) -> NetworkError {
+    let action = action.into();
+    move |error| NetworkError::Kernel { action, error, remedy: "" }
+}
+
+/// What is to be undone in a namespace.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attachment {
+    /// The namespace's path.
+    pub namespace: PathBuf,
+    /// The namespace's inode: another one at that path is none of ours.
+    pub inode: u64,
+    /// What is joined in it.
+    pub joints: Vec<Joint>,
+}
+
+/// An interface and its tap, by their names.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Joint {
+    /// The interface that CNI made.
+    pub interface: String,
+    /// The tap beside it.
+    pub tap: String,
+}
+
+/// A namespace's network, looked at.
+#[derive(Debug)]
+pub struct Network {
+    /// What [`attach`] will do.
+    pub attachment: Attachment,
+    /// What the guest is to have.
+    pub request: ConfigureNetworkRequest,
+}
+
+/// The host's end of one of the guest's interfaces.
+#[derive(Debug)]
+pub struct Tap {
+    /// Made with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`.
+    pub descriptor: OwnedFd,
+    /// The guest's address.
+    pub mac: [u8; 6],
+    /// In bytes.
+    pub mtu: u16,
+}
+
+/// Runs `work` in a namespace, on a thread of its own, which never comes back from there.
+fn inside<T: Send>(
+    path: &Path,
+    namespace: &File,
+    work: impl FnOnce(&mut Socket) -> Result<T, NetworkError> + Send,
+) -> Result<T, NetworkError> {
+    let enter = || {
+        move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))
+            .map_err(|error| NetworkError::Enter { path: path.into(), error: error.into() })?;
+        work(&mut Socket::open().map_err(kernel("open a netlink socket"))?)
+    };
+    std::thread::scope(|scope| match scope.spawn(enter).join() {
+        Ok(result) => result,
+        Err(panic) => std::panic::resume_unwind(panic),
+    })
+}
+
+fn open(path: &Path) -> Result<(File, u64), NetworkError> {
+    let enter = |error| NetworkError::Enter { path: path.into(), error };
+    let namespace = File::open(path).map_err(enter)?;
+    let found = namespace.metadata().map_err(enter)?;
+    let own = std::fs::metadata("/proc/self/ns/net").map_err(enter)?;
+    if (found.dev(), found.ino()) == (own.dev(), own.ino()) {
+        return Err(NetworkError::Host(path.into()));
+    }
+    Ok((namespace, found.ino()))
+}
+
+fn at_most(what: &'static str, count: usize, limit: usize) -> Result<(), NetworkError> {
+    if count > limit {
+        return Err(NetworkError::TooMany { what, count, limit });
+    }
+    Ok(())
+}
+
+/// Reads what is in the namespace at `path`, and changes nothing.
+///
+/// # Errors
+/// [`NetworkError`].
+pub fn look(path: &Path) -> Result<Network, NetworkError> {
+    let (namespace, inode) = open(path)?;
+    let (joints, request) = inside(path, &namespace, look_around)?;
+    let attachment = Attachment { namespace: path.into(), inode, joints };
+    Ok(Network { attachment, request })
+}
+
+/// Whether a guest gets an interface like it: what CNI made is Ethernet and up, unlike the
+/// tunnels that a kernel puts into every namespace.
+fn is_for_guests(link: &Link) -> bool {
+    link.hardware == ARPHRD_ETHER && link.flags & IFF_UP != 0 && link.flags & IFF_LOOPBACK == 0
+}
+
+fn look_around(socket: &mut Socket) -> Result<(Vec<Joint>, ConfigureNetworkRequest), NetworkError> {
+    let all = network::links(socket).map_err(kernel("list the interfaces"))?;
+    let links: Vec<&Link> = all.iter().filter(|link| is_for_guests(link)).collect();
+    at_most("interfaces", links.len(), MAX_INTERFACES)?;
+    let taken = traffic::with_ingress(socket).map_err(kernel("list the queueing disciplines"))?;
+    let addresses = network::addresses(socket).map_err(kernel("list the addresses"))?;
+    let routes = network::routes(socket).map_err(kernel("list the routes"))?;
+    let neighbours = network::neighbours(socket).map_err(kernel("list the neighbours"))?;
+    let mut free =
+        (0..).map(|n| format!("vtap{n}")).filter(|name| all.iter().all(|l| l.name != *name));
+    let mut joints = Vec::new();
+    let mut request = ConfigureNetworkRequest::default();
+    for link in links {
+        let name = &link.name;
+        if link.mac.len() != 6 || !(68..=65535).contains(&link.mtu) {
+            return Err(NetworkError::Interface(name.clone()));
+        }
+        if taken.contains(&link.index) {
+            return Err(NetworkError::Ingress(name.clone()));
+        }
+        let own = addresses.iter().filter(|(index, _)| *index == link.index);
+        let addresses: Vec<String> = own.map(|(_, cidr)| cidr.to_string()).collect();
+        at_most("addresses on an interface", addresses.len(), MAX_ADDRESSES)?;
+        request.routes.extend(
+            routes.iter().filter(|route| route.index == link.index).map(|r| wire_route(name, r)),
+        );
+        let own = neighbours.iter().filter(|neighbour| neighbour.index == link.index);
+        request.neighbours.extend(own.map(|neighbour| agent::Neighbour {
+            device: name.clone(),
+            address: neighbour.address.to_string(),
+            mac: neighbour.mac.to_vec(),
+            ..Default::default()
+        }));
+        request.interfaces.push(agent::Interface {
+            name: name.clone(),
+            mac: link.mac.clone(),
+            mtu: link.mtu,
+            addresses,
+            ..Default::default()
+        });
+        // There are more numbers than interfaces.
+        joints.extend(free.next().map(|tap| Joint { interface: name.clone(), tap }));
+    }
+    // Those that are on the link first, of all interfaces: the others need them.
+    request.routes.sort_by_key(|route| !route.gateway.is_empty());
+    at_most("routes", request.routes.len(), MAX_ROUTES)?;
+    at_most("neighbours", request.neighbours.len(), MAX_NEIGHBOURS)?;
+    Ok((joints, request))
+}
+
+fn wire_route(device: &str, route: &network::Route) -> agent::Route {
+    let text = |address: Option<std::net::IpAddr>| {
+        address.map(|address| address.to_string()).unwrap_or_default()
+    };
+    agent::Route {
+        device: device.into(),
+        destination: route.destination.to_string(),
+        gateway: text(route.gateway),
+        source: text(route.source),
+        scope: route.scope.into(),
+        protocol: route.protocol.into(),
+        metric: route.metric,
+        onlink: route.onlink,
+        ..Default::default()
+    }
+}
+
+/// Makes a tap for each interface of a network and joins the two.
+///
+/// # Errors
+/// [`NetworkError`]. What was done stays, for [`detach`].
+pub fn attach(network: &Network) -> Result<Vec<Tap>, NetworkError> {
+    let Attachment { namespace: path, joints, .. } = &network.attachment;
+    let (namespace, _) = open(path)?;
+    inside(path, &namespace, |socket| {
+        let made = joints.iter().zip(&network.request.interfaces);
+        made.map(|(joint, interface)| join(socket, joint, interface)).collect()
+    })
+}
+
+fn join(
+    socket: &mut Socket,
+    joint: &Joint,
+    interface: &agent::Interface,
+) -> Result<Tap, NetworkError> {
+    let wrong = || NetworkError::Interface(interface.name.clone());
+    let mac = interface.mac.as_slice().try_into().map_err(|_| wrong())?;
+    let mtu = u16::try_from(interface.mtu).map_err(|_| wrong())?;
+    let descriptor = tap::make(&joint.tap).map_err(NetworkError::Tap)?;
+    let links = network::links(socket).map_err(kernel("list the interfaces"))?;
+    let index = |name: &str| {
+        let link = links.iter().find(|link| link.name == name);
+        link.map(|link| link.index)
+            .ok_or_else(|| kernel(format!("find {name}"))(io::Error::from(io::ErrorKind::NotFound)))
+    };
+    let (outside, tap) = (index(&joint.interface)?, index(&joint.tap)?);
+    let set = kernel(format!("set up {}", joint.tap));
+    socket
+        .change(traffic::without_own_address(tap))
+        // A kernel without IPv6 has no such setting and needs none.
+        .or_else(|error| match error.kind() {
+            io::ErrorKind::Unsupported => Ok(()),
+            _ => Err(error),
+        })
+        .and_then(|()| socket.change(network::set_mtu(tap, interface.mtu)))
+        .and_then(|()| socket.change(network::up(tap)))
+        .map_err(set)?;
+    for (from, to) in [(outside, tap), (tap, outside)] {
+        let refused = |error| NetworkError::Kernel {
+            action: format!("redirect between {} and {}", joint.interface, joint.tap),
+            error,
+            remedy: "; `modprobe -a sch_ingress cls_matchall act_mirred` may help",
+        };
+        socket.change(traffic::add_ingress(from)).map_err(refused)?;
+        socket.change(traffic::redirect(from, to)).map_err(refused)?;
+    }
+    Ok(Tap { descriptor, mac, mtu })
+}
+
+/// Takes back what [`attach`] did, as far as it got. A namespace that is gone took it along.
+///
+/// # Errors
+/// [`NetworkError`].
+pub fn detach(attachment: &Attachment) -> Result<(), NetworkError> {
+    let path = &attachment.namespace;
+    let (namespace, inode) = match open(path) {
+        Ok(opened) => opened,
+        Err(NetworkError::Enter { error, .. }) if error.kind() == io::ErrorKind::NotFound => {
+            return Ok(());
+        }
+        Err(error) => return Err(error),
+    };
+    if inode != attachment.inode {
+        return Ok(());
+    }
+    inside(path, &namespace, |socket| {
+        let links = network::links(socket).map_err(kernel("list the interfaces"))?;
+        let taken =
+            traffic::with_ingress(socket).map_err(kernel("list the queueing disciplines"))?;
+        let find = |name: &str| links.iter().find(|link| link.name == name).map(|link| link.index);
+        for Joint { interface, tap } in &attachment.joints {
+            if let Some(index) = find(interface).filter(|index| taken.contains(index)) {
+                gone_is_fine(socket.change(traffic::delete_ingress(index)))
+                    .map_err(kernel(format!("release {interface}")))?;
+            }
+            if let Some(index) = find(tap) {
+                gone_is_fine(socket.change(traffic::delete_link(index)))
+                    .map_err(kernel(format!("delete {tap}")))?;
+            }
+        }
+        Ok(())
+    })
+}
+
+/// CNI may delete the same things at the same time.
+fn gone_is_fine(result: io::Result<()>) -> io::Result<()> {
+    match result.map_err(|error| (error.raw_os_error(), error)) {
+        Ok(()) => Ok(()),
+        Err((Some(code), _)) if traffic::GONE.contains(&code) => Ok(()),
+        Err((_, error)) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests;
