@@ -1,11 +1,15 @@
 //! Standard streams and terminals.
 
+use std::ffi::OsStr;
+use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 
-use super::bed::{Bed, Runtime, run, wait};
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+
+use super::bed::{Bed, Outcome, Runtime, wait};
 
 /// Writes to a container's standard input, reads back what it answers to that, and only then ends
 /// the input: `ctr` forgets an end that comes before the task is there.
@@ -85,14 +89,33 @@ pub(crate) fn stderr_is_kept_apart(bed: &Bed) -> Result<()> {
     Ok(())
 }
 
-/// Runs a command on a terminal of 33 rows and 77 columns.
-fn on_a_terminal(command: &Command) -> Result<super::bed::Outcome> {
-    let quote =
-        |word: &std::ffi::OsStr| format!("'{}'", word.to_string_lossy().replace('\'', r"'\''"));
+/// Runs a command on a terminal of 33 rows and 77 columns, as the leader of a session of its own.
+fn on_a_terminal(command: &Command) -> Result<Outcome> {
+    let quote = |word: &OsStr| format!("'{}'", word.to_string_lossy().replace('\'', r"'\''"));
     let mut words = vec![quote(command.get_program())];
     words.extend(command.get_args().map(quote));
     let line = format!("stty rows 33 cols 77; exec {}", words.join(" "));
-    run(Command::new("script").args(["-q", "-e", "-c", &line, "/dev/null"]))
+
+    let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
+    grantpt(&master)?;
+    unlockpt(&master)?;
+    let name = ptsname(&master, Vec::new())?.into_string()?;
+    let terminal = || File::options().read(true).write(true).open(&name).map(Stdio::from);
+    let mut child = Command::new("setsid")
+        .args(["--ctty", "--wait", "sh", "-c", &line])
+        .stdin(terminal()?)
+        .stdout(terminal()?)
+        .stderr(terminal()?)
+        .spawn()?;
+    let reader = std::thread::spawn(move || {
+        let mut text = Vec::new();
+        // It ends with an error when nobody has the terminal open any more.
+        let _ = File::from(master).read_to_end(&mut text);
+        String::from_utf8_lossy(&text).into_owned()
+    });
+    let status = wait(&mut child)?;
+    let stdout = reader.join().map_err(|_| anyhow::anyhow!("the reader panicked"))?;
+    Ok(Outcome { status, stdout, stderr: String::new() })
 }
 
 pub(crate) fn terminal_is_a_terminal_of_its_size(bed: &Bed) -> Result<()> {
