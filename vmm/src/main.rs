@@ -86,7 +86,8 @@ fn serve(options: &Serve) -> Result<ExitCode> {
         .init();
     let socket = inherited_socket(number)?;
     let reason = Control::new(socket)?.run()?;
-    tracing::info!(%reason, "the VM ended");
+    // The shim hears of it by the socket and the exit status.
+    tracing::debug!(%reason, "the VM ended");
     // Threads in the guest or in a system call are not waited for.
     std::process::exit(reason.status().into())
 }

@@ -97,7 +97,14 @@ impl Bed {
         let mut bed =
             Self { image: image.into(), before: Traces::take()?, next: AtomicU32::new(1) };
         for runtime in Runtime::BOTH {
-            bed.run(runtime, &[], &["true"])?
+            let log = bed.log_length();
+            let mut first = bed.run(runtime, &[], &["true"])?;
+            if first.status != 0 && bed.kvm_failed(log) {
+                println!("again   the first container: the host's KVM failed");
+                bed.clear();
+                first = bed.run(runtime, &[], &["true"])?;
+            }
+            first
                 .expect(0)
                 .with_context(|| format!("the first container with {}", runtime.name()))?;
         }
@@ -174,10 +181,15 @@ impl Bed {
         fs::read(log_path()).map(|text| text.len()).unwrap_or_default()
     }
 
+    /// Whether a VMM said, since the log was `from` bytes long, that the host's KVM cannot run a
+    /// vCPU any further: an internal error of KVM, or an exit that the VMM does not serve.
+    pub(crate) fn kvm_failed(&self, from: usize) -> bool {
+        log_since(from).contains("a vCPU is stuck")
+    }
+
     /// Prints what containerd's log complains of since it was `from` bytes long.
     pub(crate) fn tell_the_log(&self, from: usize) {
-        let Ok(text) = fs::read(log_path()) else { return };
-        let text = String::from_utf8_lossy(text.get(from..).unwrap_or_default());
+        let text = log_since(from);
         let complains = |line: &&str| line.contains("level=error") || line.contains("level=warn");
         for line in text.lines().filter(complains).take(40) {
             println!("    | {line}");
@@ -188,6 +200,12 @@ impl Bed {
 /// Where containerd's log is, as whoever started containerd says.
 fn log_path() -> String {
     std::env::var("CONTAINERD_LOG").unwrap_or("/run/containerd.log".into())
+}
+
+/// What was added to containerd's log since it was `from` bytes long.
+fn log_since(from: usize) -> String {
+    let text = fs::read(log_path()).unwrap_or_default();
+    String::from_utf8_lossy(text.get(from..).unwrap_or_default()).into_owned()
 }
 
 /// A container that runs in the background until it is dropped.
