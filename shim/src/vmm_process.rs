@@ -144,7 +144,7 @@ impl VmmProcess {
             (None, None) => "the VMM ended".into(),
         };
         let lines = self.lines.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if let Some(line) = lines.back() {
+        if let Some(line) = telling(&lines) {
             text.push_str(": ");
             text.push_str(line);
         }
@@ -167,6 +167,12 @@ impl VmmProcess {
             .map(drop)
             .map_err(|_| VmmProcessError::Stuck(self.pid, patience))
     }
+}
+
+/// The line that tells most: the last error, else the last of any kind.
+fn telling(lines: &VecDeque<String>) -> Option<&String> {
+    let is_error = |line: &&String| line.split_ascii_whitespace().next() == Some("ERROR");
+    lines.iter().rev().find(is_error).or(lines.back())
 }
 
 async fn keep_lines(stderr: impl AsyncRead + Unpin, kept: &Mutex<VecDeque<String>>) {
@@ -217,6 +223,15 @@ mod tests {
         assert_eq!(kept.len(), KEPT_LINES);
         assert_eq!(kept.back().unwrap(), "line 19");
         assert!(kept.iter().all(|line| line.len() as u64 <= MAX_LINE_BYTES));
+    }
+
+    #[test]
+    fn last_error_tells_more_than_what_follows_it() {
+        let lines = |text: &str| text.lines().map(str::to_string).collect::<VecDeque<_>>();
+        let told = lines("ERROR first\nERROR vm: KVM failed\nWARN the console is gone");
+        assert_eq!(telling(&told).unwrap(), "ERROR vm: KVM failed");
+        assert_eq!(telling(&lines("INFO a\nWARN ERROR b")).unwrap(), "WARN ERROR b");
+        assert_eq!(telling(&lines("")), None);
     }
 
     #[tokio::test]

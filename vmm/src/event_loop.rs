@@ -1,8 +1,5 @@
 //! A thread that runs device workers: it waits for their events and calls them.
 
-use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
-
 use event_manager::{EventManager, RemoteEndpoint, SubscriberId};
 
 use crate::virtio::Worker;
@@ -43,7 +40,6 @@ type Subscriber = Box<dyn Worker>;
 #[derive(Clone)]
 pub struct EventLoop {
     endpoint: RemoteEndpoint<Subscriber>,
-    thread: Arc<Mutex<Option<JoinHandle<()>>>>,
 }
 
 /// A worker on an event loop.
@@ -80,7 +76,7 @@ impl EventLoop {
                 }
             }
         };
-        let thread = std::thread::Builder::new()
+        std::thread::Builder::new()
             .name(name.into())
             .spawn(body)
             .map_err(|source| EventLoopError::Spawn { name, source })?;
@@ -89,7 +85,7 @@ impl EventLoop {
             .map_err(|_| "its thread ended".to_owned())
             .and_then(|result| result)
             .map_err(|reason| EventLoopError::Create { name, reason })?;
-        Ok(Self { endpoint, thread: Arc::new(Mutex::new(Some(thread))) })
+        Ok(Self { endpoint })
     }
 
     /// Moves a worker to the loop's thread and waits until it listens.
@@ -111,12 +107,5 @@ impl EventLoop {
         self.endpoint.call_blocking::<_, _, EventLoopError>(move |ops| {
             ops.remove_subscriber(id.0).map(drop).map_err(EventLoopError::from)
         })
-    }
-
-    /// Whether the loop's thread still runs.
-    pub fn is_alive(&self) -> bool {
-        self.thread
-            .lock()
-            .is_ok_and(|thread| thread.as_ref().is_some_and(|thread| !thread.is_finished()))
     }
 }

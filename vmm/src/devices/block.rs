@@ -7,17 +7,17 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use rustix::fs::{
     FallocateFlags, FileType, OFlags, SeekFrom, fallocate, fcntl_getfl, fdatasync, fstat, seek,
 };
 
 use super::buffers::{Buffers, Span};
+use super::one_queue::{QueueWorker, Serve};
 use crate::memory::GuestRam;
 use crate::virtio::queue::Chain;
 use crate::virtio::{
-    ActivateError, Activation, ActiveQueue, FEATURE_EVENT_IDX, FEATURE_INDIRECT_DESC, Fault,
-    QueueError, VirtioDevice, Worker, WorkerThread,
+    ActivateError, Activation, ActiveQueue, FEATURE_EVENT_IDX, FEATURE_INDIRECT_DESC, QueueError,
+    VirtioDevice, Worker, WorkerThread,
 };
 
 const DEVICE: &str = "block";
@@ -197,18 +197,15 @@ impl VirtioDevice for Block {
             device: DEVICE,
             reason: format!("share the disk's descriptor: {error}"),
         })?;
-        Ok(Box::new(BlockWorker {
-            queue: activation.take_queue(DEVICE, 0)?,
-            disk: Disk {
-                file: disk,
-                sectors: self.sectors,
-                read_only: self.read_only,
-                serial: self.serial,
-                ram: activation.ram,
-            },
-            fault: activation.fault,
-            broken: false,
-        }))
+        let queue = activation.take_queue(DEVICE, 0)?;
+        let disk = Disk {
+            file: disk,
+            sectors: self.sectors,
+            read_only: self.read_only,
+            serial: self.serial,
+            ram: activation.ram,
+        };
+        Ok(Box::new(QueueWorker::new(queue, disk, activation.fault)))
     }
 }
 
@@ -336,55 +333,25 @@ fn status_of(result: io::Result<()>) -> Status {
     }
 }
 
-struct BlockWorker {
-    queue: ActiveQueue,
-    disk: Disk,
-    fault: Fault,
-    broken: bool,
-}
+impl Serve for Disk {
+    const DEVICE: &'static str = DEVICE;
 
-impl BlockWorker {
-    fn serve(&mut self) -> Result<(), QueueError> {
-        self.queue.disable_kicks()?;
+    fn serve(&mut self, queue: &mut ActiveQueue) -> Result<bool, QueueError> {
+        queue.disable_kicks()?;
         for _ in 0..REQUESTS_PER_WAKE {
-            match self.queue.pop()? {
+            match queue.pop()? {
                 Some(chain) => {
                     let head = chain.head_index();
-                    let written = self.disk.answer(chain)?;
-                    self.queue.complete(head, written)?;
+                    let written = self.answer(chain)?;
+                    queue.complete(head, written)?;
                     // One by one: the next request may take long.
-                    self.queue.notify()?;
+                    queue.notify()?;
                 }
-                None if self.queue.enable_kicks()? => {}
-                None => return Ok(()),
+                None if queue.enable_kicks()? => {}
+                None => return Ok(false),
             }
         }
-        // Come back for the rest when others have had their turn.
-        let _ = self.queue.kick_event().write(1);
-        Ok(())
-    }
-}
-
-impl MutEventSubscriber for BlockWorker {
-    fn init(&mut self, ops: &mut EventOps) {
-        if let Err(error) = ops.add(Events::new(self.queue.kick_event(), EventSet::IN)) {
-            tracing::error!(%error, "the block device cannot listen to its queue");
-            self.fault.report(DEVICE, &error);
-            self.broken = true;
-        }
-        // The driver may have kicked before the worker listened.
-        let _ = self.queue.kick_event().write(1);
-    }
-
-    fn process(&mut self, _: Events, _: &mut EventOps) {
-        self.queue.acknowledge_kick();
-        if self.broken {
-            return;
-        }
-        if let Err(error) = self.serve() {
-            self.fault.report(DEVICE, &error);
-            self.broken = true;
-        }
+        Ok(true)
     }
 }
 

@@ -5,6 +5,7 @@ pub mod block;
 pub(crate) mod buffers;
 pub mod fs;
 pub mod net;
+mod one_queue;
 pub mod rng;
 #[cfg(test)]
 pub(crate) mod testing;

@@ -1,13 +1,12 @@
 //! The entropy device (virtio 1.2, 5.4): random numbers of the host's kernel, straight into guest
 //! memory.
 
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-
 use super::buffers::{Buffers, Span};
+use super::one_queue::{QueueWorker, Serve};
 use crate::memory::GuestRam;
 use crate::virtio::{
-    ActivateError, Activation, ActiveQueue, FEATURE_EVENT_IDX, FEATURE_INDIRECT_DESC, Fault,
-    QueueError, VirtioDevice, Worker,
+    ActivateError, Activation, ActiveQueue, FEATURE_EVENT_IDX, FEATURE_INDIRECT_DESC, QueueError,
+    VirtioDevice, Worker,
 };
 
 const DEVICE: &str = "rng";
@@ -47,28 +46,24 @@ impl VirtioDevice for Rng {
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<Box<dyn Worker>, ActivateError> {
-        Ok(Box::new(RngWorker {
-            queue: activation.take_queue(DEVICE, 0)?,
-            ram: activation.ram,
-            fault: activation.fault,
-            broken: false,
-        }))
+        let queue = activation.take_queue(DEVICE, 0)?;
+        let source = Source { ram: activation.ram };
+        Ok(Box::new(QueueWorker::new(queue, source, activation.fault)))
     }
 }
 
-struct RngWorker {
-    queue: ActiveQueue,
+struct Source {
     ram: GuestRam,
-    fault: Fault,
-    broken: bool,
 }
 
-impl RngWorker {
-    fn serve(&mut self) -> Result<(), QueueError> {
-        self.queue.disable_kicks()?;
+impl Serve for Source {
+    const DEVICE: &'static str = DEVICE;
+
+    fn serve(&mut self, queue: &mut ActiveQueue) -> Result<bool, QueueError> {
+        queue.disable_kicks()?;
         let mut given = 0;
         while given < MAX_WAKE_BYTES {
-            match self.queue.pop()? {
+            match queue.pop()? {
                 Some(chain) => {
                     let head = chain.head_index();
                     let buffers = Buffers::writable(chain)?;
@@ -76,39 +71,18 @@ impl RngWorker {
                     let filled = buffers
                         .fill_random(&self.ram, Span { offset: 0, bytes })
                         .map_err(|error| QueueError::Chain(format!("getrandom: {error}")))?;
-                    self.queue.complete(head, filled as u32)?;
+                    queue.complete(head, filled as u32)?;
                     given += filled.max(1024);
                 }
-                None if self.queue.enable_kicks()? => given += 1024,
-                None => return self.queue.notify(),
+                None if queue.enable_kicks()? => given += 1024,
+                None => {
+                    queue.notify()?;
+                    return Ok(false);
+                }
             }
         }
-        // Come back for the rest when the other devices have had their turn.
-        let _ = self.queue.kick_event().write(1);
-        self.queue.notify()
-    }
-}
-
-impl MutEventSubscriber for RngWorker {
-    fn init(&mut self, ops: &mut EventOps) {
-        if let Err(error) = ops.add(Events::new(self.queue.kick_event(), EventSet::IN)) {
-            tracing::error!(%error, "the rng device cannot listen to its queue");
-            self.fault.report(DEVICE, &error);
-            self.broken = true;
-        }
-        // The driver may have kicked before the worker listened.
-        let _ = self.queue.kick_event().write(1);
-    }
-
-    fn process(&mut self, _: Events, _: &mut EventOps) {
-        self.queue.acknowledge_kick();
-        if self.broken {
-            return;
-        }
-        if let Err(error) = self.serve() {
-            self.fault.report(DEVICE, &error);
-            self.broken = true;
-        }
+        queue.notify()?;
+        Ok(true)
     }
 }
 
