@@ -1,4 +1,9 @@
-//! The cgroup (v2) of a container: who is in it, ending them all, removing it.
+//! The cgroup (v2) of a container: who is in it, stopping or ending them all, removing it. What
+//! it counts is in [`stats`], changing its limits in [`resources`], its events in [`events`].
+
+pub(crate) mod events;
+pub(crate) mod resources;
+pub(crate) mod stats;
 
 use std::fs;
 use std::io;
@@ -19,6 +24,8 @@ const MAX_DEPTH: usize = 32;
 /// Ended processes leave a cgroup a little later than they end: tries, and the pause between them.
 const REMOVE_TRIES: u32 = 500;
 const REMOVE_PAUSE: Duration = Duration::from_millis(10);
+/// How long processes may take to stand still: one in the kernel does when it comes out of there.
+const FREEZE_WAIT: Duration = Duration::from_secs(10);
 
 /// What cannot be done with a cgroup.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +36,12 @@ pub(crate) enum CgroupError {
     Kill { path: PathBuf, source: io::Error },
     #[error("cannot remove cgroup {path}: {source}")]
     Remove { path: PathBuf, source: io::Error },
+    #[error("cannot read {path}: {source}")]
+    Read { path: PathBuf, source: io::Error },
+    #[error("cannot {action} the processes of cgroup {path}: {source}")]
+    Freeze { action: &'static str, path: PathBuf, source: io::Error },
+    #[error("not all processes of cgroup {0} stood still within {FREEZE_WAIT:?}; they run on")]
+    Restless(PathBuf),
 }
 
 /// A container's cgroup. It exists from the container's creation to its deletion.
@@ -87,6 +100,40 @@ impl Cgroup {
             let _ = i32::try_from(pid).map(|pid| sys::kill(pid, signal));
         }
         Ok(())
+    }
+
+    /// Stops every process in it where it is, and waits until all stand.
+    ///
+    /// # Errors
+    /// The kernel refuses, or some process does not stop within 10 seconds; all run on then.
+    pub(crate) async fn freeze(&self) -> Result<(), CgroupError> {
+        let failed =
+            |source| CgroupError::Freeze { action: "pause", path: self.path.clone(), source };
+        let events = events::Events::open(&self.path.join("cgroup.events")).map_err(failed)?;
+        fs::write(self.path.join("cgroup.freeze"), "1").map_err(failed)?;
+        let frozen = async {
+            while events.read("frozen")? == 0 {
+                events.changed().await?;
+            }
+            Ok(())
+        };
+        match tokio::time::timeout(FREEZE_WAIT, frozen).await {
+            Ok(result) => result.map_err(failed),
+            Err(_) => {
+                self.thaw()?;
+                Err(CgroupError::Restless(self.path.clone()))
+            }
+        }
+    }
+
+    /// Lets its processes run on.
+    ///
+    /// # Errors
+    /// The kernel refuses; that the cgroup does not exist is no error.
+    pub(crate) fn thaw(&self) -> Result<(), CgroupError> {
+        gone_is_fine(fs::write(self.path.join("cgroup.freeze"), "0")).map_err(|source| {
+            CgroupError::Freeze { action: "resume", path: self.path.clone(), source }
+        })
     }
 
     /// Removes it, what the container made below it included. Its processes have to be ended or

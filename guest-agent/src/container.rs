@@ -19,16 +19,19 @@ use tokio::net::unix::pipe;
 use tokio::sync::watch;
 use vial_agent_protocol::{MAX_SPEC_BYTES, is_valid_id};
 
+use crate::cgroup::events::OomWatch;
+use crate::cgroup::resources::ResourceError;
 use crate::cgroup::{Cgroup, CgroupError};
 use crate::devices::DeviceError;
 use crate::launch::LaunchError;
+use crate::pod::{Pod, PodError};
 use crate::reaper::{ExitStatus, Reaper};
 use crate::share::{Share, ShareError};
 use crate::spec::SpecError;
 use crate::stdio::{Input, StdioError};
 use crate::streams::Streams;
 use crate::terminal::Terminal;
-pub(crate) use create::Create;
+pub(crate) use create::{Create, PidNamespace};
 use life::{ContainerEvent, ContainerState, ExecState, Refused};
 pub(crate) use run::Exec;
 
@@ -88,6 +91,12 @@ pub(crate) enum ContainerError {
     Device(#[from] DeviceError),
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    #[error(transparent)]
+    Pod(#[from] PodError),
+    #[error(transparent)]
+    Resource(#[from] ResourceError),
+    #[error("container {0} has no count of processes that ended for want of memory")]
+    NoOomCount(String),
     #[error("the request was broken off inside the agent")]
     BrokenOff,
 }
@@ -103,6 +112,8 @@ pub(crate) struct Places {
     pub(crate) consoles: PathBuf,
     /// The mounted share.
     pub(crate) share: PathBuf,
+    /// The pod's shared memory.
+    pub(crate) shared_memory: PathBuf,
 }
 
 impl Places {
@@ -112,6 +123,7 @@ impl Places {
             containers: base.join("containers"),
             runtime: base.join("runtime"),
             consoles: base.join("consoles"),
+            shared_memory: base.join("shm"),
             share,
         }
     }
@@ -153,6 +165,8 @@ struct Record {
     execs: HashMap<String, ExecRecord>,
     /// Says why the first process could not run its program; read once, by the start.
     exec_errors: Option<pipe::Receiver>,
+    /// None without a memory controller.
+    oom: Option<OomWatch>,
 }
 
 /// One container.
@@ -203,6 +217,7 @@ pub(crate) struct Containers {
     streams: Streams,
     counter: Arc<AtomicU64>,
     hugetlb: bool,
+    pod: Pod,
 }
 
 impl Containers {
@@ -213,6 +228,7 @@ impl Containers {
         Containers {
             table: Arc::default(),
             share: Share::new(places.share.clone()),
+            pod: Pod::new(places.shared_memory.clone()),
             places: Arc::new(places),
             reaper,
             streams,

@@ -17,10 +17,11 @@ use std::sync::Arc;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::error::LibcontainerError;
 use libcontainer::syscall::syscall::SyscallType;
-use oci_spec::runtime::{Process, Spec};
+use nix::sched::{CloneFlags, setns};
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Process, Spec};
 use serde::{Deserialize, Serialize};
 
-use crate::{log, sys};
+use crate::{log, network, sys};
 pub(crate) use executor::EXEC_PREFIX;
 use executor::{ContainerExecutor, Filter};
 
@@ -107,8 +108,23 @@ fn create(order: &Order, exec_errors: File) -> Result<i32, Box<dyn Error>> {
         .with_systemd(false)
         .with_detach(true)
         .build()?;
-    let pid = container.pid().ok_or("libcontainer made a container without a pid")?;
-    Ok(pid.as_raw())
+    let pid = container.pid().ok_or("libcontainer made a container without a pid")?.as_raw();
+    let spec = Spec::load(order.bundle.join("config.json"))?;
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_deref());
+    let is_network = |namespace: &LinuxNamespace| {
+        namespace.typ() == LinuxNamespaceType::Network && namespace.path().is_none()
+    };
+    if namespaces.unwrap_or_default().iter().any(is_network) {
+        bring_up_loopback_of(pid)?;
+    }
+    Ok(pid)
+}
+
+/// Brings up `lo` of a network namespace that is the container's alone. The helper goes there and
+/// ends afterwards.
+fn bring_up_loopback_of(pid: i32) -> Result<(), Box<dyn Error>> {
+    setns(File::open(format!("/proc/{pid}/ns/net"))?, CloneFlags::CLONE_NEWNET)?;
+    Ok(network::bring_up_loopback()?)
 }
 
 fn exec(order: &Order, path: &Path) -> Result<i32, Box<dyn Error>> {

@@ -3,7 +3,7 @@
 //! It sets the guest up ([`boot`]), then serves the shim over vsock ([`server`], [`service`]):
 //! containers ([`container`]) made by libcontainer in single-threaded helper processes of this
 //! same program ([`launch`], [`helper`]), their streams ([`streams`], [`stdio`], [`terminal`]) and
-//! their ends ([`reaper`]). When it fails it ends, and the kernel panics for want of an init:
+//! their ends ([`reaper`]). What containers share is in [`network`] and [`pod`]. When it fails it ends, and the kernel panics for want of an init:
 //! that is how the host learns of it.
 
 mod boot;
@@ -15,6 +15,7 @@ mod launch;
 mod log;
 mod marks;
 mod network;
+mod pod;
 mod reaper;
 mod server;
 mod service;
@@ -48,6 +49,8 @@ fn main() -> ExitCode {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match words.as_slice() {
         [helper::WORD, order] => helper::run(order),
+        [pod::MAKER_WORD] => pod::make_pid_namespace(),
+        [pod::INIT_WORD] => pod::be_pid_namespace_init(),
         ["--version"] => {
             println!("vial-agent {}", env!("CARGO_PKG_VERSION"));
             ExitCode::SUCCESS

@@ -6,18 +6,21 @@ use async_trait::async_trait;
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::{Code, get_status};
 use vial_agent_protocol::agent::{
-    ConfigureNetworkRequest, ContainerRequest, CreateContainerRequest, CreateContainerResponse,
-    Empty, ExecProcessRequest, HelloRequest, HelloResponse, KillProcessRequest, ListPidsResponse,
-    Mark as WireMark, ProcessRequest, ResizeTerminalRequest, StartResponse, Stdio,
+    ConfigureNetworkRequest, ConfigurePodRequest, ContainerRequest, CreateContainerRequest,
+    CreateContainerResponse, Empty, ExecProcessRequest, HelloRequest, HelloResponse,
+    KillProcessRequest, ListPidsResponse, Mark as WireMark, ProcessRequest, ResizeTerminalRequest,
+    StartResponse, StatsResponse, Stdio, UpdateContainerRequest, WaitOomRequest, WaitOomResponse,
     WaitProcessResponse,
 };
 use vial_agent_protocol::{PROTOCOL_VERSION, agent_ttrpc};
 
-use crate::container::{ContainerError, Containers, Create, Exec};
+use crate::cgroup::CgroupError;
+use crate::container::{ContainerError, Containers, Create, Exec, PidNamespace};
 use crate::devices::DeviceError;
 use crate::launch::LaunchError;
 use crate::marks::{Mark, now_ns};
 use crate::network;
+use crate::pod;
 use crate::reaper::ExitStatus;
 use crate::shutdown::Shutdown;
 use crate::stdio::{StdioError, StdioIds};
@@ -48,6 +51,10 @@ fn code(error: &ContainerError) -> Code {
         | E::Device(DeviceError::TooMany(_))
         | E::Launch(LaunchError::Executable(_))
         | E::Stdio(StdioError::TerminalStderr | StdioError::Twice(_)) => Code::INVALID_ARGUMENT,
+        E::Pod(error) if error.is_of_the_request() => Code::INVALID_ARGUMENT,
+        E::Resource(error) if error.is_of_the_request() => Code::INVALID_ARGUMENT,
+        E::NoOomCount(_) => Code::UNIMPLEMENTED,
+        E::Cgroup(CgroupError::Restless(_)) => Code::DEADLINE_EXCEEDED,
         E::State { .. } | E::NoTerminal(_) | E::Stdio(StdioError::Stream(_)) => {
             Code::FAILED_PRECONDITION
         }
@@ -58,6 +65,8 @@ fn code(error: &ContainerError) -> Code {
         | E::Stdio(StdioError::Pipe(_))
         | E::Launch(_)
         | E::Cgroup(_)
+        | E::Resource(_)
+        | E::Pod(_)
         | E::Device(_)
         | E::BrokenOff => Code::INTERNAL,
     }
@@ -139,6 +148,11 @@ impl agent_ttrpc::Agent for AgentService {
         Ok(Empty::new())
     }
 
+    async fn configure_pod(&self, _: &TtrpcContext, request: ConfigurePodRequest) -> Answer<Empty> {
+        pod::configure(&request).map_err(|error| answer(error.into()))?;
+        Ok(Empty::new())
+    }
+
     async fn create_container(
         &self,
         _: &TtrpcContext,
@@ -151,6 +165,16 @@ impl agent_ttrpc::Agent for AgentService {
             spec: request.spec,
             root: request.root,
             mounts: request.mounts.into_iter().map(|mount| (mount.index, mount.path)).collect(),
+            shared_memory: request
+                .shared_memory
+                .into_iter()
+                .map(|shared| (shared.index, shared.bytes))
+                .collect(),
+            pid_namespace: match request.pid_namespace.into_option() {
+                None => PidNamespace::None,
+                Some(namespace) if namespace.pod => PidNamespace::Pod,
+                Some(namespace) => PidNamespace::Of(namespace.container_id),
+            },
         };
         let mut response = CreateContainerResponse::new();
         response.pid = whole(async move { containers.create(create).await }).await?;
@@ -186,8 +210,11 @@ impl agent_ttrpc::Agent for AgentService {
         _: &TtrpcContext,
         request: ProcessRequest,
     ) -> Answer<WaitProcessResponse> {
-        let status = self.containers.wait(&request.container_id, &request.exec_id).await;
-        status.map(exited).map_err(answer)
+        let ended = self.containers.wait(&request.container_id, &request.exec_id).await;
+        let (status, oom_kills) = ended.map_err(answer)?;
+        let mut response = exited(status);
+        response.oom_kills = oom_kills;
+        Ok(response)
     }
 
     async fn kill_process(&self, _: &TtrpcContext, request: KillProcessRequest) -> Answer<Empty> {
@@ -215,6 +242,41 @@ impl agent_ttrpc::Agent for AgentService {
     ) -> Answer<ListPidsResponse> {
         let mut response = ListPidsResponse::new();
         response.pids = self.containers.pids(&request.container_id).map_err(answer)?;
+        Ok(response)
+    }
+
+    async fn read_stats(
+        &self,
+        _: &TtrpcContext,
+        request: ContainerRequest,
+    ) -> Answer<StatsResponse> {
+        self.containers.stats(&request.container_id).map_err(answer)
+    }
+
+    async fn update_container(
+        &self,
+        _: &TtrpcContext,
+        request: UpdateContainerRequest,
+    ) -> Answer<Empty> {
+        self.containers.update(&request.container_id, &request.resources).map_err(answer)?;
+        Ok(Empty::new())
+    }
+
+    async fn pause_container(&self, _: &TtrpcContext, request: ContainerRequest) -> Answer<Empty> {
+        let containers = self.containers.clone();
+        whole(async move { containers.pause(&request.container_id).await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn resume_container(&self, _: &TtrpcContext, request: ContainerRequest) -> Answer<Empty> {
+        self.containers.resume(&request.container_id).map_err(answer)?;
+        Ok(Empty::new())
+    }
+
+    async fn wait_oom(&self, _: &TtrpcContext, request: WaitOomRequest) -> Answer<WaitOomResponse> {
+        let waited = self.containers.wait_oom(&request.container_id, request.oom_kills).await;
+        let mut response = WaitOomResponse::new();
+        response.oom_kills = waited.map_err(answer)?;
         Ok(response)
     }
 

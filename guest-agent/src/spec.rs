@@ -6,19 +6,25 @@
 //! | --- | --- |
 //! | `root.path`, sources of shared mounts | below the share |
 //! | network, ipc and uts namespaces with a path | no entry: the guest is the pod, its own namespaces are the pod's |
+//! | a PID namespace with a path | the pod's, or another container's |
 //! | other namespaces with a path | refused |
+//! | `devices` | see [`devices`] |
 //! | `cgroupsPath` | the container's cgroup below [`crate::cgroup::CONTAINERS`] |
 //! | hooks, `intelRdt`, AppArmor profile, SELinux labels | dropped: programs and facilities of the host |
 //! | `noNewPrivileges: false` | absent, which is the same and lets the filter be loaded early |
 //! | hugepage limits without a hugetlb controller | dropped |
 //!
-//! Everything else passes as it is: capabilities, seccomp, rlimits, sysctls, resources, devices,
-//! masked and read-only paths.
+//! Everything else passes as it is: capabilities, seccomp, rlimits, sysctls, resources, masked and
+//! read-only paths.
+
+pub(crate) mod devices;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, Mount, Process, Spec};
+use oci_spec::runtime::{
+    Linux, LinuxDevice, LinuxNamespace, LinuxNamespaceType, Mount, Process, Spec,
+};
 
 /// Why a spec is not run.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -37,6 +43,10 @@ pub(crate) enum SpecError {
     HostMount(PathBuf),
     #[error("joining another container's {0} namespace is not supported")]
     Namespace(String),
+    #[error(
+        "the device {0} is the host's: a guest has none with its numbers; use a container without it"
+    )]
+    Device(PathBuf),
 }
 
 /// What the guest puts in place of the host's.
@@ -51,6 +61,10 @@ pub(crate) struct Guest {
     pub(crate) terminal: bool,
     /// Whether the guest's cgroups limit huge pages.
     pub(crate) hugetlb: bool,
+    /// In place of a PID namespace that the spec joins.
+    pub(crate) pid_namespace: Option<PathBuf>,
+    /// The guest's devices, when those of the spec matter ([`devices::has_any`]).
+    pub(crate) devices: Vec<LinuxDevice>,
 }
 
 /// Reads a config.json.
@@ -151,10 +165,11 @@ fn rewrite_linux(linux: &mut Linux, guest: &Guest) -> Result<bool, SpecError> {
     let namespaces = linux.namespaces().clone().unwrap_or_default();
     let kept = namespaces
         .into_iter()
-        .filter_map(keep_namespace)
+        .filter_map(|namespace| keep_namespace(namespace, guest))
         .collect::<Result<Vec<LinuxNamespace>, SpecError>>()?;
     let shares_uts = !kept.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Uts);
     linux.set_namespaces(Some(kept));
+    devices::rewrite(linux, &guest.devices)?;
     linux.set_cgroups_path(Some(guest.cgroup.clone()));
     linux.set_intel_rdt(None);
     linux.set_mount_label(None);
@@ -166,11 +181,18 @@ fn rewrite_linux(linux: &mut Linux, guest: &Guest) -> Result<bool, SpecError> {
     Ok(shares_uts)
 }
 
-fn keep_namespace(namespace: LinuxNamespace) -> Option<Result<LinuxNamespace, SpecError>> {
+fn keep_namespace(
+    mut namespace: LinuxNamespace,
+    guest: &Guest,
+) -> Option<Result<LinuxNamespace, SpecError>> {
     let joins = namespace.path().as_ref().is_some_and(|path| !path.as_os_str().is_empty());
     match namespace.typ() {
         _ if !joins => Some(Ok(namespace)),
         LinuxNamespaceType::Network | LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts => None,
+        LinuxNamespaceType::Pid if guest.pid_namespace.is_some() => {
+            namespace.set_path(guest.pid_namespace.clone());
+            Some(Ok(namespace))
+        }
         other => Some(Err(SpecError::Namespace(other.to_string()))),
     }
 }

@@ -37,6 +37,18 @@ pub(crate) fn default_signals() {
     }
 }
 
+/// Lets the kernel collect this process's children, orphans that it is given included.
+pub(crate) fn collect_children_unseen() {
+    // SAFETY: ignoring a signal runs no code of ours.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
+}
+
+/// Keeps processes without CAP_SYS_PTRACE from what /proc shows of this one (PR_SET_DUMPABLE).
+pub(crate) fn hide_from_others() {
+    // SAFETY: this prctl(2) takes integers and touches no memory of ours.
+    unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) };
+}
+
 /// Takes ownership of a descriptor that the parent process left open for this one.
 ///
 /// # Errors
@@ -59,6 +71,15 @@ pub(crate) fn async_fd(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an OwnedFd is open until it is dropped, answers the same number every time, and
     // the AsyncFd deregisters it before dropping it.
     Ok(unsafe { AsyncFd::register(fd) }?)
+}
+
+/// Watches a descriptor that tells of changes by POLLPRI.
+///
+/// # Errors
+/// It is of a kind that epoll(7) does not take.
+pub(crate) fn priority_fd(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: as in `async_fd`.
+    Ok(unsafe { AsyncFd::register_with_interest(fd, tokio::io::Interest::PRIORITY) }?)
 }
 
 /// The commands and constants of bpf(2) that are used here (linux/bpf.h).

@@ -1,8 +1,12 @@
 //! The agent with real containers, over Unix sockets instead of vsock. Needs root, cgroup v2,
 //! unshare(1) and a shell in /usr.
 
+#[path = "containers/control.rs"]
+mod control;
 #[path = "containers/harness.rs"]
 mod harness;
+#[path = "containers/pod.rs"]
+mod pod;
 
 use std::time::Duration;
 

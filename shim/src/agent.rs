@@ -100,6 +100,18 @@ impl Agent {
         configured.map(drop).map_err(failed("set up the network"))
     }
 
+    /// Gives the guest what the pod's containers share.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn configure_pod(
+        &self,
+        request: &agent::ConfigurePodRequest,
+    ) -> Result<(), AgentError> {
+        let configured = self.client.configure_pod(limited(), request).await;
+        configured.map(drop).map_err(failed("set up the pod"))
+    }
+
     /// Makes a container and its init process.
     ///
     /// # Errors
@@ -130,14 +142,73 @@ impl Agent {
         started.map(drop).map_err(failed("start the process"))
     }
 
-    /// Waits for a process, however long it runs, and returns its exit status, 0 to 255.
+    /// Waits for a process, however long it runs, and returns its exit status, 0 to 255, and how
+    /// many processes of its container had ended for want of memory.
     ///
     /// # Errors
     /// [`AgentError`].
-    pub async fn wait(&self, container: &str, exec: &str) -> Result<u32, AgentError> {
+    pub async fn wait(&self, container: &str, exec: &str) -> Result<(u32, u64), AgentError> {
         let request = process_request(container, exec);
         let ended = self.client.wait_process(Context::default(), &request).await;
-        ended.map(|ended| ended.exit_status.min(255)).map_err(failed("wait for the process"))
+        ended
+            .map(|ended| (ended.exit_status.min(255), ended.oom_kills))
+            .map_err(failed("wait for the process"))
+    }
+
+    /// Waits, however long it takes, until more than `known` processes of a container have ended
+    /// for want of memory, and returns how many.
+    ///
+    /// # Errors
+    /// [`AgentError`]; the container's deletion is one.
+    pub async fn wait_oom(&self, container: &str, known: u64) -> Result<u64, AgentError> {
+        let request = agent::WaitOomRequest {
+            container_id: container.into(),
+            oom_kills: known,
+            ..Default::default()
+        };
+        let waited = self.client.wait_oom(Context::default(), &request).await;
+        waited.map(|waited| waited.oom_kills).map_err(failed("wait for a want of memory"))
+    }
+
+    /// What a container uses.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn stats(&self, container: &str) -> Result<agent::StatsResponse, AgentError> {
+        let read = self.client.read_stats(limited(), &container_request(container)).await;
+        read.map_err(failed("read the statistics"))
+    }
+
+    /// Changes a container's limits to those of an OCI `linux.resources` in JSON.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn update(&self, container: &str, resources: Vec<u8>) -> Result<(), AgentError> {
+        let request = agent::UpdateContainerRequest {
+            container_id: container.into(),
+            resources,
+            ..Default::default()
+        };
+        let updated = self.client.update_container(limited(), &request).await;
+        updated.map(drop).map_err(failed("change the limits"))
+    }
+
+    /// Stops a container's processes where they are.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn pause(&self, container: &str) -> Result<(), AgentError> {
+        let paused = self.client.pause_container(limited(), &container_request(container)).await;
+        paused.map(drop).map_err(failed("pause the container"))
+    }
+
+    /// Lets a container's processes run on.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn resume(&self, container: &str) -> Result<(), AgentError> {
+        let resumed = self.client.resume_container(limited(), &container_request(container)).await;
+        resumed.map(drop).map_err(failed("resume the container"))
     }
 
     /// Sends a signal.

@@ -30,9 +30,9 @@ pub struct File {
     pub initrd: Option<PathBuf>,
     /// The `vial-vmm` program.
     pub vmm: Option<PathBuf>,
-    /// vCPUs of a VM.
+    /// The least vCPUs of a VM, see [`crate::size`].
     pub vcpus: Option<u8>,
-    /// Memory of a VM, in MiB.
+    /// Memory of a VM beside what its pod's containers are limited to, in MiB.
     pub memory_mib: Option<u32>,
     /// How long a VM may take until its agent answers.
     pub boot_timeout_seconds: Option<u32>,

@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{Arc, Mutex, MutexGuard, atomic::AtomicU64},
 };
 
 use vial_agent_protocol::is_valid_id;
@@ -24,13 +24,22 @@ pub struct Container {
     pub in_guest: bool,
     /// Its init process.
     pub init: Arc<Process>,
+    /// Its processes that ended for want of memory, as far as containerd was told.
+    pub oom_kills: AtomicU64,
     execs: Mutex<HashMap<String, Arc<Process>>>,
 }
 
 impl Container {
     /// A container whose init process is there.
     pub fn new(id: String, bundle: PathBuf, in_guest: bool, init: Process) -> Self {
-        Self { id, bundle, in_guest, init: Arc::new(init), execs: Mutex::default() }
+        Self {
+            id,
+            bundle,
+            in_guest,
+            init: Arc::new(init),
+            oom_kills: AtomicU64::new(0),
+            execs: Mutex::default(),
+        }
     }
 
     fn execs_mut(&self) -> MutexGuard<'_, HashMap<String, Arc<Process>>> {

@@ -3,7 +3,8 @@
 use ttrpc::Code;
 
 use crate::{
-    agent::AgentError, life::NoSuchStep, network::NetworkError, share::ShareError, spec::SpecError,
+    agent::AgentError, life::NoSuchStep, metrics::MetricsError, network::NetworkError,
+    plan::PlanError, pod_files::PodFileError, share::ShareError, spec::SpecError,
     state_dir::StateDirError, stdio::StdioError, vmm_client::VmmError,
     vmm_process::VmmProcessError,
 };
@@ -61,9 +62,6 @@ pub enum ServiceError {
          is slow, or `debug_console = true` to see what it does{1}"
     )]
     BootTimeout(u64, String),
-    /// The sandbox failed before.
-    #[error("the sandbox did not start: {0}")]
-    SandboxFailed(String),
     /// What was started could not all be taken back.
     #[error("not everything could be cleaned up: {0}")]
     Leftover(String),
@@ -96,6 +94,15 @@ pub enum ServiceError {
     /// See [`StdioError`].
     #[error(transparent)]
     Stdio(#[from] StdioError),
+    /// See [`PlanError`].
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// See [`PodFileError`].
+    #[error(transparent)]
+    PodFile(#[from] PodFileError),
+    /// See [`MetricsError`].
+    #[error(transparent)]
+    Metrics(#[from] MetricsError),
 }
 
 impl ServiceError {
@@ -106,8 +113,12 @@ impl ServiceError {
             Self::Exists { .. } | Self::StateDir(StateDirError::Exists(_)) => Code::ALREADY_EXISTS,
             Self::Invalid(_)
             | Self::Spec(
-                SpecError::TooLarge { .. } | SpecError::Parse { .. } | SpecError::Role(_),
+                SpecError::TooLarge { .. }
+                | SpecError::Parse { .. }
+                | SpecError::Role(_)
+                | SpecError::OfTheHost(_),
             )
+            | Self::Plan(PlanError::Spec(_) | PlanError::Options(_) | PlanError::Decode(_))
             | Self::StateDir(StateDirError::Name(_))
             | Self::Network(NetworkError::Host(_))
             | Self::Stdio(StdioError::Scheme { .. })
@@ -119,7 +130,7 @@ impl ServiceError {
             ) => Code::INVALID_ARGUMENT,
             Self::State(_) | Self::Precondition(_) => Code::FAILED_PRECONDITION,
             Self::Unimplemented(_) => Code::UNIMPLEMENTED,
-            Self::VmEnded(_) | Self::BootTimeout(..) | Self::SandboxFailed(_) => Code::UNAVAILABLE,
+            Self::VmEnded(_) | Self::BootTimeout(..) => Code::UNAVAILABLE,
             Self::Agent(AgentError::Status(status)) => {
                 // A code of the guest's own making must not be taken for success.
                 status

@@ -6,7 +6,12 @@
 //! the agent by `vial-agent-protocol`; nothing else of those two is used here.
 //!
 //! - [`runtime`] is what containerd runs; [`task`] answers it by what [`pod`] does to each
-//!   [`container`] and [`process`], and [`events`] tells it what happened.
+//!   [`container`] and [`process`], [`sandbox_service`] for the pod itself, and [`events`] tells it
+//!   what happened.
+//! - [`plan`] is what a sandbox is made from, as containerd tells it; [`pod_files`] what it may
+//!   leave to the shim.
+//! - [`size`] says how large a VM is, and [`pids`] whose process ids a container has.
+//! - [`metrics`] puts statistics into containerd's form.
 //! - [`sandbox`] starts and stops the VM as a chain of steps that each have an undo ([`undo`]).
 //! - [`vmm_process`], [`vmm_client`] and [`agent`] are the borders to the VMM and the guest.
 //! - [`share`] and [`spec`] put a container's files where the guest can see them; [`stdio`]
@@ -23,13 +28,19 @@ pub mod container;
 pub mod error;
 pub mod events;
 pub mod life;
+pub mod metrics;
 pub mod network;
+pub mod pids;
+pub mod plan;
 pub mod pod;
+pub mod pod_files;
 pub mod process;
 pub mod ps;
 pub mod runtime;
 pub mod sandbox;
+pub mod sandbox_service;
 pub mod share;
+pub mod size;
 pub mod spec;
 pub mod state_dir;
 pub mod stdio;

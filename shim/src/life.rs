@@ -8,12 +8,14 @@
 //! process   Added ──Start──> Starting ──Started──> Running ──Exited──> Stopped ──Delete──> Deleted
 //!             │                 ^ │ StartFailed                           ^
 //!             │   Created ──────┘ └───────────────────────────────────────┤
+//!             │     │     Running <──Resumed── Paused ──────Exited────────┤
+//!             │     │        └─Pause─> Pausing ──Paused─> Paused          │
 //!             │     └────────────────────────────Exited───────────────────┘
 //!             └──Delete──> Deleted
 //! ```
 //!
 //! `Created` is where a container's init process begins: it exists in the guest, stopped before
-//! its first instruction. `Added` is where an exec begins: only remembered. The drivers
+//! its first instruction. One that is `Pausing` runs again when that fails (`Resumed`). `Added` is where an exec begins: only remembered. The drivers
 //! (`sandbox`, `process`) do the work; what is not in these functions is refused before any work
 //! is done.
 
@@ -117,6 +119,10 @@ pub enum ProcessState {
     Starting,
     /// It runs.
     Running,
+    /// It runs, and the agent was asked to stop it where it is. Only an init process.
+    Pausing,
+    /// It stands where it was.
+    Paused,
     /// It has ended, or could not be started.
     Stopped(Exit),
     /// It is forgotten.
@@ -132,6 +138,12 @@ pub enum ProcessEvent {
     Started,
     /// The agent could not let it go.
     StartFailed(Exit),
+    /// containerd wants its container to stand still.
+    Pause,
+    /// Its container stands still.
+    Paused,
+    /// Its container runs again, or still.
+    Resumed,
     /// The agent reported its end, or the VM ended.
     Exited(Exit),
     /// containerd wants it forgotten.
@@ -149,7 +161,10 @@ pub fn process(state: ProcessState, event: ProcessEvent) -> Result<ProcessState,
         (S::Added | S::Created, E::Start) => S::Starting,
         (S::Starting, E::Started) => S::Running,
         (S::Starting, E::StartFailed(exit)) => S::Stopped(exit),
-        (S::Created | S::Running, E::Exited(exit)) => S::Stopped(exit),
+        (S::Running, E::Pause) => S::Pausing,
+        (S::Pausing, E::Paused) => S::Paused,
+        (S::Pausing | S::Paused, E::Resumed) => S::Running,
+        (S::Created | S::Running | S::Pausing | S::Paused, E::Exited(exit)) => S::Stopped(exit),
         (S::Added | S::Stopped(_), E::Delete) => S::Deleted,
         _ => {
             return Err(NoSuchStep {
@@ -158,11 +173,15 @@ pub fn process(state: ProcessState, event: ProcessEvent) -> Result<ProcessState,
                     S::Added | S::Created => "created",
                     S::Starting => "starting",
                     S::Running => "running",
+                    S::Pausing => "being paused",
+                    S::Paused => "paused",
                     S::Stopped(_) => "stopped",
                     S::Deleted => "deleted",
                 },
                 event: match event {
                     E::Start | E::Started | E::StartFailed(_) => "started",
+                    E::Pause | E::Paused => "paused",
+                    E::Resumed => "resumed",
                     E::Exited(_) => "ended",
                     E::Delete => "deleted",
                 },
@@ -184,6 +203,9 @@ mod tests {
         prop_oneof![
             Just(ProcessEvent::Start),
             Just(ProcessEvent::Started),
+            Just(ProcessEvent::Pause),
+            Just(ProcessEvent::Paused),
+            Just(ProcessEvent::Resumed),
             exit().prop_map(ProcessEvent::StartFailed),
             exit().prop_map(ProcessEvent::Exited),
             Just(ProcessEvent::Delete),
@@ -212,7 +234,8 @@ mod tests {
             for event in events {
                 let Ok(next) = process(state, event) else { continue };
                 prop_assert_ne!(state, ProcessState::Deleted, "nothing follows a deletion");
-                starts += usize::from(next == ProcessState::Running);
+                let starting = state == ProcessState::Starting;
+                starts += usize::from(starting && next == ProcessState::Running);
                 ends += usize::from(matches!(next, ProcessState::Stopped(_)));
                 state = next;
             }

@@ -1,12 +1,19 @@
 //! The containers of one sandbox, and what is done to them.
 //!
 //! The sandbox is started ahead of its first container, or with it. Work that changes which containers there
-//! are is done one at a time; work on one process is ordered by that process's own lock.
+//! are is done one at a time; work on one process is ordered by that process's own lock. What is
+//! done to containers while they run is in [`control`].
+
+mod control;
+mod guest;
 
 use std::{
     collections::HashMap,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 
@@ -16,13 +23,16 @@ use containerd_shim_protos::{
     types::mount::Mount,
 };
 use protobuf::MessageField;
-use vial_agent_protocol::{MAX_SPEC_BYTES, agent, is_valid_id};
+use vial_agent_protocol::{MAX_SPEC_BYTES, is_valid_id};
+
+use guest::{explain, forget, make, start_exec, start_init, wait, write_timeline};
 
 use crate::{
     container::Container,
     error::ServiceError,
     events::{EventSink, task_exit, timestamp},
     life::{self, Exit, ProcessEvent, ProcessState, SandboxEvent, SandboxState},
+    pids::{self, Joined},
     process::{KILLED, NOT_STARTED, Process},
     sandbox::{Plan, Sandbox},
     spec::{Role, Spec},
@@ -62,21 +72,24 @@ struct Slot {
 
 /// The containers of one sandbox.
 pub struct Pod {
-    plan: Result<Plan, String>,
+    plan: OnceLock<Result<Plan, String>>,
     slot: tokio::sync::Mutex<Slot>,
     containers: Mutex<HashMap<String, Arc<Container>>>,
+    /// Whether its containers share their process ids.
+    shares_pids: AtomicBool,
     events: EventSink,
     exit: Arc<ExitSignal>,
 }
 
 impl Pod {
-    /// No containers yet. A plan that could not be made is told to whoever wants to create one.
-    pub fn new(plan: Result<Plan, String>, events: EventSink, exit: Arc<ExitSignal>) -> Self {
+    /// No containers yet, nor a sandbox until there is a plan ([`Pod::set_plan`]).
+    pub fn new(events: EventSink, exit: Arc<ExitSignal>) -> Self {
         let slot = Slot { state: SandboxState::Empty, sandbox: None, failure: None };
         Self {
-            plan,
+            plan: OnceLock::new(),
             slot: tokio::sync::Mutex::new(slot),
             containers: Mutex::default(),
+            shares_pids: AtomicBool::new(false),
             events,
             exit,
         }
@@ -86,8 +99,26 @@ impl Pod {
         self.containers.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
+    /// Whether the sandbox is for containerd to stop, and not to go with its containers.
+    fn by_sandbox_api(&self) -> bool {
+        self.plan().is_ok_and(|plan| plan.files.is_some())
+    }
+
+    /// How the sandbox is to be. A plan that could not be made is told to whoever wants to create
+    /// a container.
+    ///
+    /// # Errors
+    /// [`ServiceError::Exists`] when there is one.
+    pub fn set_plan(&self, plan: Result<Plan, String>) -> Result<(), ServiceError> {
+        let id = plan.as_ref().map_or_else(|_| String::new(), |plan| plan.id.clone());
+        self.plan.set(plan).map_err(|_| ServiceError::Exists { what: "sandbox", id })
+    }
+
     fn plan(&self) -> Result<&Plan, ServiceError> {
-        self.plan.as_ref().map_err(|text| ServiceError::Precondition(text.clone()))
+        let plan = self.plan.get().ok_or_else(|| {
+            ServiceError::Precondition("no sandbox was created with this shim yet".into())
+        })?;
+        plan.as_ref().map_err(|text| ServiceError::Precondition(text.clone()))
     }
 
     /// The container of that id.
@@ -107,7 +138,11 @@ impl Pod {
         self.slot.lock().await.sandbox.as_ref().map_or(0, |sandbox| sandbox.pid())
     }
 
-    async fn sandbox(&self) -> Result<Arc<Sandbox>, ServiceError> {
+    /// The sandbox, whether it has ended or not.
+    ///
+    /// # Errors
+    /// [`ServiceError::Precondition`] when it was not started.
+    pub async fn sandbox(&self) -> Result<Arc<Sandbox>, ServiceError> {
         let slot = self.slot.lock().await;
         let sandbox = slot.sandbox.clone();
         sandbox.ok_or_else(|| ServiceError::Precondition("the sandbox does not run".into()))
@@ -125,6 +160,26 @@ impl Pod {
         }
     }
 
+    /// Starts the sandbox if it does not run yet.
+    ///
+    /// # Errors
+    /// [`ServiceError`]; nothing of it is left then.
+    pub async fn start_sandbox(&self) -> Result<Arc<Sandbox>, ServiceError> {
+        let mut slot = self.slot.lock().await;
+        if let Some(error) = slot.failure.take() {
+            return Err(error);
+        }
+        running(&mut slot, self.plan()?).await
+    }
+
+    /// Stops the sandbox, if it is not stopped yet; its containers end with it.
+    ///
+    /// # Errors
+    /// [`ServiceError::Leftover`].
+    pub async fn stop_sandbox(&self) -> Result<(), ServiceError> {
+        stop(&mut *self.slot.lock().await).await
+    }
+
     /// Creates a container, and the sandbox with the first one. Returns [`Pod::pid`].
     ///
     /// # Errors
@@ -132,7 +187,7 @@ impl Pod {
     /// containers.
     pub async fn create(self: &Arc<Self>, new: NewContainer) -> Result<u32, ServiceError> {
         let created = self.create_in_sandbox(new).await;
-        if created.is_err() {
+        if created.is_err() && !self.by_sandbox_api() {
             let mut slot = self.slot.lock().await;
             if self.containers_mut().is_empty()
                 && let Err(error) = stop(&mut slot).await
@@ -145,7 +200,7 @@ impl Pod {
 
     async fn create_in_sandbox(self: &Arc<Self>, new: NewContainer) -> Result<u32, ServiceError> {
         let plan = self.plan()?;
-        plan.timeline.mark("create request");
+        plan.timeline.mark(&format!("create request: {}", new.id));
         if !new.checkpoint.is_empty() {
             return Err(ServiceError::Unimplemented("restoring a container from a checkpoint"));
         }
@@ -153,7 +208,7 @@ impl Pod {
             let text = format!("'{}' cannot be the id of a container", new.id.escape_debug());
             return Err(ServiceError::Invalid(text));
         }
-        let (bytes, spec) = Spec::read(&new.bundle)?;
+        let (bytes, mut spec) = Spec::read(&new.bundle)?;
         let role = spec.role()?;
         let owner = match &role {
             Role::Alone | Role::Sandbox => &new.id,
@@ -176,15 +231,33 @@ impl Pod {
             Role::Sandbox => {
                 Ok(Container::new(new.id.clone(), new.bundle.clone(), false, pause(&new)))
             }
-            Role::Alone | Role::Member(_) => make(plan, &sandbox, &new, bytes, &spec).await,
+            Role::Alone | Role::Member(_) => {
+                let pids = if spec.joins_pids() { Some(self.joined_pids()?) } else { None };
+                make(plan, &sandbox, &new, (bytes, &mut spec), pids).await
+            }
         };
         let container = Arc::new(made?);
         self.containers_mut().insert(new.id.clone(), container.clone());
         drop(slot);
         let pid = sandbox.pid();
         self.events.publish(created(new, pid)).await;
+        if container.in_guest {
+            tokio::spawn(self.clone().watch_oom(sandbox.clone(), container.clone()));
+        }
         tokio::spawn(self.clone().watch(sandbox, container.clone(), container.init.clone()));
         Ok(pid)
+    }
+
+    /// Whose process ids a container has that joins a PID namespace.
+    fn joined_pids(&self) -> Result<Joined, ServiceError> {
+        let containers = self.containers_mut();
+        let others = containers.values().filter(|container| {
+            container.in_guest && !matches!(container.init.state(), ProcessState::Stopped(_))
+        });
+        let others: Vec<String> = others.map(|container| container.id.clone()).collect();
+        let joined = pids::joined(self.shares_pids.load(Ordering::Relaxed), &others)?;
+        self.shares_pids.fetch_or(joined == Joined::Pod, Ordering::Relaxed);
+        Ok(joined)
     }
 
     /// Starts a container's init process, or an exec. Returns [`Pod::pid`].
@@ -239,7 +312,11 @@ impl Pod {
         process: Arc<Process>,
     ) {
         let status = tokio::select! {
-            status = wait(&sandbox, &container, &process) => status,
+            (status, kills) = wait(&sandbox, &container, &process) => {
+                // Before the end, whose reason it may be.
+                self.tell_oom(&container, kills).await;
+                status
+            }
             why = sandbox.wait_end() => {
                 tracing::error!("{} {} ended with its VM: {why}", container.id, process.exec_id);
                 KILLED
@@ -306,7 +383,11 @@ impl Pod {
             ProcessState::Added => {
                 return Err(ServiceError::Precondition("the process was not started yet".into()));
             }
-            ProcessState::Created | ProcessState::Starting | ProcessState::Running => {}
+            ProcessState::Created
+            | ProcessState::Starting
+            | ProcessState::Running
+            | ProcessState::Pausing
+            | ProcessState::Paused => {}
         }
         if !container.in_guest {
             let _step = process.step.lock().await;
@@ -471,117 +552,6 @@ async fn stop(slot: &mut Slot) -> Result<(), ServiceError> {
 /// A pause container's process: nothing but its state.
 fn pause(new: &NewContainer) -> Process {
     Process::init(new.places.clone(), Streams::default())
-}
-
-/// Makes a container on the host and in the guest, or nothing of it.
-async fn make(
-    plan: &Plan,
-    sandbox: &Sandbox,
-    new: &NewContainer,
-    bytes: Vec<u8>,
-    spec: &Spec,
-) -> Result<Container, ServiceError> {
-    let made = async {
-        let shared =
-            sandbox.share.add_container(&new.id, &new.bundle, &new.root_mounts, spec).await?;
-        plan.timeline.mark("root mounted");
-        let (streams, stdio) =
-            Streams::open(&new.places, &sandbox.vmm, &sandbox.next_stream).await?;
-        let mounts = shared.mounts.into_iter().map(|(index, path)| agent::SharedMount {
-            index,
-            path,
-            ..Default::default()
-        });
-        let request = agent::CreateContainerRequest {
-            container_id: new.id.clone(),
-            spec: bytes,
-            root: shared.root,
-            mounts: mounts.collect(),
-            stdio: MessageField::some(stdio),
-            ..Default::default()
-        };
-        sandbox.agent.create(&request).await?;
-        plan.timeline.mark("container created");
-        Ok(Process::init(new.places.clone(), streams))
-    };
-    match made.await {
-        Ok(init) => Ok(Container::new(new.id.clone(), new.bundle.clone(), true, init)),
-        Err(error) => {
-            let error = explain(sandbox, error).await;
-            if let Err(leftover) = sandbox.share.remove_container(&new.id) {
-                tracing::error!("cannot take back the mounts of {}: {leftover}", new.id);
-            }
-            Err(error)
-        }
-    }
-}
-
-async fn start_init(plan: &Plan, sandbox: &Sandbox, id: &str) -> Result<(), ServiceError> {
-    sandbox.agent.start(id).await?;
-    plan.timeline.mark("container started");
-    write_timeline(plan, sandbox);
-    Ok(())
-}
-
-async fn start_exec(sandbox: &Sandbox, id: &str, process: &Process) -> Result<(), ServiceError> {
-    let (streams, stdio) =
-        Streams::open(&process.places, &sandbox.vmm, &sandbox.next_stream).await?;
-    process.attach(streams);
-    let request = agent::ExecProcessRequest {
-        container_id: id.into(),
-        exec_id: process.exec_id.clone(),
-        process: process.spec.clone(),
-        stdio: MessageField::some(stdio),
-        ..Default::default()
-    };
-    Ok(sandbox.agent.exec(&request).await?)
-}
-
-/// The timeline is for people who look; a sandbox does not fail for it.
-fn write_timeline(plan: &Plan, sandbox: &Sandbox) {
-    if let Err(error) = sandbox.dir.write_timeline(&plan.timeline.sorted()) {
-        tracing::warn!("{error}");
-    }
-}
-
-/// Waits for the agent to tell of a process's end.
-async fn wait(sandbox: &Sandbox, container: &Container, process: &Process) -> u32 {
-    if !container.in_guest {
-        return std::future::pending().await;
-    }
-    match sandbox.agent.wait(&container.id, &process.exec_id).await {
-        Ok(status) => status,
-        Err(error) => {
-            // When the VM ends, its end is the reason that is told. It is known a moment later.
-            let _ = tokio::time::timeout(KILL_PATIENCE, sandbox.wait_end()).await;
-            tracing::error!("{} {} is lost: {error}", container.id, process.exec_id);
-            KILLED
-        }
-    }
-}
-
-/// Makes the agent forget a process or container. What it refuses is logged: the host's part goes
-/// in any case, and the guest's goes with the VM.
-async fn forget(sandbox: &Sandbox, id: &str, exec_id: &str) {
-    let forgotten = if exec_id.is_empty() {
-        sandbox.agent.delete_container(id).await
-    } else {
-        sandbox.agent.delete_process(id, exec_id).await
-    };
-    if let Err(error) = forgotten {
-        tracing::warn!("the guest did not forget {id} {exec_id}: {error}");
-    }
-}
-
-/// A failed call to the agent of a VM that has just ended failed because of that.
-async fn explain(sandbox: &Sandbox, error: ServiceError) -> ServiceError {
-    if error.code() != ttrpc::Code::UNAVAILABLE {
-        return error;
-    }
-    match tokio::time::timeout(Duration::from_secs(1), sandbox.wait_end()).await {
-        Ok(why) => ServiceError::VmEnded(why),
-        Err(_) => error,
-    }
 }
 
 fn ended_is_fine(error: ServiceError) -> Result<(), ServiceError> {

@@ -1,7 +1,7 @@
 //! One VM: started as a chain of steps, stopped by taking them back.
 //!
 //! state directory → network → shared tree → VMM process → boot → guest ready → agent greeted →
-//! network configured. Each step pushes its undo; a failure takes all back, and stopping does the
+//! pod and network configured. Each step pushes its undo; a failure takes all back, and stopping does the
 //! same.
 
 use std::{
@@ -21,7 +21,10 @@ use tokio::{
     net::UnixStream,
     sync::{mpsc, watch},
 };
-use vial_agent_protocol::{AGENT_PORT, READY_PORT, SHARE_TAG, agent::ConfigureNetworkRequest};
+use vial_agent_protocol::{
+    AGENT_PORT, READY_PORT, SHARE_TAG,
+    agent::{ConfigureNetworkRequest, ConfigurePodRequest},
+};
 use vial_vmm_api::{API_VERSION, Action, Descriptor, DeviceConfig, Reply, VmConfig};
 
 use crate::{
@@ -29,6 +32,7 @@ use crate::{
     config::Config,
     error::ServiceError,
     network::{self, Tap},
+    pod_files::PodFiles,
     share::{self, Share},
     state_dir::{ProcessIdentity, STATE_VERSION, State, StateDir},
     timeline::Timeline,
@@ -60,6 +64,11 @@ pub struct Plan {
     pub socket: std::path::PathBuf,
     /// The network namespace whose interfaces the guest gets; without it the guest has none.
     pub network_namespace: Option<std::path::PathBuf>,
+    /// What the pod's containers share in the guest.
+    pub pod: ConfigurePodRequest,
+    /// The pod's own files, when containerd asked for it by the Sandbox API. By that it also stops
+    /// it.
+    pub files: Option<PodFiles>,
     /// Where the phases are marked.
     pub timeline: Arc<Timeline>,
 }
@@ -112,6 +121,9 @@ impl Sandbox {
         });
         let mut state = first_state(plan);
         dir.write_state(&state)?;
+        if let Some(files) = &plan.files {
+            files.write(&dir.pod_files())?;
+        }
         timeline.mark("state directory");
 
         let (taps, network) = match &plan.network_namespace {
@@ -157,6 +169,10 @@ impl Sandbox {
             let stream = client.connect(AGENT_PORT).await.map_err(vmm("reach the agent"))?;
             let agent = Agent::greet(stream, config.boot_timeout, timeline).await?;
             timeline.mark("agent greeted");
+            if plan.pod != ConfigurePodRequest::default() {
+                agent.configure_pod(&plan.pod).await?;
+                timeline.mark("pod configured");
+            }
             if !network.interfaces.is_empty() {
                 agent.configure_network(&network).await?;
                 timeline.mark("network configured");

@@ -13,6 +13,12 @@ use vial_agent_protocol::MAX_SPEC_BYTES;
 
 const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
 const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+/// Where a container has memory to share, and where CRI gives it the pod's.
+const SHARED_MEMORY: &str = "/dev/shm";
+/// What a pod's shared memory holds unless something else is known, in bytes: as with runc.
+pub const DEFAULT_SHARED_MEMORY_BYTES: u64 = 64 << 20;
+/// The type of a mount that the agent makes the pod's shared memory.
+const SHARED_MEMORY_KIND: &str = "vial-shared-memory";
 
 /// The part of an OCI spec that the host acts on.
 #[derive(Debug, Deserialize)]
@@ -28,6 +34,9 @@ pub struct Spec {
     /// Free words; containerd's CRI plugin says here what belongs to which pod.
     #[serde(default)]
     pub annotations: HashMap<String, String>,
+    /// What the container is called, and with it its pod.
+    #[serde(default)]
+    pub hostname: Option<String>,
 }
 
 /// `linux` of a spec.
@@ -36,6 +45,9 @@ pub struct Linux {
     /// The namespaces that the container gets.
     #[serde(default)]
     pub namespaces: Vec<Namespace>,
+    /// Kernel parameters.
+    #[serde(default)]
+    pub sysctl: HashMap<String, String>,
 }
 
 /// One of a spec's `linux.namespaces`.
@@ -127,6 +139,12 @@ pub enum SpecError {
         "the annotation {CONTAINER_TYPE} is '{0}', which is neither 'sandbox' nor 'container' with {SANDBOX_ID} set"
     )]
     Role(String),
+    /// The pod wants something of the host that a VM keeps from it.
+    #[error(
+        "the pod asks for {0}, which a pod in a VM of its own cannot have; leave that out, or use \
+         another runtimeClassName"
+    )]
+    OfTheHost(&'static str),
 }
 
 impl Spec {
@@ -153,6 +171,49 @@ impl Spec {
         (!network.path.as_os_str().is_empty()).then_some(&network.path)
     }
 
+    /// Whether the pod whose sandbox this is asks for nothing of the host. containerd's CRI plugin
+    /// leaves the namespaces out of a sandbox's spec that its pod shares with the host.
+    ///
+    /// # Errors
+    /// [`SpecError::OfTheHost`].
+    pub fn check_sandbox(&self) -> Result<(), SpecError> {
+        let has = |kind: &str| self.linux.namespaces.iter().any(|namespace| namespace.kind == kind);
+        for (kind, asked) in [("network", "hostNetwork"), ("pid", "hostPID"), ("ipc", "hostIPC")] {
+            if !has(kind) {
+                return Err(SpecError::OfTheHost(asked));
+            }
+        }
+        if has("user") {
+            return Err(SpecError::OfTheHost("a user namespace of the host (hostUsers: false)"));
+        }
+        Ok(())
+    }
+
+    /// Whether the container joins a PID namespace.
+    pub fn joins_pids(&self) -> bool {
+        let is = |namespace: &Namespace| {
+            namespace.kind == "pid" && !namespace.path.as_os_str().is_empty()
+        };
+        self.linux.namespaces.iter().any(is)
+    }
+
+    /// The mounts of the pod's shared memory, which CRI binds from the host and the guest has
+    /// itself: index and size in bytes. They are no bind mounts afterwards.
+    pub fn take_shared_memory(&mut self) -> Vec<(u32, u64)> {
+        let mut taken = Vec::new();
+        for (index, mount) in self.mounts.iter_mut().enumerate() {
+            if mount.destination != Path::new(SHARED_MEMORY) || !mount.is_bind() {
+                continue;
+            }
+            let bytes = mount.source.as_deref().and_then(tmpfs_bytes);
+            mount.kind = Some(SHARED_MEMORY_KIND.into());
+            mount.options.clear();
+            let index = u32::try_from(index).unwrap_or(u32::MAX);
+            taken.push((index, bytes.unwrap_or(DEFAULT_SHARED_MEMORY_BYTES)));
+        }
+        taken
+    }
+
     /// What the container is to its sandbox.
     ///
     /// # Errors
@@ -166,6 +227,18 @@ impl Spec {
             (Some(other), _) => Err(SpecError::Role(other.chars().take(64).collect())),
         }
     }
+}
+
+/// The size of the tmpfs at `path`; none when it is none, or without a size.
+fn tmpfs_bytes(path: &Path) -> Option<u64> {
+    // linux/magic.h
+    const TMPFS_MAGIC: u64 = 0x0102_1994;
+    let about = rustix::fs::statfs(path).ok()?;
+    // The types' widths differ between architectures.
+    #[allow(clippy::unnecessary_cast, clippy::cast_sign_loss)]
+    let (kind, block) = (about.f_type as u64, about.f_bsize as u64);
+    let bytes = block.checked_mul(about.f_blocks)?;
+    (kind == TMPFS_MAGIC && bytes > 0).then_some(bytes)
 }
 
 #[cfg(test)]
@@ -186,6 +259,52 @@ mod tests {
         assert_eq!(spec(member).role().unwrap(), Role::Member("pod".into()));
         let orphan = r#"{"annotations": {"io.kubernetes.cri.container-type": "container"}}"#;
         assert!(spec(orphan).role().is_err());
+    }
+
+    #[test]
+    fn pods_that_share_with_the_host_are_refused() {
+        let kinds = ["network", "pid", "ipc", "uts", "mount"];
+        let with = |kinds: &[&str]| {
+            let list: Vec<String> =
+                kinds.iter().map(|kind| format!(r#"{{"type": "{kind}"}}"#)).collect();
+            spec(&format!(r#"{{"linux": {{"namespaces": [{}]}}}}"#, list.join(","))).check_sandbox()
+        };
+        with(&kinds).unwrap();
+        for (kind, asked) in [("network", "hostNetwork"), ("pid", "hostPID"), ("ipc", "hostIPC")] {
+            let less: Vec<&str> = kinds.into_iter().filter(|other| *other != kind).collect();
+            let error = with(&less).unwrap_err().to_string();
+            assert!(error.contains(asked), "{error}");
+        }
+        let error = with(&[&kinds[..], &["user"]].concat()).unwrap_err().to_string();
+        assert!(error.contains("hostUsers"), "{error}");
+    }
+
+    #[test]
+    fn shared_memory_is_taken_out_of_the_binds() {
+        let dir = tempfile::tempdir().unwrap();
+        let json = format!(
+            r#"{{"mounts": [{{"destination": "/dev/shm", "type": "tmpfs", "source": "shm"}},
+                {{"destination": "/dev/shm", "type": "bind", "source": "/nowhere/shm"}},
+                {{"destination": "/dev/shm", "type": "bind", "source": "/dev/shm"}},
+                {{"destination": "/data", "type": "bind", "source": {:?}}}]}}"#,
+            dir.path()
+        );
+        let mut spec = spec(&json);
+        let taken = spec.take_shared_memory();
+        assert_eq!(taken[0], (1, DEFAULT_SHARED_MEMORY_BYTES));
+        assert_eq!((taken[1].0, taken.len()), (2, 2));
+        let binds: Vec<bool> = spec.mounts.iter().map(Mount::is_bind).collect();
+        assert_eq!(binds, [false, false, false, true]);
+    }
+
+    #[test]
+    fn joined_pid_namespace_is_one_with_a_path() {
+        let joins = |namespaces: &str| {
+            spec(&format!(r#"{{"linux": {{"namespaces": [{namespaces}]}}}}"#)).joins_pids()
+        };
+        assert!(!joins("") && !joins(r#"{"type": "pid"}"#));
+        assert!(!joins(r#"{"type": "ipc", "path": "/proc/7/ns/ipc"}"#));
+        assert!(joins(r#"{"type": "pid", "path": "/proc/7/ns/pid"}"#));
     }
 
     #[test]

@@ -163,6 +163,11 @@ impl StateDir {
         }
     }
 
+    /// The pod's own files, see [`crate::pod_files`].
+    pub fn pod_files(&self) -> PathBuf {
+        self.path.join("files")
+    }
+
     /// Where the guest's serial console goes.
     pub fn console(&self) -> PathBuf {
         self.path.join("console.log")

@@ -18,6 +18,7 @@ use crate::{
     error::ServiceError,
     events::timestamp,
     life::{Exit, ProcessState},
+    metrics,
     pod::{NewContainer, Pod},
     process::Process,
     stdio::Places,
@@ -83,6 +84,8 @@ impl Task for TaskService {
                 api::Status::CREATED
             }
             ProcessState::Running => api::Status::RUNNING,
+            ProcessState::Pausing => api::Status::PAUSING,
+            ProcessState::Paused => api::Status::PAUSED,
             ProcessState::Stopped(exit) => {
                 response.exit_status = exit.status;
                 response.exited_at = MessageField::some(timestamp(exit.at));
@@ -148,24 +151,36 @@ impl Task for TaskService {
         Ok(api::PidsResponse { processes, ..Default::default() })
     }
 
-    async fn pause(&self, _: &Context, _: api::PauseRequest) -> Result<api::Empty> {
-        empty(Err(ServiceError::Unimplemented("pausing a container")))
+    async fn pause(&self, _: &Context, request: api::PauseRequest) -> Result<api::Empty> {
+        tracing::info!("pause {}", request.id);
+        empty(logged("pause", &request.id, self.pod.pause(&request.id).await))
     }
 
-    async fn resume(&self, _: &Context, _: api::ResumeRequest) -> Result<api::Empty> {
-        empty(Err(ServiceError::Unimplemented("resuming a container")))
+    async fn resume(&self, _: &Context, request: api::ResumeRequest) -> Result<api::Empty> {
+        tracing::info!("resume {}", request.id);
+        empty(logged("resume", &request.id, self.pod.resume(&request.id).await))
     }
 
     async fn checkpoint(&self, _: &Context, _: api::CheckpointTaskRequest) -> Result<api::Empty> {
         empty(Err(ServiceError::Unimplemented("a checkpoint of a container")))
     }
 
-    async fn update(&self, _: &Context, _: api::UpdateTaskRequest) -> Result<api::Empty> {
-        empty(Err(ServiceError::Unimplemented("changing a running container's resources")))
+    async fn update(&self, _: &Context, request: api::UpdateTaskRequest) -> Result<api::Empty> {
+        tracing::info!("update {}", request.id);
+        let resources = request.resources.unwrap_or_default();
+        if !resources.type_url.ends_with("/LinuxResources") {
+            let text = format!("'{}' is no OCI LinuxResources", resources.type_url.escape_debug());
+            return empty(Err(ServiceError::Invalid(text)));
+        }
+        let updated = self.pod.update(&request.id, resources.value).await;
+        empty(logged("update", &request.id, updated))
     }
 
-    async fn stats(&self, _: &Context, _: api::StatsRequest) -> Result<api::StatsResponse> {
-        Err(ServiceError::Unimplemented("reading a container's statistics").into())
+    async fn stats(&self, _: &Context, request: api::StatsRequest) -> Result<api::StatsResponse> {
+        let read = self.pod.stats(&request.id).await;
+        let encoded = read.and_then(|metrics| Ok(metrics::encode(&metrics)?));
+        let stats = logged("stats", &request.id, encoded)?;
+        Ok(api::StatsResponse { stats: MessageField::some(stats), ..Default::default() })
     }
 
     async fn kill(&self, _: &Context, request: api::KillRequest) -> Result<api::Empty> {

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 pub const MAX_MARKS: usize = 256;
 
 /// The longest name of a mark, in bytes; what is longer is cut.
-pub const MAX_NAME_BYTES: usize = 64;
+pub const MAX_NAME_BYTES: usize = 128;
 
 /// One moment.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -26,7 +26,7 @@ pub mod agent_ttrpc {
 }
 
 /// The version of this protocol. Shim and agent refuse each other when it differs.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// The host's vsock port that the agent connects to when it can serve.
 pub const READY_PORT: u32 = 1024;
@@ -52,6 +52,12 @@ pub const MAX_ADDRESSES: usize = 64;
 pub const MAX_ROUTES: usize = 1024;
 /// The most neighbours of a pod that are set for good.
 pub const MAX_NEIGHBOURS: usize = 1024;
+
+/// The most counters of one kind that a container's statistics have. What is beyond is left out.
+pub const MAX_COUNTERS: usize = 128;
+
+/// The most kernel parameters that a pod can set.
+pub const MAX_SYSCTLS: usize = 256;
 
 /// The tag of the shared file system, as the guest mounts it.
 pub const SHARE_TAG: &str = "vial";

@@ -15,9 +15,11 @@ use super::{
     file_error,
 };
 use crate::cgroup::Cgroup;
+use crate::cgroup::events::OomWatch;
 use crate::devices::Program;
 use crate::helper::{Order, Task};
 use crate::launch;
+use crate::pod;
 use crate::reaper::Launch;
 use crate::spec::{self, Guest};
 use crate::stdio::{self, Claimed, Input, StdioIds};
@@ -34,7 +36,20 @@ pub(crate) struct Create {
     pub(crate) root: String,
     /// Index into the spec's mounts, and the source below the share.
     pub(crate) mounts: Vec<(u32, String)>,
+    /// Index into the spec's mounts, and the bytes that the pod's shared memory has.
+    pub(crate) shared_memory: Vec<(u32, u64)>,
+    pub(crate) pid_namespace: PidNamespace,
     pub(crate) stdio: StdioIds,
+}
+
+/// In place of a PID namespace that the spec joins.
+pub(crate) enum PidNamespace {
+    /// The spec joins none.
+    None,
+    /// The pod's.
+    Pod,
+    /// That of a container.
+    Of(String),
 }
 
 /// A process that a helper made, not yet known to the reaper.
@@ -85,6 +100,7 @@ impl Containers {
                 init: None,
                 execs: HashMap::new(),
                 exec_errors: None,
+                oom: None,
             }),
         });
         table.insert(create.id.clone(), Arc::clone(&container));
@@ -111,6 +127,9 @@ impl Containers {
         {
             let mut record = container.record();
             record.exec_errors = Some(exec_errors);
+            record.oom = OomWatch::start(container.cgroup.path())
+                .inspect_err(|error| tracing::warn!("container {}: {error}", container.id))
+                .ok();
             record.init = Some(Arc::new(Process {
                 pid,
                 exit: receiver,
@@ -144,14 +163,29 @@ impl Containers {
         for (index, path) in &create.mounts {
             sources.insert(*index as usize, self.share.resolve(path)?);
         }
+        for (index, bytes) in &create.shared_memory {
+            sources.insert(*index as usize, self.pod.shared_memory(*bytes)?);
+        }
+        let pid_namespace = match &create.pid_namespace {
+            PidNamespace::None => None,
+            PidNamespace::Pod => Some(self.pod.pid_namespace()?),
+            PidNamespace::Of(id) => Some(pod::pid_namespace_of(self.get(id)?.process("")?.pid)),
+        };
+        let spec = spec::parse(&create.spec)?;
+        let devices = match spec::devices::has_any(spec.linux().as_ref()) {
+            true => spec::devices::of_guest(),
+            false => Vec::new(),
+        };
         let guest = Guest {
             root: self.share.resolve(&create.root)?,
             sources,
             cgroup: Cgroup::spec_path(&container.id),
             terminal: create.stdio.terminal,
             hugetlb: self.hugetlb,
+            pid_namespace,
+            devices,
         };
-        let (spec, dropped) = spec::rewrite(spec::parse(&create.spec)?, &guest)?;
+        let (spec, dropped) = spec::rewrite(spec, &guest)?;
         for name in dropped {
             tracing::warn!("container {}: {name} of the spec are not run in a guest", container.id);
         }

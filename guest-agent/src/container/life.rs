@@ -2,7 +2,9 @@
 //!
 //! ```text
 //! container:  Creating ──Made──> Created ──Start──> Starting ──Started──> Running
-//!                                   │                   │                    │
+//!                                   │                   │                 │  ^ Pause, Resume
+//!                                   │                   │                 v  │
+//!                                   │                   │                Paused
 //!                                   ├──────Exited───────┴───────Exited───────┤
 //!                                   │                                        v
 //!                                   └───Delete───> Deleting <───Delete─── Stopped
@@ -25,6 +27,8 @@ pub(crate) enum ContainerState {
     /// Its init process was told to go.
     Starting,
     Running,
+    /// Its processes stand where they were.
+    Paused,
     /// Its init process has ended.
     Stopped,
     /// Its cgroup and files are being removed.
@@ -39,6 +43,8 @@ pub(crate) enum ContainerEvent {
     Made,
     Start,
     Started,
+    Pause,
+    Resume,
     Exited,
     Delete,
     DeleteFailed,
@@ -59,6 +65,7 @@ impl ContainerState {
             ContainerState::Created => "created but not started",
             ContainerState::Starting => "starting",
             ContainerState::Running => "running",
+            ContainerState::Paused => "paused",
             ContainerState::Stopped => "stopped",
             ContainerState::Deleting => "being deleted",
             ContainerState::Deleted => "deleted",
@@ -78,7 +85,9 @@ impl ContainerState {
             (S::Starting, E::Started) => Ok(S::Running),
             // It ran and ended before its start was noticed.
             (S::Stopped, E::Started) => Ok(S::Stopped),
-            (S::Created | S::Starting | S::Running, E::Exited) => Ok(S::Stopped),
+            (S::Running, E::Pause) => Ok(S::Paused),
+            (S::Paused, E::Resume) => Ok(S::Running),
+            (S::Created | S::Starting | S::Running | S::Paused, E::Exited) => Ok(S::Stopped),
             // Deleting a container that never ran ends its init process.
             (S::Deleting, E::Exited) => Ok(S::Deleting),
             (S::Created | S::Stopped, E::Delete) => Ok(S::Deleting),
@@ -153,6 +162,8 @@ mod tests {
             E::Made,
             E::Start,
             E::Started,
+            E::Pause,
+            E::Resume,
             E::Exited,
             E::Delete,
             E::DeleteFailed,
@@ -175,6 +186,7 @@ mod tests {
             for event in events {
                 let Ok(next) = state.next(event) else { continue };
                 starts += usize::from(next == ContainerState::Starting);
+                prop_assert_eq!(next == ContainerState::Paused, event == ContainerEvent::Pause);
                 prop_assert_ne!(state, ContainerState::Deleted);
                 if was_running {
                     let back = matches!(next, ContainerState::Creating | ContainerState::Created);
@@ -196,7 +208,10 @@ mod tests {
             for event in events {
                 let Ok(next) = state.next(event) else { continue };
                 exited |= event == ContainerEvent::Exited;
-                let runs = matches!(state, ContainerState::Starting | ContainerState::Running);
+                let runs = matches!(
+                    state,
+                    ContainerState::Starting | ContainerState::Running | ContainerState::Paused
+                );
                 if runs && next == ContainerState::Deleting {
                     prop_assert!(exited);
                 }

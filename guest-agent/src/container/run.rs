@@ -7,12 +7,15 @@ use std::time::Duration;
 use libcontainer::container::Container as Runtime;
 use tokio::io::AsyncReadExt;
 use tokio::sync::watch;
+use vial_agent_protocol::agent::StatsResponse;
 
 use super::create::write_json;
 use super::life::{ContainerEvent, ExecEvent, ExecState};
 use super::{
     Container, ContainerError, Containers, ExecRecord, MAX_EXECS, Process, check_id, check_size,
 };
+use crate::cgroup::events::OomWatch;
+use crate::cgroup::{resources, stats};
 use crate::helper::Task;
 use crate::launch::LaunchError;
 use crate::marks::Mark;
@@ -148,13 +151,81 @@ impl Containers {
         }
     }
 
-    /// The status of a process, once it has ended.
+    /// The status of a process, once it has ended; and for a first process, how many of its
+    /// container had ended for want of memory.
     ///
     /// # Errors
     /// There is no such process.
-    pub(crate) async fn wait(&self, id: &str, exec: &str) -> Result<ExitStatus, ContainerError> {
-        let process = self.get(id)?.process(exec)?;
-        Ok(exit_of(&process).await)
+    pub(crate) async fn wait(
+        &self,
+        id: &str,
+        exec: &str,
+    ) -> Result<(ExitStatus, u64), ContainerError> {
+        let container = self.get(id)?;
+        let process = container.process(exec)?;
+        let status = exit_of(&process).await;
+        let kills = match exec {
+            "" => container.record().oom.as_ref().map_or(0, OomWatch::count),
+            _ => 0,
+        };
+        Ok((status, kills))
+    }
+
+    /// The number of processes that ended for want of memory, once it is above `known`.
+    ///
+    /// # Errors
+    /// There is no such container, or it is deleted meanwhile.
+    pub(crate) async fn wait_oom(&self, id: &str, known: u64) -> Result<u64, ContainerError> {
+        let none = || ContainerError::NoOomCount(id.to_owned());
+        let mut kills = {
+            let container = self.get(id)?;
+            let record = container.record();
+            record.oom.as_ref().ok_or_else(none)?.subscribe()
+        };
+        let count = kills.wait_for(|count| *count > known).await;
+        Ok(*count.map_err(|_| ContainerError::NoContainer(id.to_owned()))?)
+    }
+
+    /// Stops every process of a running container.
+    ///
+    /// # Errors
+    /// It does not run, or does not stop; it runs on then.
+    pub(crate) async fn pause(&self, id: &str) -> Result<(), ContainerError> {
+        let container = self.get(id)?;
+        container.happens(ContainerEvent::Pause, "pause")?;
+        if let Err(error) = container.cgroup.freeze().await {
+            // Refused when it has ended meanwhile.
+            let _ = container.happens(ContainerEvent::Resume, "resume");
+            return Err(error.into());
+        }
+        Ok(())
+    }
+
+    /// Lets a paused container run on.
+    ///
+    /// # Errors
+    /// It is not paused.
+    pub(crate) fn resume(&self, id: &str) -> Result<(), ContainerError> {
+        let container = self.get(id)?;
+        container.happens(ContainerEvent::Resume, "resume")?;
+        Ok(container.cgroup.thaw()?)
+    }
+
+    /// What a container uses.
+    ///
+    /// # Errors
+    /// There is no such container, or its cgroup cannot be read.
+    pub(crate) fn stats(&self, id: &str) -> Result<StatsResponse, ContainerError> {
+        Ok(stats::read(&self.get(id)?.cgroup)?)
+    }
+
+    /// Changes the limits of a container to those in `resources`, in JSON.
+    ///
+    /// # Errors
+    /// There is no such container, or a limit cannot be set; all stay as they were then.
+    pub(crate) fn update(&self, id: &str, resources: &[u8]) -> Result<(), ContainerError> {
+        check_size(resources)?;
+        Ok(resources::update(&self.get(id)?.cgroup, resources)?)
     }
 
     /// Sends a signal (1 to 64) to a process, or to all of a container.

@@ -68,6 +68,8 @@ fn guest() -> Guest {
         cgroup: "/vial-containers/demo".into(),
         terminal: false,
         hugetlb: false,
+        pid_namespace: None,
+        devices: Vec::new(),
     }
 }
 
@@ -153,6 +155,20 @@ fn namespaces_of_others_are_refused() {
         let error = rewritten(&spec, &guest()).unwrap_err();
         assert_eq!(error, SpecError::Namespace(shown.to_owned()));
     }
+}
+
+#[test]
+fn pid_namespace_that_is_joined_becomes_the_guests() {
+    let mut spec = ctr_spec();
+    spec["linux"]["namespaces"] = json!([{"type": "pid", "path": "/proc/7/ns/pid"}]);
+    let guest = Guest { pid_namespace: Some("/proc/99/ns/pid".into()), ..guest() };
+    let (got, _) = rewritten(&spec, &guest).unwrap();
+    let want = json!([{"type": "pid", "path": "/proc/99/ns/pid"}]);
+    assert_eq!(got["linux"]["namespaces"], want);
+    // One of its own stays its own.
+    spec["linux"]["namespaces"] = json!([{"type": "pid"}]);
+    let (got, _) = rewritten(&spec, &guest).unwrap();
+    assert_eq!(got["linux"]["namespaces"], json!([{"type": "pid"}]));
 }
 
 #[test]

@@ -2,11 +2,11 @@
 
 use std::process::ExitCode;
 
-use vial_shim::runtime::{RUNTIME, Runtime};
+use vial_shim::runtime::{self, RUNTIME};
 
 fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
-    match containerd_shim::parse(&arguments) {
+    let flags = match containerd_shim::parse(&arguments) {
         Ok(flags) if flags.version => {
             println!("containerd-shim-vial-v2 {}", env!("CARGO_PKG_VERSION"));
             return ExitCode::SUCCESS;
@@ -18,22 +18,29 @@ fn main() -> ExitCode {
             );
             return ExitCode::FAILURE;
         }
-        Ok(_) => {}
+        Ok(flags) => flags,
         Err(error) => {
             eprintln!("containerd-shim-vial-v2: {error}");
             return ExitCode::FAILURE;
         }
-    }
+    };
     // One thread: the shim mostly waits, and what a thread costs, every pod on the node pays.
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-        Ok(runtime) => runtime,
+    let threads = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(threads) => threads,
         Err(error) => {
             eprintln!("containerd-shim-vial-v2: cannot start: {error}");
             return ExitCode::FAILURE;
         }
     };
-    runtime.block_on(containerd_shim::run::<Runtime>(RUNTIME, None));
+    let done = threads.block_on(runtime::run(flags));
     // Whatever still copies a stream has nobody to copy for.
-    runtime.shutdown_background();
-    ExitCode::SUCCESS
+    threads.shutdown_background();
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        // containerd shows what is written here to whoever wanted the container.
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
 }

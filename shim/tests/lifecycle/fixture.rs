@@ -8,14 +8,20 @@ use std::{
 use containerd_shim::ExitSignal;
 use containerd_shim_protos::{
     api,
+    cgroups_v2::metrics::Metrics,
     protobuf::{MessageField, well_known_types::any::Any},
+    sandbox_api::{
+        CreateSandboxRequest, SandboxMetricsRequest, SandboxStatusRequest, ShutdownSandboxRequest,
+        StartSandboxRequest, StopSandboxRequest, WaitSandboxRequest,
+    },
+    sandbox_async::Sandbox,
     shim_async::Task,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use ttrpc::asynchronous::TtrpcContext;
 use vial_shim::{
-    config::Config, events::EventSink, pod::Pod, sandbox::Plan, task::TaskService,
-    timeline::Timeline,
+    config::Config, events::EventSink, plan::Place, pod::Pod, sandbox_service::SandboxService,
+    task::TaskService, timeline::Timeline,
 };
 
 use crate::events::Topics;
@@ -24,6 +30,8 @@ pub(crate) struct Fixture {
     dir: tempfile::TempDir,
     pod: Arc<Pod>,
     service: TaskService,
+    sandbox: SandboxService,
+    place: Place,
     topics: Topics,
     _server: ttrpc::asynchronous::Server,
 }
@@ -85,7 +93,7 @@ fn text(error: ttrpc::Error) -> String {
 }
 
 impl Fixture {
-    pub(crate) async fn new(configuration: &str) -> Self {
+    pub(crate) async fn without_sandbox(configuration: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         for name in ["kernel", "initrd"] {
             std::fs::write(dir.path().join(name), "").unwrap();
@@ -102,17 +110,71 @@ impl Fixture {
         let config = Config::parse(&configuration, Path::new("test.toml")).unwrap();
         let socket = dir.path().join("events");
         let (topics, server) = Topics::serve(&socket).await;
-        let plan = Plan {
-            config,
+        let place = Place {
             namespace: "default".into(),
             id: "demo".into(),
             socket: dir.path().join("socket"),
-            network_namespace: None,
+            config: Ok(config),
             timeline: Arc::new(Timeline::default()),
         };
         let sink = EventSink::new(socket.display().to_string(), "default".into());
-        let pod = Arc::new(Pod::new(Ok(plan), sink, Arc::new(ExitSignal::default())));
-        Self { service: TaskService::new(pod.clone()), pod, dir, topics, _server: server }
+        let pod = Arc::new(Pod::new(sink, Arc::new(ExitSignal::default())));
+        let sandbox = SandboxService::new(pod.clone(), place.clone());
+        let service = TaskService::new(pod.clone());
+        Self { service, sandbox, place, pod, dir, topics, _server: server }
+    }
+
+    /// With a sandbox that is a container to containerd.
+    pub(crate) async fn new(more: &str) -> Self {
+        let fixture = Self::without_sandbox(more).await;
+        let bundle = fixture.directory("bundle");
+        std::fs::write(bundle.join("config.json"), "{}").unwrap();
+        let plan = fixture.place.plan_of_bundle(&bundle).unwrap();
+        fixture.pod.set_plan(Ok(plan)).unwrap();
+        fixture
+    }
+
+    pub(crate) async fn create_sandbox(&self, id: &str) -> Result<(), String> {
+        let request = CreateSandboxRequest { sandbox_id: id.into(), ..Default::default() };
+        self.sandbox.create_sandbox(&context(), request).await.map(drop).map_err(text)
+    }
+
+    pub(crate) async fn start_sandbox(&self) -> Result<u32, String> {
+        let request = StartSandboxRequest { sandbox_id: "demo".into(), ..Default::default() };
+        let started = self.sandbox.start_sandbox(&context(), request).await.map_err(text)?;
+        assert!(started.created_at.is_some());
+        Ok(started.pid)
+    }
+
+    pub(crate) async fn stop_sandbox(&self) {
+        let request = StopSandboxRequest { sandbox_id: "demo".into(), ..Default::default() };
+        self.sandbox.stop_sandbox(&context(), request).await.unwrap();
+    }
+
+    pub(crate) async fn wait_sandbox(&self) -> u32 {
+        let request = WaitSandboxRequest { sandbox_id: "demo".into(), ..Default::default() };
+        self.sandbox.wait_sandbox(&context(), request).await.unwrap().exit_status
+    }
+
+    pub(crate) async fn sandbox_state(&self) -> String {
+        let request = SandboxStatusRequest { sandbox_id: "demo".into(), ..Default::default() };
+        self.sandbox.sandbox_status(&context(), request).await.unwrap().state
+    }
+
+    pub(crate) async fn sandbox_memory(&self) -> u64 {
+        let request = SandboxMetricsRequest { sandbox_id: "demo".into(), ..Default::default() };
+        let response = self.sandbox.sandbox_metrics(&context(), request).await.unwrap();
+        let metrics: Metrics = containerd_shim_protos::protobuf::Message::parse_from_bytes(
+            &response.metrics.data.value,
+        )
+        .unwrap();
+        metrics.memory.usage
+    }
+
+    pub(crate) async fn shut_sandbox_down(&self) {
+        let request = ShutdownSandboxRequest { sandbox_id: "demo".into(), ..Default::default() };
+        self.sandbox.shutdown_sandbox(&context(), request).await.unwrap();
+        self.check_nothing_left();
     }
 
     pub(crate) async fn start_ahead(&self) {
@@ -194,6 +256,33 @@ impl Fixture {
             ..Default::default()
         };
         self.service.kill(&context(), request).await.map(drop).map_err(text)
+    }
+
+    pub(crate) async fn pause(&self, id: &str) -> Result<(), String> {
+        let request = api::PauseRequest { id: id.into(), ..Default::default() };
+        self.service.pause(&context(), request).await.map(drop).map_err(text)
+    }
+
+    pub(crate) async fn resume(&self, id: &str) -> Result<(), String> {
+        let request = api::ResumeRequest { id: id.into(), ..Default::default() };
+        self.service.resume(&context(), request).await.map(drop).map_err(text)
+    }
+
+    pub(crate) async fn update(&self, id: &str, kind: &str, value: &str) -> Result<(), String> {
+        let resources = Any { type_url: kind.into(), value: value.into(), ..Default::default() };
+        let request = api::UpdateTaskRequest {
+            id: id.into(),
+            resources: MessageField::some(resources),
+            ..Default::default()
+        };
+        self.service.update(&context(), request).await.map(drop).map_err(text)
+    }
+
+    pub(crate) async fn stats(&self, id: &str) -> Metrics {
+        let request = api::StatsRequest { id: id.into(), ..Default::default() };
+        let any = self.service.stats(&context(), request).await.unwrap().stats.unwrap();
+        assert_eq!(any.type_url, "io.containerd.cgroups.v2.Metrics");
+        containerd_shim_protos::protobuf::Message::parse_from_bytes(&any.value).unwrap()
     }
 
     pub(crate) async fn close_stdin(&self, id: &str, exec_id: &str) {

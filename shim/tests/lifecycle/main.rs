@@ -63,6 +63,11 @@ fn main() {
         members_share_the_vm_of_their_pod,
         sandbox_started_ahead_is_used_and_stopped,
         failure_of_a_start_ahead_is_told_at_creation,
+        paused_container_runs_on_when_resumed,
+        limits_and_statistics_are_the_agents,
+        want_of_memory_is_told_before_the_end,
+        sandbox_of_the_api_outlives_its_containers,
+        sandbox_of_the_api_that_fails_says_why,
     ];
     println!("\ntest result: ok. {passed} passed; 0 failed; 0 ignored");
 }
@@ -304,4 +309,101 @@ async fn failure_of_a_start_ahead_is_told_at_creation() {
     let error = fixture.create(&bundle).await.unwrap_err();
     assert!(error.contains("the kernel is no ELF file"), "{error}");
     fixture.shut_down_and_check().await;
+}
+
+async fn paused_container_runs_on_when_resumed() {
+    let fixture = Fixture::new("").await;
+    let bundle = fixture.bundle("demo", &["sleep", "600"], "");
+    fixture.create(&bundle).await.unwrap();
+    assert!(fixture.pause("demo").await.unwrap_err().contains("cannot be paused"));
+    fixture.start("demo", "").await.unwrap();
+    fixture.pause("demo").await.unwrap();
+    assert_eq!(fixture.state("demo", "").await.status(), Status::PAUSED);
+    assert!(fixture.pause("demo").await.is_err());
+    fixture.resume("demo").await.unwrap();
+    assert_eq!(fixture.state("demo", "").await.status(), Status::RUNNING);
+    fixture.pause("demo").await.unwrap();
+    fixture.kill("demo", "", 9).await.unwrap();
+    assert_eq!(fixture.wait("demo", "").await, 137);
+    fixture.delete("demo", "").await.unwrap();
+    fixture.shut_down_and_check().await;
+    let topics = ["create", "start", "paused", "resumed", "paused", "exit", "delete"];
+    assert_eq!(fixture.topics(), topics.map(|topic| format!("/tasks/{topic}")));
+}
+
+async fn limits_and_statistics_are_the_agents() {
+    let fixture = Fixture::new("").await;
+    let bundle = fixture.bundle("demo", &["sleep", "600"], "");
+    fixture.create(&bundle).await.unwrap();
+    fixture.start("demo", "").await.unwrap();
+    let metrics = fixture.stats("demo").await;
+    assert_eq!((metrics.memory.usage, metrics.pids.current), (4096, 1));
+    let kind = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
+    fixture.update("demo", kind, "{}").await.unwrap();
+    let error = fixture.update("demo", kind, "[]").await.unwrap_err();
+    assert!(error.contains("no such limit"), "{error}");
+    assert!(fixture.update("demo", "other", "{}").await.unwrap_err().contains("LinuxResources"));
+    fixture.kill("demo", "", 9).await.unwrap();
+    fixture.wait("demo", "").await;
+    fixture.delete("demo", "").await.unwrap();
+    fixture.shut_down_and_check().await;
+}
+
+async fn want_of_memory_is_told_before_the_end() {
+    let fixture = Fixture::new("").await;
+    let bundle = fixture.bundle("demo", &["sh", "-c", "exit 137", "hungry"], "");
+    fixture.create(&bundle).await.unwrap();
+    fixture.start("demo", "").await.unwrap();
+    assert_eq!(fixture.wait("demo", "").await, 137);
+    fixture.delete("demo", "").await.unwrap();
+    fixture.shut_down_and_check().await;
+    let topics = ["create", "start", "oom", "exit", "delete"];
+    assert_eq!(fixture.topics(), topics.map(|topic| format!("/tasks/{topic}")));
+}
+
+async fn sandbox_of_the_api_outlives_its_containers() {
+    let fixture = Fixture::without_sandbox("").await;
+    assert!(fixture.start_sandbox().await.unwrap_err().contains("no sandbox was created"));
+    assert!(fixture.create_sandbox("other").await.unwrap_err().contains("not found"));
+    fixture.create_sandbox("demo").await.unwrap();
+    assert!(fixture.create_sandbox("demo").await.unwrap_err().contains("already exists"));
+    assert!(fixture.start_sandbox().await.unwrap() > 0);
+    assert_eq!(fixture.sandbox_state().await, "SANDBOX_READY");
+    assert!(fixture.sandbox_memory().await > 0);
+    let more = r#""annotations": {"io.kubernetes.cri.container-type": "container",
+        "io.kubernetes.cri.sandbox-id": "demo"},"#;
+    let refused = fixture.bundle("refused", &["/refused"], more);
+    fixture.create(&refused).await.unwrap_err();
+    let member = fixture.bundle("one", &["cat", "file"], more);
+    fixture.create(&member).await.unwrap();
+    fixture.start("one", "").await.unwrap();
+    assert_eq!(fixture.wait("one", "").await, 0);
+    fixture.delete("one", "").await.unwrap();
+    let running = fixture.bundle("two", &["sleep", "600"], more);
+    fixture.create(&running).await.unwrap();
+    fixture.start("two", "").await.unwrap();
+    assert_eq!(fixture.sandbox_state().await, "SANDBOX_READY");
+    fixture.stop_sandbox().await;
+    assert_eq!(fixture.wait_sandbox().await, 0);
+    assert_eq!(fixture.wait("two", "").await, 137);
+    assert_eq!(fixture.sandbox_state().await, "SANDBOX_NOTREADY");
+    assert_eq!(fixture.delete("two", "").await.unwrap(), 137);
+    fixture.shut_sandbox_down().await;
+}
+
+async fn sandbox_of_the_api_that_fails_says_why() {
+    let fixture = Fixture::without_sandbox("kernel_arguments = \"refuse\"").await;
+    fixture.create_sandbox("demo").await.unwrap();
+    let error = fixture.start_sandbox().await.unwrap_err();
+    assert!(error.contains("the kernel is no ELF file"), "{error}");
+    assert_eq!(fixture.sandbox_state().await, "SANDBOX_NOTREADY");
+    fixture.shut_sandbox_down().await;
+
+    let fixture = Fixture::without_sandbox("").await;
+    fixture.create_sandbox("demo").await.unwrap();
+    let pid = fixture.start_sandbox().await.unwrap();
+    let pid = rustix::process::Pid::from_raw(pid.cast_signed()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    assert_eq!(fixture.wait_sandbox().await, 137);
+    fixture.shut_sandbox_down().await;
 }

@@ -2,6 +2,7 @@
 
 pub(crate) mod bed;
 mod compare;
+mod control;
 mod faults;
 mod input;
 mod lifecycle;
@@ -50,6 +51,9 @@ pub(crate) fn cases() -> Vec<Case> {
         compare::what_a_process_sees_is_the_same_as_with_runc,
         compare::limits_and_read_only_root_are_the_same_as_with_runc,
         compare::bind_mounts_show_the_hosts_files,
+        control::statistics_are_not_zero,
+        control::paused_container_stands_still,
+        control::want_of_memory_is_told,
         faults::program_that_is_absent_fails_like_with_runc,
         faults::killed_vmm_ends_its_container,
         faults::killed_shim_is_cleaned_up_after,

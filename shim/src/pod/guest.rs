@@ -1,0 +1,157 @@
+//! A container's part in the guest: what the agent is asked for, and what its failures mean.
+
+use std::time::Duration;
+
+use protobuf::MessageField;
+use vial_agent_protocol::agent;
+
+use super::{KILL_PATIENCE, NewContainer};
+use crate::{
+    container::Container,
+    error::ServiceError,
+    pids::Joined,
+    pod_files,
+    process::{KILLED, Process},
+    sandbox::{Plan, Sandbox},
+    spec::Spec,
+    stdio::Streams,
+};
+
+/// Makes a container on the host and in the guest, or nothing of it.
+pub(super) async fn make(
+    plan: &Plan,
+    sandbox: &Sandbox,
+    new: &NewContainer,
+    (bytes, spec): (Vec<u8>, &mut Spec),
+    pids: Option<Joined>,
+) -> Result<Container, ServiceError> {
+    let shared_memory = spec.take_shared_memory();
+    if plan.files.is_some() {
+        pod_files::substitute(spec, &sandbox.dir.pod_files());
+    }
+    let made = async {
+        let shared =
+            sandbox.share.add_container(&new.id, &new.bundle, &new.root_mounts, spec).await?;
+        plan.timeline.mark(&format!("root mounted: {}", new.id));
+        let (streams, stdio) =
+            Streams::open(&new.places, &sandbox.vmm, &sandbox.next_stream).await?;
+        let mounts = shared.mounts.into_iter().map(|(index, path)| agent::SharedMount {
+            index,
+            path,
+            ..Default::default()
+        });
+        let request = agent::CreateContainerRequest {
+            container_id: new.id.clone(),
+            spec: bytes,
+            root: shared.root,
+            mounts: mounts.collect(),
+            stdio: MessageField::some(stdio),
+            shared_memory: shared_memory
+                .into_iter()
+                .map(|(index, bytes)| agent::SharedMemory { index, bytes, ..Default::default() })
+                .collect(),
+            pid_namespace: MessageField::from_option(pids.map(pid_namespace)),
+            ..Default::default()
+        };
+        sandbox.agent.create(&request).await?;
+        plan.timeline.mark(&format!("container created: {}", new.id));
+        Ok(Process::init(new.places.clone(), streams))
+    };
+    match made.await {
+        Ok(init) => Ok(Container::new(new.id.clone(), new.bundle.clone(), true, init)),
+        Err(error) => {
+            let error = explain(sandbox, error).await;
+            if let Err(leftover) = sandbox.share.remove_container(&new.id) {
+                tracing::error!("cannot take back the mounts of {}: {leftover}", new.id);
+            }
+            Err(error)
+        }
+    }
+}
+
+fn pid_namespace(joined: Joined) -> agent::PidNamespace {
+    match joined {
+        Joined::Pod => agent::PidNamespace { pod: true, ..Default::default() },
+        Joined::Container(id) => agent::PidNamespace { container_id: id, ..Default::default() },
+    }
+}
+
+pub(super) async fn start_init(
+    plan: &Plan,
+    sandbox: &Sandbox,
+    id: &str,
+) -> Result<(), ServiceError> {
+    sandbox.agent.start(id).await?;
+    plan.timeline.mark(&format!("container started: {id}"));
+    write_timeline(plan, sandbox);
+    Ok(())
+}
+
+pub(super) async fn start_exec(
+    sandbox: &Sandbox,
+    id: &str,
+    process: &Process,
+) -> Result<(), ServiceError> {
+    let (streams, stdio) =
+        Streams::open(&process.places, &sandbox.vmm, &sandbox.next_stream).await?;
+    process.attach(streams);
+    let request = agent::ExecProcessRequest {
+        container_id: id.into(),
+        exec_id: process.exec_id.clone(),
+        process: process.spec.clone(),
+        stdio: MessageField::some(stdio),
+        ..Default::default()
+    };
+    Ok(sandbox.agent.exec(&request).await?)
+}
+
+/// The timeline is for people who look; a sandbox does not fail for it.
+pub(super) fn write_timeline(plan: &Plan, sandbox: &Sandbox) {
+    if let Err(error) = sandbox.dir.write_timeline(&plan.timeline.sorted()) {
+        tracing::warn!("{error}");
+    }
+}
+
+/// Waits for the agent to tell of a process's end.
+pub(super) async fn wait(
+    sandbox: &Sandbox,
+    container: &Container,
+    process: &Process,
+) -> (u32, u64) {
+    if !container.in_guest {
+        return std::future::pending().await;
+    }
+    match sandbox.agent.wait(&container.id, &process.exec_id).await {
+        Ok(ended) => ended,
+        Err(error) => {
+            // When the VM ends, its end is the reason that is told. It is known a moment later.
+            let _ = tokio::time::timeout(KILL_PATIENCE, sandbox.wait_end()).await;
+            tracing::error!("{} {} is lost: {error}", container.id, process.exec_id);
+            (KILLED, 0)
+        }
+    }
+}
+
+/// Makes the agent forget a process or container. What it refuses is logged: the host's part goes
+/// in any case, and the guest's goes with the VM.
+pub(super) async fn forget(sandbox: &Sandbox, id: &str, exec_id: &str) {
+    let forgotten = if exec_id.is_empty() {
+        sandbox.agent.delete_container(id).await
+    } else {
+        sandbox.agent.delete_process(id, exec_id).await
+    };
+    if let Err(error) = forgotten {
+        tracing::warn!("the guest did not forget {id} {exec_id}: {error}");
+    }
+}
+
+/// A failed call to the agent of a VM that has just ended failed because of that.
+pub(super) async fn explain(sandbox: &Sandbox, error: ServiceError) -> ServiceError {
+    if error.code() != ttrpc::Code::UNAVAILABLE {
+        return error;
+    }
+    match tokio::time::timeout(Duration::from_secs(1), sandbox.wait_end()).await {
+        Ok(why) => ServiceError::VmEnded(why),
+        Err(_) => error,
+    }
+}
