@@ -5,16 +5,24 @@ use std::io::{self, Read};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use rustix::io::{FdFlags, fcntl_setfd};
+use tokio::time::timeout;
 
 use crate::helper::{self, Answer, EXEC_PREFIX, Order};
 use crate::reaper::Reaper;
+use crate::sys;
 
 /// The longest text of a helper that travels on, in bytes.
 const MAX_TEXT: usize = 1024;
 /// The largest answer that is read, in bytes.
 const MAX_ANSWER: u64 = 16 << 10;
+/// How long a helper may take: longer than any takes on a busy machine, and shorter than the shim
+/// waits for its answer.
+const HELPER_WAIT: Duration = Duration::from_secs(45);
+/// Descendants of a helper that are ended with it: it has three at most.
+const MAX_DESCENDANTS: usize = 64;
 
 /// Why no process was made.
 #[derive(Debug, thiserror::Error)]
@@ -30,6 +38,11 @@ pub(crate) enum LaunchError {
     Container(String),
     #[error("the helper process ended with status {0} and no answer")]
     NoAnswer(u8),
+    #[error(
+        "the container's root or one of its mounts does not answer: the helper process was ended \
+         after {HELPER_WAIT:?}"
+    )]
+    Stuck,
 }
 
 impl LaunchError {
@@ -65,7 +78,13 @@ pub(crate) async fn run(
     File::create(&order.errors)
         .map_err(|source| LaunchError::Prepare { path: order.errors.clone(), source })?;
     let helper = spawn(order, stdio, inherited)?;
-    let status = reaper.watch(helper).await.map_or(255, |status| status.0);
+    let status = match timeout(HELPER_WAIT, reaper.watch(helper)).await {
+        Ok(status) => status.map_or(255, |status| status.0),
+        Err(_) => {
+            end_with_descendants(helper);
+            return Err(LaunchError::Stuck);
+        }
+    };
     let Some(answer) = read_answer(&order.answer) else {
         return Err(LaunchError::NoAnswer(status));
     };
@@ -104,6 +123,23 @@ fn spawn(
     Ok(child.id() as i32)
 }
 
+/// Ends a process that has one thread, and all that come from it.
+fn end_with_descendants(pid: i32) {
+    let mut all = vec![pid];
+    let mut at = 0;
+    while at < all.len() && all.len() < MAX_DESCENDANTS {
+        let pid = all[at];
+        let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+        let text = text.unwrap_or_default();
+        all.extend(text.split_whitespace().filter_map(|pid| pid.parse::<i32>().ok()));
+        at += 1;
+    }
+    for pid in all {
+        // One that is gone needs no signal.
+        let _ = sys::kill(pid, libc::SIGKILL);
+    }
+}
+
 /// The number under which a helper finds a descriptor that it inherits.
 pub(crate) fn number(fd: &OwnedFd) -> i32 {
     fd.as_raw_fd()
@@ -137,6 +173,21 @@ mod tests {
             }
             other => panic!("{other:?}"),
         }
+    }
+
+    #[test]
+    fn process_ends_with_its_descendants() {
+        let mut child = Command::new("sh")
+            .args(["-c", "sh -c 'echo up; sleep 600; true'; true"])
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut output = child.stdout.take().unwrap();
+        output.read_exact(&mut [0; 3]).unwrap();
+        end_with_descendants(child.id() as i32);
+        // Its end: nobody has the pipe open any more.
+        assert_eq!(output.read(&mut [0; 1]).unwrap(), 0);
+        assert!(!child.wait().unwrap().success());
     }
 
     #[test]
