@@ -492,13 +492,14 @@ impl Pod {
         Ok(exit)
     }
 
-    /// Ends the sandbox and the shim, unless there are containers left and it is not to be `now`.
+    /// Ends the sandbox and the shim. Unless it is to be `now` it does not while there are
+    /// containers, nor while the sandbox is for the Sandbox API to end.
     ///
     /// # Errors
     /// [`ServiceError::Leftover`]; the shim ends nevertheless.
     pub async fn shutdown(&self, now: bool) -> Result<(), ServiceError> {
         let mut slot = self.slot.lock().await;
-        if !now && !self.containers_mut().is_empty() {
+        if !now && (self.by_sandbox_api() || !self.containers_mut().is_empty()) {
             return Ok(());
         }
         let stopped = stop(&mut slot).await;

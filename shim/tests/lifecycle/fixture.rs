@@ -308,8 +308,12 @@ impl Fixture {
         rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
     }
 
-    pub(crate) async fn shut_down_and_check(&self) {
+    pub(crate) async fn shut_down(&self) {
         self.service.shutdown(&context(), api::ShutdownRequest::default()).await.unwrap();
+    }
+
+    pub(crate) async fn shut_down_and_check(&self) {
+        self.shut_down().await;
         self.check_nothing_left();
     }
 

@@ -379,6 +379,7 @@ async fn sandbox_of_the_api_outlives_its_containers() {
     fixture.start("one", "").await.unwrap();
     assert_eq!(fixture.wait("one", "").await, 0);
     fixture.delete("one", "").await.unwrap();
+    fixture.shut_down().await;
     let running = fixture.bundle("two", &["sleep", "600"], more);
     fixture.create(&running).await.unwrap();
     fixture.start("two", "").await.unwrap();

@@ -54,6 +54,7 @@ pub(crate) fn cases() -> Vec<Case> {
         control::statistics_are_not_zero,
         control::paused_container_stands_still,
         control::want_of_memory_is_told,
+        control::devices_are_the_guests,
         faults::program_that_is_absent_fails_like_with_runc,
         faults::killed_vmm_ends_its_container,
         faults::killed_shim_is_cleaned_up_after,
