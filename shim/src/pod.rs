@@ -311,18 +311,14 @@ impl Pod {
         container: Arc<Container>,
         process: Arc<Process>,
     ) {
-        let status = tokio::select! {
-            (status, kills) = wait(&sandbox, &container, &process) => {
-                // Before the end, whose reason it may be.
-                self.tell_oom(&container, kills).await;
-                status
-            }
+        let (status, kills) = tokio::select! {
+            ended = wait(&sandbox, &container, &process) => ended,
             why = sandbox.wait_end() => {
                 tracing::error!("{} {} ended with its VM: {why}", container.id, process.exec_id);
-                KILLED
+                (KILLED, 0)
             }
             // A pause container is killed here, and a process that did not start has ended.
-            exit = process.wait() => exit.status,
+            exit = process.wait() => (exit.status, 0),
         };
         if process.exec_id.is_empty() {
             let execs = container.execs();
@@ -331,6 +327,8 @@ impl Pod {
             let _ = tokio::time::timeout(EXECS_PATIENCE, ends).await;
         }
         let _step = process.step.lock().await;
+        // Before the end, whose reason it may be.
+        self.tell_oom(&container, kills).await;
         self.end(&container, &process, status).await;
     }
 
