@@ -31,6 +31,7 @@ use crate::spec::SpecError;
 use crate::stdio::{Input, StdioError};
 use crate::streams::Streams;
 use crate::terminal::Terminal;
+use crate::workdir::WorkdirError;
 pub(crate) use create::{Create, PidNamespace};
 use life::{ContainerEvent, ContainerState, ExecState, Refused};
 pub(crate) use run::Exec;
@@ -93,6 +94,8 @@ pub(crate) enum ContainerError {
     Cgroup(#[from] CgroupError),
     #[error(transparent)]
     Pod(#[from] PodError),
+    #[error(transparent)]
+    Workdir(#[from] WorkdirError),
     #[error(transparent)]
     Resource(#[from] ResourceError),
     #[error("container {0} has no count of processes that ended for want of memory")]

@@ -26,6 +26,7 @@ mod stdio;
 mod streams;
 mod sys;
 mod terminal;
+mod workdir;
 
 use std::convert::Infallible;
 use std::path::PathBuf;

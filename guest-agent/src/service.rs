@@ -48,6 +48,7 @@ fn code(error: &ContainerError) -> Code {
         | E::Size { .. }
         | E::Spec(_)
         | E::Share(_)
+        | E::Workdir(_)
         | E::Device(DeviceError::TooMany(_))
         | E::Launch(LaunchError::Executable(_))
         | E::Stdio(StdioError::TerminalStderr | StdioError::Twice(_)) => Code::INVALID_ARGUMENT,

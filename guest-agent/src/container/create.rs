@@ -24,6 +24,7 @@ use crate::reaper::Launch;
 use crate::spec::{self, Guest};
 use crate::stdio::{self, Claimed, Input, StdioIds};
 use crate::terminal::{ConsoleSocket, Terminal};
+use crate::workdir;
 
 /// How long a terminal may take to arrive after its process was made.
 const TERMINAL_WAIT: Duration = Duration::from_secs(5);
@@ -186,6 +187,9 @@ impl Containers {
             devices,
         };
         let (spec, dropped) = spec::rewrite(spec, &guest)?;
+        if let Some(process) = spec.process() {
+            workdir::make(&guest.root, process.cwd())?;
+        }
         for name in dropped {
             tracing::warn!("container {}: {name} of the spec are not run in a guest", container.id);
         }
