@@ -49,7 +49,7 @@ shell: payload host ## a shell on the emulated host, with containerd and Vial
 
 suite: payload host ## only the end-to-end cases whose names contain FILTER, on the emulated host
 	@$(PAYLOAD)/bin/vial-host run --timeout 900 --payload $(PAYLOAD) -- \
-		vial-suite --import /payload/images/busybox.tar $(FILTER)
+		vial-suite --import /payload/images/busybox.tar --import /payload/images/pause.tar $(FILTER)
 
 demo: payload ## run a pod in a microVM behind containerd
 	@tests/demo/run

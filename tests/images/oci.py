@@ -1,4 +1,6 @@
-"""oci.py BUSYBOX NAME OUTPUT: writes an OCI archive of a small system around a static busybox.
+"""oci.py BUSYBOX NAME OUTPUT [WORD...]: writes an OCI archive of a small system around a static busybox.
+
+The words are the image's entrypoint; without them it runs a shell.
 
 The archive is an OCI image layout in a tar file (image-spec, image-layout.md) with one uncompressed layer. Owners are 0
 and times are 0, entries are sorted: the same program gives the same bytes.
@@ -70,7 +72,7 @@ def as_json(value):
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
-def archive(layer_bytes, name):
+def archive(layer_bytes, name, entrypoint):
     """The image layout around one layer, as a mapping of path to bytes."""
     blobs = {}
 
@@ -80,10 +82,11 @@ def archive(layer_bytes, name):
         return {"mediaType": media_type, "digest": "sha256:" + digest, "size": len(data)}
 
     layer_descriptor = descriptor("application/vnd.oci.image.layer.v1.tar", layer_bytes)
+    runs = {"Entrypoint": entrypoint} if entrypoint else {"Cmd": ["/bin/sh"]}
     config = {
         "architecture": "amd64",
         "os": "linux",
-        "config": {"Cmd": ["/bin/sh"], "Env": ["PATH=/bin"], "WorkingDir": "/"},
+        "config": {**runs, "Env": ["PATH=/bin"], "WorkingDir": "/"},
         "rootfs": {"type": "layers", "diff_ids": [layer_descriptor["digest"]]},
         "history": [{"created": "1970-01-01T00:00:00Z", "created_by": "vial tests"}],
     }
@@ -109,13 +112,13 @@ def archive(layer_bytes, name):
 
 
 def main():
-    program, name, output = sys.argv[1:]
+    program, name, output, *entrypoint = sys.argv[1:]
     offered = set(subprocess.run([program, "--list"], check=True, capture_output=True, text=True).stdout.split())
     missing = [applet for applet in APPLETS if applet not in offered]
     if missing:
         sys.exit(f"this busybox has no {', '.join(missing)}; take them out of APPLETS or use another package")
     with open(program, "rb") as file:
-        files = archive(layer(file.read()), name)
+        files = archive(layer(file.read()), name, entrypoint)
     with tarfile.open(output, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for path, data in sorted(files.items()):
             tar.addfile(entry(path, 0o644, size=len(data)), io.BytesIO(data))
