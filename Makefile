@@ -12,7 +12,7 @@ PAYLOAD := target/payload
 export VIAL_STARTED := $(or $(VIAL_STARTED),$(shell date +%s))
 STEP := tests/host/step
 
-.PHONY: help deps build kernel image images host payload shell suite demo test fmt clippy clean
+.PHONY: help deps build kernel image images host payload shell suite demo bench baseline test fmt clippy clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -53,6 +53,12 @@ suite: payload host ## only the end-to-end cases whose names contain FILTER, on 
 
 demo: payload ## run a pod in a microVM behind containerd
 	@tests/demo/run
+
+bench: payload ## measure starts, memory and files beside runc: a table, and target/bench/report.json
+	@tests/bench/run $(BENCH)
+
+baseline: payload ## write what a start costs now, in counted instructions, to tests/bench/baseline.json
+	@tests/bench/run --baseline
 
 test: deps ## every check and test; ends with "N passed, N failed"
 	@tests/host/run-all

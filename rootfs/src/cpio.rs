@@ -17,28 +17,36 @@ const PATH_LIMIT: usize = 4096;
 
 /// One file of the archive.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Entry {
+pub struct Entry {
     /// Relative to the root, without a leading slash.
-    pub(crate) path: String,
+    pub path: String,
     /// Permission bits, with the sticky bit.
-    pub(crate) permissions: u32,
+    pub permissions: u32,
     /// What kind of file it is.
-    pub(crate) content: Content,
+    pub content: Content,
 }
 
 /// The kind of a file, with what belongs to it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Content {
+pub enum Content {
     /// A directory; its parents have entries of their own.
     Directory,
     /// A character device node.
-    CharacterDevice { major: u32, minor: u32 },
+    CharacterDevice {
+        /// Its driver.
+        major: u32,
+        /// Which of the driver's devices.
+        minor: u32,
+    },
     /// A regular file.
     File(Vec<u8>),
 }
 
 /// The archive of these entries, sorted by path: a directory comes before what is in it.
-pub(crate) fn archive(entries: &[Entry]) -> Result<Vec<u8>> {
+///
+/// # Errors
+/// A path that is empty, absolute, too long or given twice; a file of 4 GiB or more.
+pub fn archive(entries: &[Entry]) -> Result<Vec<u8>> {
     let mut sorted: Vec<&Entry> = entries.iter().collect();
     sorted.sort_by(|a, b| a.path.cmp(&b.path));
     let mut bytes = Vec::new();

@@ -1,6 +1,6 @@
 //! `vial-mkimage`: writes the guest image, an uncompressed cpio archive that holds the agent and nothing that is not needed.
 //!
-//! The same agent gives the same bytes: times, owners and inode numbers are fixed, entries are sorted. [`cpio`] writes
+//! The same agent gives the same bytes: times, owners and inode numbers are fixed, entries are sorted. [`vial_rootfs::cpio`] writes
 //! the format, [`agent`] looks at the program before it goes in. The kernel unpacks the archive into its initramfs and
 //! starts `/init`; whatever else the guest needs, the agent mounts.
 
@@ -13,9 +13,8 @@ use anyhow::{Context, Result, bail};
 use clap::Parser;
 
 mod agent;
-mod cpio;
 
-use cpio::{Content, Entry};
+use vial_rootfs::cpio::{self, Content, Entry};
 
 /// An agent larger than this is a mistake: it should stay below 6 MB.
 const AGENT_LIMIT_BYTES: u64 = 64 * 1024 * 1024;

@@ -63,3 +63,12 @@ prune() {
 	find "$1" -mindepth 1 -maxdepth 1 -printf '%T@ %p\n' | sort -rn | tail -n +$(($2 + 1)) | cut -d' ' -f2- |
 		while IFS= read -r old; do rm -rf "$old"; done
 }
+
+# native_obstacle PAYLOAD: says why pods of that payload cannot run on this machine itself, or nothing.
+native_obstacle() {
+	reason=$("$1/bin/vial-vmm" probe 2>&1 >/dev/null) || { echo "${reason#vial-vmm: }"; return; }
+	[ "$(id -u)" = 0 ] || { echo "KVM is usable, but starting containers needs root"; return; }
+	major=$(containerd --version 2>/dev/null | sed -n 's/.* v\{0,1\}\([0-9][0-9]*\)\.[0-9].*/\1/p')
+	[ "$major" ] || { echo "KVM is usable, but containerd is not installed"; return; }
+	[ "$major" -ge 2 ] || echo "KVM is usable, but containerd here is older than 2.0"
+}

@@ -6,6 +6,7 @@ mod control;
 mod faults;
 mod input;
 mod lifecycle;
+mod machine;
 mod network;
 mod streams;
 
@@ -60,6 +61,9 @@ pub(crate) fn cases() -> Vec<Case> {
         faults::killed_shim_is_cleaned_up_after,
         network::network_of_the_namespace_is_the_containers,
         network::network_is_released_after_a_killed_shim,
+        machine::disk_keeps_what_the_guest_wrote,
+        machine::disk_that_is_read_only_stays_as_it_is,
+        machine::end_of_the_guest_is_told,
         input::wrong_configuration_is_named,
         input::wrong_command_lines_are_refused,
         input::check_says_that_this_host_is_fit,

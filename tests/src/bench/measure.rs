@@ -1,0 +1,262 @@
+//! The measurements, on the host where they are taken. Subjects take turns, so that all of them meet the same host.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, OpenOptions};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use vial_tests::node::setting;
+use vial_tests::vmm::{Files, Vmm};
+use vial_vmm_api::{API_VERSION, DeviceConfig, VmConfig};
+
+use super::report::{Measured, Series};
+use super::subject::{Idle, Subject, since};
+
+/// The subject that boots a machine for each pod.
+const COLD: &str = "vial-cold";
+/// The port that the agent connects to when it can serve (`vial_agent_protocol::READY_PORT`).
+const READY_PORT: u32 = 1024;
+const PATIENCE: Duration = Duration::from_secs(120);
+/// How long an idle container is left alone before it is looked at, and how long it is looked at.
+const SETTLE: Duration = Duration::from_secs(2);
+const WATCH: Duration = Duration::from_secs(5);
+
+/// What to measure.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    pub(crate) mode: String,
+    pub(crate) rounds: u32,
+    pub(crate) image: String,
+    pub(crate) peers: Vec<Subject>,
+    /// Only the measurements whose id contains one of these; all without any.
+    pub(crate) only: Vec<String>,
+}
+
+struct Bench<'a> {
+    plan: &'a Plan,
+    measured: Measured,
+    begun: Instant,
+}
+
+/// Takes all measurements of a plan.
+///
+/// # Errors
+/// The first that does not come to its end: a report with holes is none.
+pub(crate) fn measure(plan: &Plan) -> Result<Measured> {
+    let subject =
+        |name: &str, runtime: &str| Subject { name: name.into(), runtime: runtime.into() };
+    let mut subjects =
+        vec![subject("runc", "io.containerd.runc.v2"), subject(COLD, "io.containerd.vial.v2")];
+    subjects.extend(plan.peers.iter().cloned());
+    let measured = Measured { mode: plan.mode.clone(), host: host(), ..Measured::default() };
+    let mut bench = Bench { plan, measured, begun: Instant::now() };
+    bench.machines()?;
+    bench.containers(&subjects)?;
+    bench.idle(&subjects)?;
+    bench.files(&subjects)?;
+    bench.start_of_one(&subjects[1])?;
+    Ok(bench.measured)
+}
+
+fn host() -> BTreeMap<String, String> {
+    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    let line = |text: &str, word: &str| {
+        let line = text.lines().find(|line| line.starts_with(word)).unwrap_or_default();
+        line.split_once(':').map_or(String::new(), |(_, value)| value.trim().to_owned())
+    };
+    let cpus = std::thread::available_parallelism().map_or(0, usize::from);
+    BTreeMap::from([
+        ("kernel".to_owned(), read("/proc/sys/kernel/osrelease").trim().to_owned()),
+        ("cpu".to_owned(), line(&read("/proc/cpuinfo"), "model name")),
+        ("cpus".to_owned(), cpus.to_string()),
+        ("memory".to_owned(), line(&read("/proc/meminfo"), "MemTotal")),
+    ])
+}
+
+impl Bench<'_> {
+    fn wanted(&self, ids: &[&str]) -> bool {
+        let only = &self.plan.only;
+        only.is_empty() || ids.iter().any(|id| only.iter().any(|part| id.contains(part)))
+    }
+
+    fn add(&mut self, id: &str, subject: &str, unit: &str, sample: f64) {
+        let all = &mut self.measured.series;
+        match all.iter_mut().find(|series| series.id == id && series.subject == subject) {
+            Some(series) => series.samples.push(sample),
+            None => all.push(Series {
+                id: id.into(),
+                subject: subject.into(),
+                unit: unit.into(),
+                samples: vec![sample],
+            }),
+        }
+    }
+
+    fn progress(&self, what: &str, round: u32) {
+        eprintln!(
+            "[{:4.0}s] {what}, {} of {}",
+            self.begun.elapsed().as_secs_f64(),
+            round + 1,
+            self.plan.rounds
+        );
+    }
+
+    /// From the VMM's exec until its guest's agent can serve.
+    fn machines(&mut self) -> Result<()> {
+        if !self.wanted(&["vmm_ready"]) {
+            return Ok(());
+        }
+        for round in 0..self.plan.rounds {
+            self.progress("machines", round);
+            let ms = machine_until_ready()?;
+            self.add("vmm_ready", COLD, "ms", ms);
+        }
+        Ok(())
+    }
+
+    /// `ctr run`, to the first line that the container prints and to its end. The first container of a runtime is not
+    /// counted: it finds nothing in the host's page cache.
+    fn containers(&mut self, subjects: &[Subject]) -> Result<()> {
+        if !self.wanted(&["ctr_first_instruction", "ctr_run"]) {
+            return Ok(());
+        }
+        for subject in subjects {
+            subject.run(&self.plan.image, &[], "echo")?;
+        }
+        for round in 0..self.plan.rounds {
+            self.progress("containers", round);
+            for subject in subjects {
+                let ran = subject.run(&self.plan.image, &[], "echo")?;
+                let first = *ran.lines.first().context("the container printed nothing")?;
+                self.add("ctr_first_instruction", &subject.name, "ms", first);
+                self.add("ctr_run", &subject.name, "ms", ran.end);
+            }
+        }
+        Ok(())
+    }
+
+    /// What a container costs that does nothing, and how long it takes to be rid of it.
+    fn idle(&mut self, subjects: &[Subject]) -> Result<()> {
+        if !self.wanted(&["idle_memory", "idle_cpu", "pod_remove"]) {
+            return Ok(());
+        }
+        for round in 0..self.plan.rounds {
+            self.progress("idle containers", round);
+            for subject in subjects {
+                let idle = subject.idle(&self.plan.image)?;
+                std::thread::sleep(SETTLE);
+                let before = idle.cost()?;
+                std::thread::sleep(WATCH);
+                let after = idle.cost()?;
+                let per_minute = 60.0 / WATCH.as_secs_f64();
+                self.add("idle_memory", &subject.name, "MiB", after.memory_kib / 1024.0);
+                self.add(
+                    "idle_cpu",
+                    &subject.name,
+                    "ms/min",
+                    (after.cpu_ms - before.cpu_ms) * per_minute,
+                );
+                self.add("pod_remove", &subject.name, "ms", idle.remove()?);
+            }
+        }
+        Ok(())
+    }
+
+    /// A directory of the host, mounted into the container: data in and out, and many small files.
+    fn files(&mut self, subjects: &[Subject]) -> Result<()> {
+        let steps = [
+            ("fs_write_16m", "dd if=/dev/zero of=/volume/data bs=128k count=128 conv=fsync"),
+            ("fs_read_16m", "dd if=/volume/data of=/dev/null bs=128k"),
+            ("fs_make_200_files", "for n in $(seq 200); do : >/volume/file$n; done"),
+            ("fs_list_200_files", "ls -l /volume"),
+            ("fs_remove_200_files", "rm /volume/file*"),
+        ];
+        let ids = steps.map(|(id, _)| id);
+        if !self.wanted(&ids) {
+            return Ok(());
+        }
+        let script =
+            steps.map(|(_, line)| format!("echo; {line} >/dev/null 2>&1 || exit 1")).join("\n")
+                + "\necho";
+        for round in 0..self.plan.rounds {
+            self.progress("files", round);
+            for subject in subjects {
+                let volume = tempfile::tempdir_in("/var/tmp")?;
+                let source = volume.path().display();
+                let mount = format!("type=bind,src={source},dst=/volume,options=rbind:rw");
+                let ran = subject.run(&self.plan.image, &["--mount", &mount], &script)?;
+                ensure!(ran.lines.len() == steps.len() + 1, "a step is missing: {ran:?}");
+                for (id, pair) in ids.iter().zip(ran.lines.windows(2)) {
+                    self.add(id, &subject.name, "ms", pair[1] - pair[0]);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The phases of one start, as `vial ps` has them.
+    fn start_of_one(&mut self, subject: &Subject) -> Result<()> {
+        if !self.wanted(&["timeline"]) {
+            return Ok(());
+        }
+        let _idle: Idle = subject.idle(&self.plan.image)?;
+        let output = Command::new("vial").args(["ps", "--json"]).output().context("run vial ps")?;
+        ensure!(output.status.success(), "vial ps ended with {}", output.status);
+        let listed: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+        let marks = listed[0]["timeline"].as_array().context("no sandbox runs")?;
+        let moment = |mark: &serde_json::Value| mark["at_ns"].as_f64().unwrap_or(0.0) / 1e6;
+        let zero = marks.first().map_or(0.0, moment);
+        self.measured.timeline = marks
+            .iter()
+            .map(|mark| (mark["name"].as_str().unwrap_or("?").to_owned(), moment(mark) - zero))
+            .collect();
+        Ok(())
+    }
+}
+
+/// Boots a machine as the shim does, without a network. Returns the milliseconds until its agent is ready.
+fn machine_until_ready() -> Result<f64> {
+    let share = tempfile::tempdir()?;
+    let open = |path: String| File::open(&path).with_context(|| format!("open {path}"));
+    let kernel = open(setting("kernel", "/usr/lib/vial/vmlinux")?)?;
+    let initrd = open(setting("initrd", "/usr/lib/vial/initrd.img")?)?;
+    let kvm =
+        OpenOptions::new().read(true).write(true).open("/dev/kvm").context("open /dev/kvm")?;
+    let program = PathBuf::from(setting("vmm", "/usr/lib/vial/vial-vmm")?);
+
+    let start = Instant::now();
+    let mut vmm = Vmm::start(&program, PATIENCE)?;
+    let mut files = Files::default();
+    let descriptors = directory(Path::new(&format!("/proc/{}/fd", vmm.pid())))?;
+    let config = VmConfig {
+        version: API_VERSION,
+        kvm: files.add(kvm),
+        vcpus: 1,
+        memory_mib: 128,
+        kernel: files.add(kernel),
+        initrd: Some(files.add(initrd)),
+        command_line: format!("quiet panic=-1 {}", setting("kernel_arguments", "")?),
+        console: None,
+        devices: vec![
+            DeviceConfig::Rng,
+            DeviceConfig::Vsock { guest_cid: 3, host_ports: vec![READY_PORT] },
+            DeviceConfig::Fs {
+                tag: "vial".into(),
+                root: files.add(directory(share.path())?),
+                proc_fd: Some(files.add(descriptors)),
+            },
+        ],
+    };
+    vmm.boot(config, &files)?;
+    vmm.guest_connected(READY_PORT)?;
+    Ok(since(start))
+}
+
+fn directory(path: &Path) -> Result<OwnedFd> {
+    use rustix::fs::{Mode, OFlags, open};
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    open(path, flags, Mode::empty()).with_context(|| format!("open {}", path.display()))
+}

@@ -1,0 +1,4 @@
+//! What the programs of this crate share.
+
+pub mod node;
+pub mod vmm;
