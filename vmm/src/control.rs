@@ -4,7 +4,7 @@
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::mpsc::{Receiver, Sender};
+use std::sync::mpsc::{Receiver, SyncSender};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{
@@ -41,6 +41,9 @@ pub enum ControlError {
     Event(rustix::io::Errno),
 }
 
+/// How much may wait to be told to the shim.
+const MAX_NOTICES: usize = 64;
+
 /// What other threads tell this one.
 enum Notice {
     GuestConnected(u32, OwnedFd),
@@ -53,7 +56,7 @@ pub struct Control {
     machine: Option<RunningMachine>,
     wake: Wake,
     notices: Receiver<Notice>,
-    notifier: Sender<Notice>,
+    notifier: SyncSender<Notice>,
     ends: Receiver<ExitReason>,
     end: EndOfVm,
 }
@@ -65,7 +68,7 @@ impl Control {
     /// No descriptor is left.
     pub fn new(socket: OwnedFd) -> Result<Self, ControlError> {
         let wake = Wake::new().map_err(ControlError::Event)?;
-        let (notifier, notices) = std::sync::mpsc::channel();
+        let (notifier, notices) = std::sync::mpsc::sync_channel(MAX_NOTICES);
         let (reasons, ends) = std::sync::mpsc::channel();
         let end = EndOfVm::new(reasons, wake.clone());
         let state = VmState::Empty;
@@ -162,8 +165,8 @@ impl Control {
         let next = self.advance(VmEvent::Boot)?;
         let (notifier, wake) = (self.notifier.clone(), self.wake.clone());
         let connected = Box::new(move |port, socket| {
-            // The receiver only goes when the process does.
-            let _ = notifier.send(Notice::GuestConnected(port, socket));
+            // A guest that connects faster than this thread tells of it loses its connections.
+            let _ = notifier.try_send(Notice::GuestConnected(port, socket));
             wake.ring();
         });
         let (machine, report) = Machine::build(config, descriptors, connected)

@@ -14,13 +14,9 @@ use super::packet::{
     Operation, Ports, Received, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, Sent, TYPE_STREAM,
 };
 
-/// What we buffer at most of one connection's data on its way to the host, in bytes. It is
-/// memory only when the host does not read.
+/// What we buffer at most of one connection's data on its way to the host, in bytes, unless it
+/// has less by [`Connection::set_buffer`]. It is memory only when the host does not read.
 pub(super) const BUFFER_BYTES: u32 = 256 << 10;
-
-/// The guest is told of new space when it knows of no more than this. A Linux guest sends at most
-/// 64 KiB at a time, so it need not wait while the host keeps up.
-const LOW_CREDIT: u32 = BUFFER_BYTES / 2;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
@@ -49,6 +45,8 @@ pub(super) enum Verdict {
 pub(super) struct Connection {
     ports: Ports,
     phase: Phase,
+    /// How much of the guest's data may wait for the host.
+    buffer: u32,
     // From the guest to the host.
     received: u32,
     forwarded: u32,
@@ -77,6 +75,7 @@ impl Connection {
         Self {
             ports,
             phase,
+            buffer: BUFFER_BYTES,
             received: 0,
             forwarded: 0,
             announced: 0,
@@ -105,6 +104,13 @@ impl Connection {
         connection.owes_response = true;
         connection.note_credit(request);
         connection
+    }
+
+    /// Sets how much of the guest's data may wait for the host, in bytes. Only before the guest
+    /// was told anything.
+    pub(super) fn set_buffer(&mut self, bytes: u32) {
+        debug_assert!(bytes > 1 && self.received == 0);
+        self.buffer = bytes;
     }
 
     /// The two ends.
@@ -157,7 +163,7 @@ impl Connection {
 
     /// How much more the guest may send by what it was told. It never exceeds what is free.
     fn known_space(&self) -> u32 {
-        BUFFER_BYTES - self.received.wrapping_sub(self.announced)
+        self.buffer - self.received.wrapping_sub(self.announced)
     }
 
     fn note_credit(&mut self, packet: &Received) {
@@ -172,7 +178,9 @@ impl Connection {
     /// Bytes of the guest have gone to the host, or are not wanted there any more.
     pub(super) fn on_forwarded(&mut self, bytes: u32) {
         self.forwarded = self.forwarded.wrapping_add(bytes);
-        if self.known_space() <= LOW_CREDIT && self.guest_shutdown & SHUTDOWN_SEND == 0 {
+        // A Linux guest sends at most 64 KiB at a time, so with a whole buffer it need not wait
+        // while the host keeps up.
+        if self.known_space() <= self.buffer / 2 && self.guest_shutdown & SHUTDOWN_SEND == 0 {
             self.owes_credit = true;
         }
     }
@@ -292,7 +300,7 @@ impl Connection {
             operation,
             bytes: 0,
             flags: 0,
-            buffer: BUFFER_BYTES,
+            buffer: self.buffer,
             forwarded: self.forwarded,
         }
     }

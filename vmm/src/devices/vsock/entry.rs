@@ -119,6 +119,8 @@ impl Entry {
         if span.bytes > 0 {
             let mut rest = vec![0; span.bytes];
             buffers.copy_to(ram, span.offset, &mut rest)?;
+            // Not by doubling: the credit bounds the bytes, and this the memory.
+            self.backlog.reserve_exact(rest.len());
             self.backlog.extend(rest);
         }
         Ok(())

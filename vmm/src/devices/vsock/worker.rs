@@ -5,14 +5,15 @@
 //! connection, one packet each in turn, so that one that floods does not starve the others. A
 //! socket is watched only for what could be used: for data only when the guest has room for it.
 
-use std::collections::{HashMap, VecDeque};
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap, VecDeque};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
-use super::connection::{Connection, Verdict};
+use super::connection::{BUFFER_BYTES, Connection, Verdict};
 use super::entry::{Entry, close};
 use super::packet::{HEADER_BYTES, Operation, Ports, Received, Sent, TYPE_STREAM};
 use super::{DEVICE, HOST_CID, MAX_CONNECTIONS, MAX_PENDING, OnGuestConnect, Shared};
@@ -27,6 +28,19 @@ const PACKETS_PER_WAKE: usize = 256;
 const MAX_RESETS: usize = 256;
 /// The first of our ports for connections from the host: above those that programs choose.
 const FIRST_HOST_PORT: u32 = 1 << 30;
+
+/// How many connections have a whole buffer ([`BUFFER_BYTES`]), and what each of the others has,
+/// so that all that a guest can make the host keep is below [`MAX_BACKLOG_BYTES`].
+const WHOLE_BUFFERS: usize = 32;
+const SMALL_BUFFER_BYTES: u32 = 8 << 10;
+/// The most data of a guest that waits for the host, of all connections together, in bytes.
+const MAX_BACKLOG_BYTES: usize = 16 << 20;
+
+const _: () = assert!(
+    WHOLE_BUFFERS * BUFFER_BYTES as usize
+        + (MAX_CONNECTIONS - WHOLE_BUFFERS) * SMALL_BUFFER_BYTES as usize
+        <= MAX_BACKLOG_BYTES
+);
 
 const RECEIVE_KICK: u32 = 0;
 const TRANSMIT_KICK: u32 = 1;
@@ -56,7 +70,8 @@ enum Job {
 pub(super) struct VsockWorker {
     parts: Parts,
     entries: Vec<Option<Entry>>,
-    free: Vec<usize>,
+    /// The lowest is taken first: what has whole buffers.
+    free: BinaryHeap<Reverse<usize>>,
     by_ports: HashMap<Ports, usize>,
     next_host_port: u32,
     /// The connections that have a packet for the guest, in turn.
@@ -74,7 +89,7 @@ impl VsockWorker {
         Self {
             parts,
             entries: Vec::new(),
-            free: Vec::new(),
+            free: BinaryHeap::new(),
             by_ports: HashMap::new(),
             next_host_port: FIRST_HOST_PORT,
             ready: VecDeque::new(),
@@ -101,12 +116,18 @@ impl VsockWorker {
         self.touched.push(slot);
     }
 
-    fn insert(&mut self, entry: Entry) -> usize {
+    fn insert(&mut self, mut entry: Entry) -> usize {
         let ports = entry.machine.ports();
-        let slot = self.free.pop().unwrap_or_else(|| {
-            self.entries.push(None);
-            self.entries.len() - 1
-        });
+        let slot = match self.free.pop() {
+            Some(Reverse(slot)) => slot,
+            None => {
+                self.entries.push(None);
+                self.entries.len() - 1
+            }
+        };
+        if slot >= WHOLE_BUFFERS {
+            entry.machine.set_buffer(SMALL_BUFFER_BYTES);
+        }
         self.entries[slot] = Some(entry);
         self.by_ports.insert(ports, slot);
         self.settle(slot);
@@ -118,7 +139,7 @@ impl VsockWorker {
         if !entry.detached {
             self.by_ports.remove(&entry.machine.ports());
         }
-        self.free.push(slot);
+        self.free.push(Reverse(slot));
         if let Some(socket) = entry.socket {
             match entry.watched {
                 Some(_) => self.closing.push(socket),

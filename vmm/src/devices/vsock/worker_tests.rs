@@ -2,7 +2,6 @@ use std::sync::Mutex;
 
 use rustix::net::{SendFlags, Shutdown, send, shutdown};
 
-use super::super::connection::BUFFER_BYTES;
 use super::super::packet::tests::GuestHeader;
 use super::super::packet::{SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 use super::super::{ConnectError, MAX_QUEUED, Vsock, VsockConnector, VsockError};
@@ -164,7 +163,8 @@ impl Guest {
         self.send(self.header(PORT, guest_port, REQUEST), &[]);
         let response = self.expect(RESPONSE);
         assert_eq!((response.host_port, response.guest_port), (PORT, guest_port));
-        assert_eq!(response.buffer, BUFFER_BYTES);
+        let sizes = [BUFFER_BYTES, SMALL_BUFFER_BYTES];
+        assert!(sizes.contains(&response.buffer), "{response:?}");
         let (port, socket) = self.accepted.lock().unwrap().pop().unwrap();
         assert_eq!(port, PORT);
         rustix::io::ioctl_fionbio(&socket, true).unwrap();
@@ -541,6 +541,38 @@ fn connections_beyond_the_limit_are_reset() {
     let mut codes = vec![guest.receive().unwrap().code, guest.receive().unwrap().code];
     codes.sort_unstable();
     assert_eq!(codes, [RESPONSE, RESET]);
+}
+
+#[test]
+fn guest_that_fills_all_connections_is_bounded_over_all_of_them() {
+    let mut guest = Guest::new(16);
+    let mut sockets = Vec::new();
+    let mut promised = 0;
+    for port in 0..MAX_CONNECTIONS as u32 {
+        guest.send(guest.header(PORT, port, REQUEST), &[]);
+        let room = guest.expect(RESPONSE).buffer;
+        promised += room as usize;
+        assert_eq!(room == BUFFER_BYTES, sockets.len() < WHOLE_BUFFERS, "{port}");
+        sockets.push(guest.accepted.lock().unwrap().pop().unwrap());
+    }
+    assert!(promised <= MAX_BACKLOG_BYTES, "{promised}");
+    // Nobody reads: the host's socket takes some, the rest is kept, and one byte beyond the
+    // promise ends the connection.
+    let port = MAX_CONNECTIONS as u32 - 1;
+    let mut accepted = 0;
+    let ended = loop {
+        guest.send(guest.header(PORT, port, DATA), &pattern(1024));
+        match guest.receive() {
+            None | Some(Got { code: CREDIT_UPDATE, .. }) => accepted += 1024,
+            Some(got) => break got,
+        }
+        assert!(accepted < 64 << 20, "no end to what is taken");
+    };
+    assert_eq!(ended.code, RESET);
+    // A connection that ends gives its whole buffer to the next.
+    guest.send(guest.header(PORT, 0, RESET), &[]);
+    guest.send(guest.header(PORT, 5000, REQUEST), &[]);
+    assert_eq!(guest.expect(RESPONSE).buffer, BUFFER_BYTES);
 }
 
 #[test]
