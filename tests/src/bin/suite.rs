@@ -3,6 +3,8 @@
 //! Runs as root on a host with KVM, containerd and both runtimes: the emulated host, as
 //! `make test` does, or any machine of one's own.
 
+#[path = "../cri/mod.rs"]
+mod cri;
 #[path = "../suite/mod.rs"]
 mod suite;
 
@@ -16,7 +18,7 @@ use clap::Parser;
 #[derive(Debug, Parser)]
 #[command(name = "vial-suite", version)]
 struct Cli {
-    /// Only the cases whose name contains this
+    /// Only the cases whose name contains one of these words, which commas separate
     #[arg(default_value = "")]
     filter: String,
     /// Lists the cases and runs none
@@ -32,8 +34,8 @@ struct Cli {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let cases: Vec<_> =
-        suite::cases().into_iter().filter(|case| case.name.contains(&cli.filter)).collect();
+    let wanted = |name: &str| cli.filter.split(',').any(|word| name.contains(word));
+    let cases: Vec<_> = suite::cases().into_iter().filter(|case| wanted(case.name)).collect();
     if cli.list {
         cases.iter().for_each(|case| println!("{}", case.name));
         return ExitCode::SUCCESS;

@@ -108,9 +108,15 @@ impl Bed {
                 .expect(0)
                 .with_context(|| format!("the first container with {}", runtime.name()))?;
         }
-        std::thread::sleep(Duration::from_secs(1));
-        bed.before = Traces::take()?;
+        bed.look_anew()?;
         Ok(bed)
+    }
+
+    /// Takes the host as it is now for what it was before the first case.
+    pub(crate) fn look_anew(&mut self) -> Result<()> {
+        std::thread::sleep(Duration::from_secs(1));
+        self.before = Traces::take()?;
+        Ok(())
     }
 
     /// A name that no container had.
@@ -170,6 +176,7 @@ impl Bed {
 
     /// Removes all containers, so that the next case starts clean.
     pub(crate) fn clear(&self) {
+        crate::cri::pod::clear();
         let listed = run(Command::new("ctr").args(["container", "ls", "-q"]));
         for name in listed.map(|outcome| outcome.stdout).unwrap_or_default().lines() {
             Detached { name: name.into() }.remove();
@@ -198,7 +205,7 @@ impl Bed {
 }
 
 /// Where containerd's log is, as whoever started containerd says.
-fn log_path() -> String {
+pub(crate) fn log_path() -> String {
     std::env::var("CONTAINERD_LOG").unwrap_or("/run/containerd.log".into())
 }
 
@@ -330,7 +337,7 @@ impl Traces {
                 .lines()
                 .filter_map(|line| line.split(": ").nth(1).map(str::to_owned))
                 .collect(),
-            run: ["/run/vial", "/run/containerd", "/tmp"]
+            run: ["/run/vial", "/run/containerd", "/run/netns", "/var/lib/cni", "/tmp"]
                 .iter()
                 .flat_map(|root| tree(root, 5))
                 .collect(),

@@ -3,7 +3,7 @@
 pub(crate) mod bed;
 mod compare;
 mod control;
-mod faults;
+pub(crate) mod faults;
 mod input;
 mod lifecycle;
 mod machine;
@@ -15,6 +15,8 @@ use std::time::Instant;
 
 use anyhow::Result;
 use bed::Bed;
+
+use crate::cri;
 
 /// A case: a name, and what has to hold.
 pub(crate) struct Case {
@@ -33,7 +35,7 @@ macro_rules! cases {
 
 /// All cases, in the order in which they run.
 pub(crate) fn cases() -> Vec<Case> {
-    cases![
+    let mut cases = cases![
         lifecycle::echo_prints_and_ends_with_0,
         compare::kernel_inside_is_not_the_hosts,
         lifecycle::exit_statuses_are_exact,
@@ -67,7 +69,9 @@ pub(crate) fn cases() -> Vec<Case> {
         input::wrong_configuration_is_named,
         input::wrong_command_lines_are_refused,
         input::check_says_that_this_host_is_fit,
-    ]
+    ];
+    cases.extend(cri::cases());
+    cases
 }
 
 /// How many cases may be run again in one run of the suite. A host that fails more often is none to
@@ -80,7 +84,15 @@ const MOST_AGAIN: u32 = 2;
 /// host's own KVM failed (see [`Bed::kvm_failed`]) is run again, once, and that is told: nested
 /// virtualisation under emulation loses a VM now and then. No other failure is.
 pub(crate) fn run(cases: &[Case], image: &str, archives: &[PathBuf]) -> bool {
-    let bed = match Bed::new(image, archives) {
+    let of_pods = cases.iter().any(|case| case.name.starts_with(cri::PREFIX));
+    let begun = Bed::new(image, archives).and_then(|mut bed| {
+        if of_pods {
+            cri::begin(archives)?;
+            bed.look_anew()?;
+        }
+        Ok(bed)
+    });
+    let bed = match begun {
         Ok(bed) => bed,
         Err(error) => {
             println!("FAILED to begin: {error:#}");

@@ -1,0 +1,120 @@
+//! Things that die under a pod: what is told of it, and that removing the pod leaves nothing.
+
+use std::fs::{self, File};
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+
+use super::client::Cri;
+use super::pod::{Pod, eventually, idle, same, sh};
+use super::wire::*;
+use crate::suite::bed::{Bed, Runtime, log_path, run};
+use crate::suite::faults::{kill, process};
+
+/// Both containers of the pod end with an error, the pod is not ready, and all of it can be removed.
+fn ends_and_goes(bed: &Bed, runtime: Runtime, dies: impl Fn() -> Result<()>) -> Result<String> {
+    let pod = Pod::new(runtime)?;
+    let started = pod.start(idle())?;
+    let created = pod.create(idle())?;
+    dies()?;
+    let ended = started.reaches(ContainerState::Exited)?;
+    ensure!(ended.exit_code != 0 && !ended.reason.is_empty(), "it is told as {ended:?}");
+    eventually(|| {
+        let status = pod.status()?;
+        ensure!(status.state() == SandboxState::NotReady, "the pod is {:?}", status.state());
+        Ok(())
+    })?;
+    ensure!(pod.cri.start(&created.id).is_err(), "a container started in a dead pod");
+    pod.end()?;
+    bed.nothing_left()?;
+    Ok(format!("{} {}", ended.exit_code, ended.reason))
+}
+
+pub(crate) fn pod_whose_vmm_is_killed_ends_and_goes(bed: &Bed) -> Result<()> {
+    let told = ends_and_goes(bed, Runtime::Vial, || kill(process("vial-vmm", "")?))?;
+    ensure!(told == "137 Error", "it is told as {told:?}");
+    Ok(())
+}
+
+/// containerd's process number and command line.
+fn containerd() -> Result<(i32, Vec<String>)> {
+    for entry in fs::read_dir("/proc")?.flatten() {
+        let name = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
+        if name.trim() != "containerd" {
+            continue;
+        }
+        let line = fs::read_to_string(entry.path().join("cmdline"))?;
+        let words: Vec<String> = line.split_terminator('\0').map(String::from).collect();
+        if let (false, Some(pid)) = (words.is_empty(), entry.file_name().to_str()) {
+            return Ok((pid.parse()?, words));
+        }
+    }
+    anyhow::bail!("containerd does not run")
+}
+
+/// Kills containerd, and starts it anew after `meanwhile`.
+fn restart_containerd(meanwhile: impl FnOnce() -> Result<()>) -> Result<()> {
+    let (pid, words) = containerd()?;
+    kill(pid)?;
+    eventually(|| {
+        let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        ensure!(line.is_empty(), "containerd still runs");
+        Ok(())
+    })?;
+    let happened = meanwhile();
+    let log = File::options().create(true).append(true).open(log_path())?;
+    let status = Command::new("setsid")
+        .arg("--fork")
+        .args(&words)
+        .stdin(std::process::Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .status()?;
+    ensure!(status.success(), "containerd could not be started again: {status}");
+    eventually(|| Cri::new().version())?;
+    eventually(|| run(Command::new("ctr").arg("version"))?.expect(0))?;
+    happened
+}
+
+/// Waits until a file has grown since it had `length` bytes.
+fn grows(path: &Path, length: u64) -> Result<()> {
+    eventually(|| {
+        let now = fs::metadata(path)?.len();
+        ensure!(now > length, "{} stays at {now} bytes", path.display());
+        Ok(())
+    })
+}
+
+pub(crate) fn pod_outlives_a_killed_containerd(_: &Bed) -> Result<()> {
+    same(|runtime| {
+        let pod = Pod::new(runtime)?;
+        let work = pod.make_directory("work")?;
+        let talker = pod.start(sh("trap 'exit 0' TERM; while :; do echo tick; sleep 0.1; done"))?;
+        let ends = pod.start(
+            sh("echo up; while ! [ -e /work/end ]; do sleep 0.1; done; exit 5")
+                .volume(&work, "/work", false),
+        )?;
+        ends.logs("up")?;
+        talker.logs("tick")?;
+        restart_containerd(|| {
+            fs::write(work.join("end"), "")?;
+            std::thread::sleep(Duration::from_secs(1));
+            Ok(())
+        })?;
+        ensure!(pod.status()?.state() == SandboxState::Ready, "the pod ended with containerd");
+        ensure!(talker.status()?.state() == ContainerState::Running, "it ended with containerd");
+        let ended = ends.reaches(ContainerState::Exited)?;
+        let mut told = format!("{} {}\n", ended.exit_code, ended.reason);
+        told += &talker.exec("echo runs")?;
+        grows(talker.log_path(), fs::metadata(talker.log_path())?.len())?;
+        told += &pod.prints(sh("echo new"))?;
+        let asked = Instant::now();
+        talker.stop(30)?;
+        ensure!(asked.elapsed() < Duration::from_secs(30), "it did not end when asked to");
+        told += &format!("{}\n", talker.finish()?.exit_code);
+        pod.end()?;
+        Ok(told)
+    })
+}

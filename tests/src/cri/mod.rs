@@ -1,0 +1,84 @@
+//! Pods as a kubelet runs them: through CRI, with Vial and with runc.
+//!
+//! Needs containerd's CRI plugin with the runtime handlers `runc` and `vial`, a CNI configuration,
+//! and the images of `tests/images`, as `tests/host/containerd` has it.
+
+mod client;
+mod exec;
+mod faults;
+mod grpc;
+mod interactive;
+mod lifecycle;
+mod log;
+mod network;
+pub(crate) mod pod;
+mod process;
+mod resources;
+mod streaming;
+mod volumes;
+mod wire;
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::suite::Case;
+use crate::suite::bed::{IMAGE, Runtime, run};
+use client::Cri;
+use pod::{Pod, eventually, sh};
+
+/// What the names of these cases begin with.
+pub(crate) const PREFIX: &str = "cri_";
+
+/// Names functions as cases of CRI.
+macro_rules! cases {
+    ($($module:ident::$function:ident),* $(,)?) => {
+        vec![$(Case { name: concat!("cri_", stringify!($function)), body: $module::$function }),*]
+    };
+}
+
+/// All cases, in the order in which they run.
+pub(crate) fn cases() -> Vec<Case> {
+    cases![
+        lifecycle::pod_and_container_go_through_their_states,
+        lifecycle::ends_of_containers_are_told_as_with_runc,
+        lifecycle::containers_of_a_pod_run_after_and_beside_each_other,
+        exec::execs_and_logs_are_those_of_runc,
+        exec::execs_in_a_row_and_at_once_all_work,
+        interactive::streams_work_as_with_runc,
+        process::what_processes_are_and_may_do_is_the_same_as_with_runc,
+        process::what_a_pod_shares_is_the_same_as_with_runc,
+        process::processes_of_a_pod_can_be_shared,
+        process::privileged_containers_have_all_of_the_guest_and_nothing_of_the_host,
+        resources::limits_and_statistics_are_there_as_with_runc,
+        network::pods_reach_each_other_and_the_host,
+        network::names_and_rules_are_those_of_the_pod,
+        volumes::volumes_are_the_same_as_with_runc,
+        faults::pod_whose_vmm_is_killed_ends_and_goes,
+        faults::pod_outlives_a_killed_containerd,
+    ]
+}
+
+/// Brings the images to where CRI looks for them, and runs a pod with each runtime, so that what
+/// is made once for the host, as the network's bridge, is not taken for a trace.
+pub(crate) fn begin(archives: &[PathBuf]) -> Result<()> {
+    for archive in archives {
+        run(Command::new("ctr").args(["-n", "k8s.io", "image", "import", "--local"]).arg(archive))?
+            .expect(0)?;
+    }
+    let cri = Cri::new();
+    let version = cri.version().context("ask for the version of CRI")?;
+    eventually(|| {
+        let images = cri.images()?;
+        ensure!(images.iter().any(|image| image == IMAGE), "CRI has no {IMAGE}, only {images:?}");
+        Ok(())
+    })?;
+    for runtime in Runtime::BOTH {
+        let pod = Pod::new(runtime)?;
+        ensure!(pod.prints(sh("echo first"))? == "first\n", "a container printed something else");
+        pod.end()?;
+    }
+    println!("pods run with {} {}", version.runtime_name, version.runtime_version);
+    Ok(())
+}

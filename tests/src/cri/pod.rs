@@ -1,0 +1,373 @@
+//! Pods and containers for the length of a case.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use tempfile::TempDir;
+
+use super::client::Cri;
+use super::log;
+use super::wire::*;
+use crate::suite::bed::{IMAGE, Runtime};
+
+/// How long something may take that is due at once.
+pub(crate) const SOON: Duration = Duration::from_secs(30);
+
+/// containerd's name of the runtime in its CRI configuration.
+pub(crate) fn handler(runtime: Runtime) -> &'static str {
+    match runtime {
+        Runtime::Vial => "vial",
+        Runtime::Runc => "runc",
+    }
+}
+
+/// A number that no other pod or container of this run has.
+fn unique() -> u32 {
+    static NEXT: AtomicU32 = AtomicU32::new(1);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+/// A pod until it is dropped.
+pub(crate) struct Pod {
+    pub(crate) cri: Cri,
+    pub(crate) id: String,
+    pub(crate) config: PodSandboxConfig,
+    /// Its logs, and room for a case's files. World-readable, as volumes of other users are.
+    directory: TempDir,
+}
+
+impl Pod {
+    /// One of which nothing special is asked.
+    pub(crate) fn new(runtime: Runtime) -> Result<Self> {
+        Self::with(runtime, |_| ())
+    }
+
+    /// One with a configuration that `adapt` has changed.
+    pub(crate) fn with(
+        runtime: Runtime,
+        adapt: impl FnOnce(&mut PodSandboxConfig),
+    ) -> Result<Self> {
+        let directory = tempfile::Builder::new().prefix("vial-cri").tempdir()?;
+        fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755))?;
+        let logs = directory.path().join("logs");
+        fs::create_dir(&logs)?;
+        let number = unique();
+        let mut config = PodSandboxConfig {
+            metadata: Some(PodSandboxMetadata {
+                name: format!("pod-{number}"),
+                uid: format!("uid-{number}"),
+                namespace: "suite".into(),
+                attempt: 0,
+            }),
+            hostname: format!("pod-{number}"),
+            log_directory: logs.display().to_string(),
+            linux: Some(LinuxPodSandboxConfig {
+                security_context: Some(LinuxSandboxSecurityContext {
+                    namespace_options: Some(namespaces()),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        adapt(&mut config);
+        let cri = Cri::new();
+        let id = cri
+            .run_pod(&config, handler(runtime))
+            .with_context(|| format!("start a pod with {}", handler(runtime)))?;
+        Ok(Self { cri, id, config, directory })
+    }
+
+    /// A path below the pod's directory, which goes with it.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// Makes a directory there that everybody may write to.
+    pub(crate) fn make_directory(&self, name: &str) -> Result<PathBuf> {
+        let path = self.path(name);
+        fs::create_dir_all(&path)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o777))?;
+        Ok(path)
+    }
+
+    pub(crate) fn status(&self) -> Result<PodSandboxStatus> {
+        self.cri.pod_status(&self.id)
+    }
+
+    /// Creates a container and does not start it.
+    pub(crate) fn create(&self, config: ContainerConfig) -> Result<Container<'_>> {
+        let mut config = config;
+        if config.metadata.is_none() {
+            let name = format!("container-{}", unique());
+            config.log_path = format!("{name}.log");
+            config.metadata = Some(ContainerMetadata { name, attempt: 0 });
+        }
+        let id = self
+            .cri
+            .create(&self.id, &config, &self.config)
+            .with_context(|| format!("create a container for {:?}", config.command))?;
+        Ok(Container { pod: self, id, log: self.path("logs").join(&config.log_path) })
+    }
+
+    /// Creates and starts a container.
+    pub(crate) fn start(&self, config: ContainerConfig) -> Result<Container<'_>> {
+        let container = self.create(config)?;
+        self.cri.start(&container.id).context("start a container")?;
+        Ok(container)
+    }
+
+    /// Runs a container to its end and removes it.
+    pub(crate) fn run(&self, config: ContainerConfig) -> Result<Finished> {
+        let container = self.start(config)?;
+        let finished = container.finish()?;
+        container.remove()?;
+        Ok(finished)
+    }
+
+    /// What a shell line prints in a container of its own, when it ends with 0.
+    pub(crate) fn prints(&self, config: ContainerConfig) -> Result<String> {
+        let finished = self.run(config)?;
+        ensure!(finished.exit_code == 0, "{finished:?}");
+        Ok(finished.stdout)
+    }
+
+    /// Stops and removes it, which is to succeed.
+    pub(crate) fn end(self) -> Result<()> {
+        self.cri.stop_pod(&self.id).context("stop the pod")?;
+        self.cri.remove_pod(&self.id).context("remove the pod")
+    }
+}
+
+impl Drop for Pod {
+    fn drop(&mut self) {
+        // What stays is found by the next look at the host.
+        let _ = self.cri.stop_pod(&self.id);
+        let _ = self.cri.remove_pod(&self.id);
+    }
+}
+
+/// Shares the processes of the pod among its containers, which a kubelet asks for on both.
+pub(crate) fn share_processes(namespaces: &mut Option<NamespaceOption>) {
+    namespaces.get_or_insert_default().pid = NamespaceMode::Pod.into();
+}
+
+/// Removes all pods.
+pub(crate) fn clear() {
+    let cri = Cri::new();
+    for id in cri.pods().unwrap_or_default() {
+        let _ = cri.stop_pod(&id);
+        let _ = cri.remove_pod(&id);
+    }
+}
+
+/// What a kubelet asks for unless a pod says otherwise: all is the pod's but the processes.
+fn namespaces() -> NamespaceOption {
+    NamespaceOption { pid: NamespaceMode::Container.into(), ..Default::default() }
+}
+
+/// A container that runs these words.
+pub(crate) fn words(words: &[&str]) -> ContainerConfig {
+    ContainerConfig {
+        image: Some(ImageSpec { image: IMAGE.into() }),
+        command: words.iter().map(|&word| word.into()).collect(),
+        linux: Some(LinuxContainerConfig {
+            resources: Some(LinuxContainerResources::default()),
+            security_context: Some(LinuxContainerSecurityContext {
+                namespace_options: Some(namespaces()),
+                ..Default::default()
+            }),
+        }),
+        ..Default::default()
+    }
+}
+
+/// A container that runs a shell line.
+pub(crate) fn sh(line: &str) -> ContainerConfig {
+    words(&["sh", "-c", line])
+}
+
+/// A container that is there until it is stopped. It ends at once when asked to, once it has said
+/// `up`.
+pub(crate) fn idle() -> ContainerConfig {
+    sh("trap 'exit 0' TERM; echo up; while :; do sleep 3600 & wait $!; done")
+}
+
+/// What cases change of a container.
+impl ContainerConfig {
+    pub(crate) fn named(mut self, name: &str, attempt: u32) -> Self {
+        self.metadata = Some(ContainerMetadata { name: name.into(), attempt });
+        self.log_path = format!("{name}_{attempt}.log");
+        self
+    }
+
+    pub(crate) fn security(
+        mut self,
+        change: impl FnOnce(&mut LinuxContainerSecurityContext),
+    ) -> Self {
+        let linux = self.linux.get_or_insert_default();
+        change(linux.security_context.get_or_insert_default());
+        self
+    }
+
+    pub(crate) fn resources(mut self, resources: LinuxContainerResources) -> Self {
+        self.linux.get_or_insert_default().resources = Some(resources);
+        self
+    }
+
+    /// With a directory or file of the host.
+    pub(crate) fn volume(mut self, host: &Path, inside: &str, readonly: bool) -> Self {
+        self.mounts.push(Mount {
+            container_path: inside.into(),
+            host_path: host.display().to_string(),
+            readonly,
+            propagation: Propagation::Private.into(),
+        });
+        self
+    }
+}
+
+/// A container of a pod. It goes with the pod.
+pub(crate) struct Container<'pod> {
+    pub(crate) pod: &'pod Pod,
+    pub(crate) id: String,
+    log: PathBuf,
+}
+
+/// How a container ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Finished {
+    pub(crate) exit_code: i32,
+    pub(crate) reason: String,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+}
+
+impl Container<'_> {
+    pub(crate) fn status(&self) -> Result<ContainerStatus> {
+        self.pod.cri.status(&self.id)
+    }
+
+    /// Waits for a state.
+    pub(crate) fn reaches(&self, state: ContainerState) -> Result<ContainerStatus> {
+        eventually(|| {
+            let status = self.status()?;
+            ensure!(status.state() == state, "{:?} and not {state:?}", status.state());
+            Ok(status)
+        })
+    }
+
+    /// Waits for its end, and reads its log.
+    pub(crate) fn finish(&self) -> Result<Finished> {
+        let status = self.reaches(ContainerState::Exited)?;
+        let entries = self.log()?;
+        Ok(Finished {
+            exit_code: status.exit_code,
+            reason: status.reason,
+            stdout: log::stream(&entries, "stdout"),
+            stderr: log::stream(&entries, "stderr"),
+        })
+    }
+
+    pub(crate) fn log_path(&self) -> &Path {
+        &self.log
+    }
+
+    pub(crate) fn log(&self) -> Result<Vec<log::Entry>> {
+        let text = fs::read_to_string(&self.log)
+            .with_context(|| format!("read {}", self.log.display()))?;
+        log::parse(&text)
+    }
+
+    /// Waits until a line of its log contains `words`.
+    pub(crate) fn logs(&self, words: &str) -> Result<()> {
+        eventually(|| {
+            let entries = self.log()?;
+            ensure!(
+                entries.iter().any(|entry| entry.text.contains(words)),
+                "no {words:?} in its log {entries:?}"
+            );
+            Ok(())
+        })
+    }
+
+    /// What a shell line prints inside, when it ends with 0.
+    pub(crate) fn exec(&self, line: &str) -> Result<String> {
+        let answer = self.pod.cri.exec_sync(&self.id, &["sh", "-c", line], 0)?;
+        ensure!(
+            answer.exit_code == 0,
+            "{line:?} ended with {}: {}",
+            answer.exit_code,
+            String::from_utf8_lossy(&answer.stderr)
+        );
+        Ok(String::from_utf8(answer.stdout)?)
+    }
+
+    pub(crate) fn stop(&self, seconds: i64) -> Result<()> {
+        self.pod.cri.stop(&self.id, seconds)
+    }
+
+    pub(crate) fn remove(self) -> Result<()> {
+        self.pod.cri.remove(&self.id)
+    }
+}
+
+/// Tries until it holds, for [`SOON`].
+pub(crate) fn eventually<T>(attempt: impl Fn() -> Result<T>) -> Result<T> {
+    let start = Instant::now();
+    loop {
+        match attempt() {
+            Ok(value) => return Ok(value),
+            Err(error) if start.elapsed() > SOON => {
+                return Err(error.context(format!("after {SOON:?}")));
+            }
+            Err(_) => std::thread::sleep(Duration::from_millis(50)),
+        }
+    }
+}
+
+/// Runs the same with both runtimes, and compares line by line what it tells.
+pub(crate) fn same(look: impl Fn(Runtime) -> Result<String>) -> Result<()> {
+    let [runc, vial] = Runtime::BOTH
+        .map(|runtime| look(runtime).with_context(|| format!("with {}", handler(runtime))));
+    compare(&runc?, &vial?)
+}
+
+fn compare(runc: &str, vial: &str) -> Result<()> {
+    for (runc, vial) in runc.lines().zip(vial.lines()) {
+        ensure!(runc == vial, "runc shows {runc:?}, Vial {vial:?}");
+    }
+    ensure!(runc == vial, "runc shows {runc:?}, Vial {vial:?}");
+    Ok(())
+}
+
+/// Something to find out about a pod, and what to call it.
+type Look = (&'static str, fn(&Pod) -> Result<String>);
+
+/// Takes several looks at one pod of each runtime, and compares each. One that fails does not keep
+/// the others from being taken.
+pub(crate) fn same_in_a_pod(looks: &[Look]) -> Result<()> {
+    let [runc, vial] = Runtime::BOTH.map(|runtime| -> Result<Vec<Result<String>>> {
+        let pod = Pod::new(runtime)?;
+        let told = looks.iter().map(|(_, look)| look(&pod));
+        let told = told.map(|told| told.with_context(|| format!("with {}", handler(runtime))));
+        let told = told.collect();
+        pod.end()?;
+        Ok(told)
+    });
+    let both = runc?.into_iter().zip(vial?);
+    let wrong: Vec<String> = looks
+        .iter()
+        .zip(both)
+        .filter_map(|((name, _), (runc, vial))| {
+            let compared = runc.and_then(|runc| compare(&runc, &vial?));
+            compared.err().map(|error| format!("{name}: {error:#}"))
+        })
+        .collect();
+    ensure!(wrong.is_empty(), "{}", wrong.join("; "));
+    Ok(())
+}

@@ -1,0 +1,129 @@
+//! Volumes as a kubelet makes them: directories and files of the host, bound into containers.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt, symlink};
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Result, ensure};
+
+use super::log::stream;
+use super::pod::{Pod, idle, same_in_a_pod, sh};
+use crate::suite::bed::{Bed, run};
+
+pub(crate) fn volumes_are_the_same_as_with_runc(_: &Bed) -> Result<()> {
+    same_in_a_pod(&[
+        ("directories", directories),
+        ("memory", memory),
+        ("configuration", swapped_configuration),
+    ])
+}
+
+fn directories(pod: &Pod) -> Result<String> {
+    let volume = pod.make_directory("volume")?;
+    fs::create_dir_all(volume.join("below/deep"))?;
+    fs::write(volume.join("below/deep/file"), "deep\n")?;
+    fs::write(volume.join("one"), "one file\n")?;
+    let container = pod.start(
+        idle()
+            .volume(&volume, "/rw", false)
+            .volume(&volume, "/ro", true)
+            .volume(&volume.join("below/deep"), "/sub/path", false)
+            .volume(&volume.join("one"), "/etc/one.conf", true),
+    )?;
+    let mut told = container.exec(
+        "cat /sub/path/file /etc/one.conf; touch /ro/x; echo $?; echo y >/etc/one.conf; echo $?; \
+         echo inside >/rw/new; cat /ro/new; ln /rw/new /rw/hard; ln -s new /rw/soft; cat /ro/soft; \
+         stat -c '%h %F' /ro/hard; mv /rw/new /rw/moved; ls /ro; \
+         mkfifo /rw/pipe; (echo through >/rw/pipe &); cat /rw/pipe",
+    )?;
+    // Owners and modes go both ways, numbers that no host user has among them.
+    told += &container.exec(
+        "touch /rw/owned; chown 123456:654321 /rw/owned; chmod 2751 /rw/owned; \
+         stat -c '%u:%g %a' /rw/owned; chown -h 77:78 /rw/soft; stat -c '%u:%g' /rw/soft; \
+         truncate -s 5000000 /rw/sparse; stat -c %s /rw/sparse; touch -d '2001-02-03 04:05:06' /rw/owned; \
+         stat -c %Y /rw/owned; dd if=/dev/urandom of=/rw/data bs=64k count=20 2>/dev/null; \
+         sha256sum </rw/data >/rw/sum; sync",
+    )?
+    .replace('\t', " ");
+    let owned = fs::metadata(volume.join("owned"))?;
+    told += &format!("{}:{} {:o}\n", owned.uid(), owned.gid(), owned.mode());
+    let sum = run(Command::new("sha256sum").arg(volume.join("data")))?.expect(0)?.stdout;
+    let inside = fs::read_to_string(volume.join("sum"))?;
+    ensure!(
+        sum.split(' ').next() == inside.split(' ').next(),
+        "the host reads {sum:?} where {inside:?} was written"
+    );
+    // What the host changes is seen without delay.
+    fs::write(volume.join("moved"), "from the host\n")?;
+    told += &container.exec("cat /ro/moved")?;
+    Ok(told)
+}
+
+/// Mounts on the host until dropped.
+struct HostMount<'path>(&'path Path);
+
+impl<'path> HostMount<'path> {
+    fn tmpfs(path: &'path Path, options: &str) -> Result<Self> {
+        fs::create_dir_all(path)?;
+        run(Command::new("mount").args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(path))?
+            .expect(0)?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for HostMount<'_> {
+    fn drop(&mut self) {
+        let _ = run(Command::new("umount").arg(self.0));
+    }
+}
+
+fn memory(pod: &Pod) -> Result<String> {
+    let volume = pod.path("memory");
+    let _mount = HostMount::tmpfs(&volume, "size=2m,mode=777")?;
+    let container = pod.start(idle().volume(&volume, "/memory", false))?;
+    let told = container.exec(
+        "dd if=/dev/zero of=/memory/fits bs=1M count=1 2>&1 | tail -n 1 | grep -c copied; \
+         dd if=/dev/zero of=/memory/large bs=1M count=4 2>&1 | grep -c 'No space left'; \
+         df -k /memory | tail -n 1 | awk '{print $2}'; rm /memory/large; \
+         echo shared >/memory/note; ls /memory",
+    )?;
+    let other = pod.start(idle().volume(&volume, "/data", false))?;
+    let told = told + &other.exec("cat /data/note")?;
+    Ok(told)
+}
+
+/// Writes `text` the way a kubelet updates ConfigMaps: a new directory, and one rename.
+fn publish(volume: &Path, version: u32, text: &str) -> Result<()> {
+    let directory = format!("..version_{version}");
+    fs::create_dir(volume.join(&directory))?;
+    fs::write(volume.join(&directory).join("key"), text)?;
+    let new = volume.join("..data_new");
+    symlink(&directory, &new)?;
+    fs::rename(&new, volume.join("..data"))?;
+    if version > 1 {
+        fs::remove_dir_all(volume.join(format!("..version_{}", version - 1)))?;
+    } else {
+        symlink("..data/key", volume.join("key"))?;
+    }
+    Ok(())
+}
+
+fn swapped_configuration(pod: &Pod) -> Result<String> {
+    let volume = pod.make_directory("configuration")?;
+    publish(&volume, 1, "first")?;
+    let reader = pod.start(
+        sh("trap 'exit 0' TERM; while :; do cat /config/key; echo; sleep 0.2; done")
+            .volume(&volume, "/config", true),
+    )?;
+    reader.logs("first")?;
+    publish(&volume, 2, "second")?;
+    reader.logs("second")?;
+    publish(&volume, 3, "third")?;
+    reader.logs("third")?;
+    let told = stream(&reader.log()?, "stdout");
+    // Never back.
+    let mut seen: Vec<&str> = told.lines().collect();
+    seen.dedup();
+    Ok(seen.join(" "))
+}
