@@ -1,10 +1,11 @@
 # Vial: what can be made. `make` alone lists it.
 
-# Programs that run on the host, and the agent, which is static and built with flags of its own in a directory of its own.
+# The agent, the VMM and what tests its jail are static, for there is nothing to load in the guest's image and in the VMM's jail. They are built
+# with flags of their own in a directory of their own; the other programs run on the host.
 TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
 RELEASE := $(TARGET)/release
-AGENT_TARGET := $(TARGET)/agent
-AGENT := $(AGENT_TARGET)/x86_64-unknown-linux-gnu/release/vial-agent
+STATIC_TARGET := $(TARGET)/agent
+STATIC := $(STATIC_TARGET)/x86_64-unknown-linux-gnu/release
 GUEST := target/guest
 PAYLOAD := target/payload
 
@@ -21,18 +22,21 @@ deps: ## install what is missing (apt on Debian and Ubuntu; elsewhere name it)
 	@tests/host/install-deps
 
 build: deps ## the programs: vial-vmm, containerd-shim-vial-v2, vial, vial-agent
-	@$(STEP) build "building the programs" cargo build --release --bins \
-		-p vial-vmm -p vial-shim -p vial-rootfs -p vial-tests
-	@$(STEP) agent "building the agent" env RUSTFLAGS="-C target-feature=+crt-static -C force-unwind-tables=no" LIBSECCOMP_LINK_TYPE=static CARGO_PROFILE_RELEASE_LTO=fat \
+	@$(STEP) build "building the programs" cargo build --release --bins -p vial-shim -p vial-rootfs -p vial-tests
+	@$(STEP) static "building the static programs" env LIBSECCOMP_LINK_TYPE=static LIBCAPNG_LINK_TYPE=static \
+		RUSTFLAGS="-C target-feature=+crt-static -C force-unwind-tables=no" CARGO_PROFILE_RELEASE_LTO=fat \
 		LIBSECCOMP_LIB_PATH="$$(dirname "$$(gcc -print-file-name=libseccomp.a)")" \
-		cargo build --release --target x86_64-unknown-linux-gnu --target-dir $(AGENT_TARGET) -p vial-agent
+		LIBCAPNG_LIB_PATH="$$(dirname "$$(gcc -print-file-name=libcap-ng.a)")" \
+		cargo build --release --bins --target x86_64-unknown-linux-gnu --target-dir $(STATIC_TARGET) -p vial-agent -p vial-vmm \
+		-p vial-adversary
+	@cp $(STATIC)/vial-vmm $(STATIC)/vial-adversary $(RELEASE)/
 
 kernel: deps ## the guest kernel, in the cache outside the checkout
 	@kernel-config/build
 
 image: build ## the guest image, in target/guest/
 	@mkdir -p $(GUEST)
-	@$(RELEASE)/vial-mkimage --agent $(AGENT) --output $(GUEST)/initrd.img
+	@$(RELEASE)/vial-mkimage --agent $(STATIC)/vial-agent --output $(GUEST)/initrd.img
 
 images: deps ## the OCI images of demo and tests, made locally
 	@tests/images/build

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::config::Config;
+use crate::{config::Config, jail::user_ids::Range};
 
 /// The oldest containerd that speaks the task API of this shim.
 pub const CONTAINERD_MAJOR: u32 = 2;
@@ -76,6 +76,7 @@ pub fn run() -> Vec<Finding> {
             let usable = vmm.verdict == Verdict::Ok;
             findings.push(vmm);
             findings.push(kvm(usable.then_some(config.vmm.as_path())));
+            findings.push(jail(&config));
         }
         Err(error) => {
             findings.push(finding("configuration", Verdict::Broken, error.to_string()));
@@ -91,6 +92,23 @@ pub fn run() -> Vec<Finding> {
         "`modprobe vhost_net`; networks are slower without it",
     ));
     findings
+}
+
+/// Whether VMMs are jailed, and by all that can be had.
+fn jail(config: &Config) -> Finding {
+    if !config.jail {
+        let text =
+            "off (`jail = false`): VMMs have the rights of root, which is for debugging only";
+        return Finding { required: false, ..finding("jail", Verdict::Broken, text) };
+    }
+    let namespaces = std::fs::read_to_string("/proc/sys/user/max_user_namespaces");
+    let allowed = namespaces.ok().and_then(|text| text.trim().parse::<u64>().ok());
+    if allowed.is_none_or(|most| most == 0) {
+        let text = "without user namespaces; allow them: `sysctl user.max_user_namespaces=15000`";
+        return Finding { required: false, ..finding("jail", Verdict::Missing, text) };
+    }
+    let Range { base, count } = config.jail_uids;
+    finding("jail", Verdict::Ok, format!("user ids {base} to {}", base + (count - 1)))
 }
 
 fn file(subject: &'static str, path: &Path, remedy: &str) -> Finding {
@@ -219,6 +237,16 @@ mod tests {
         assert_eq!(absent.verdict, Verdict::Missing);
         assert!(absent.stands_in_the_way());
         assert!(!optional("tun", "/nowhere/tun", "load it").stands_in_the_way());
+    }
+
+    #[test]
+    fn jail_that_is_off_is_shown_and_does_not_stand_in_the_way() {
+        let with = |text: &str| jail(&Config::parse(text, Path::new("test.toml")).unwrap());
+        let off = with("jail = false");
+        assert_eq!(off.verdict, Verdict::Broken);
+        assert!(!off.stands_in_the_way() && off.text.contains("jail = false"), "{off}");
+        let on = with("jail_uid_base = 70000\njail_uid_count = 10");
+        assert!(on.verdict != Verdict::Ok || on.text.contains("70000 to 70009"), "{on}");
     }
 
     #[test]

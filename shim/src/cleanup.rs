@@ -12,7 +12,7 @@ use rustix::{
 
 use crate::{
     config::Config,
-    network, share,
+    jail, network, share,
     spec::{Role, Spec},
     state_dir::{ProcessIdentity, State, StateDir, StateDirError},
 };
@@ -32,6 +32,9 @@ pub enum CleanupError {
     /// See [`network::NetworkError`].
     #[error(transparent)]
     Network(#[from] network::NetworkError),
+    /// See [`jail::RecordError`].
+    #[error(transparent)]
+    Jail(#[from] jail::RecordError),
     /// A process cannot be ended.
     #[error("cannot end the {what} (process {pid}): {error}")]
     Kill {
@@ -75,6 +78,10 @@ pub fn clean(
         None => Ok(()),
     };
     share::unmount_below(dir.path())?;
+    let released = match state.as_ref().and_then(|state| state.jail.as_ref()) {
+        Some(record) => jail::release(&config.state_directory, namespace, id, record),
+        None => Ok(()),
+    };
     dir.remove()?;
     if let Some(state) = state {
         // It may have gone with its shim.
@@ -82,6 +89,7 @@ pub fn clean(
     }
     killed?;
     detached?;
+    released?;
     Ok(vmm.map_or(0, |vmm| vmm.pid))
 }
 
@@ -145,6 +153,9 @@ mod tests {
         dir.create().unwrap();
         let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
         let socket = root.path().join("socket");
+        let claims = jail::user_ids::Claims::new(root.path());
+        let range = jail::user_ids::Range { base: 70_000, count: 1 };
+        let user_id = claims.claim(range, "default/demo").unwrap();
         std::fs::write(&socket, "").unwrap();
         dir.write_state(&State {
             version: STATE_VERSION,
@@ -153,6 +164,7 @@ mod tests {
             shim: ProcessIdentity { pid: 1, start_ticks: u64::MAX },
             vmm: ProcessIdentity::of(child.id()),
             network: None,
+            jail: Some(jail::Record { user_id, cgroup: "vial-test/absent".into() }),
             socket: socket.clone(),
             vcpus: 1,
             memory_mib: 128,
@@ -163,6 +175,7 @@ mod tests {
         assert_eq!(pid, child.id());
         assert!(!child.wait().unwrap().success());
         assert!(!dir.path().exists() && !socket.exists());
+        assert_eq!(claims.claim(range, "default/other").unwrap(), user_id);
         // Once more, and for a start that came to nothing.
         assert_eq!(clean(&config, "default", "demo", Path::new("/nowhere")).unwrap(), 0);
     }

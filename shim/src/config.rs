@@ -5,6 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::jail::user_ids::Range;
 use serde::Deserialize;
 use vial_vmm_api::{MAX_COMMAND_LINE_BYTES, MEMORY_MIB, VCPUS};
 
@@ -19,6 +20,11 @@ pub const STATE_DIRECTORY: &str = "/run/vial";
 
 /// How long a boot may take, in seconds.
 pub const BOOT_TIMEOUT_SECONDS: std::ops::RangeInclusive<u32> = 1..=3600;
+
+/// The first user id that jails can have: none of the host's own.
+pub const JAIL_UID_BASE: std::ops::RangeInclusive<u32> = 65_536..=u32::MAX - 65_538;
+/// What a VM may cost beside its memory, in MiB.
+pub const OVERHEAD_MIB: std::ops::RangeInclusive<u32> = 32..=65_536;
 
 /// The file, as it is written. Every key may be left out.
 #[derive(Debug, Default, Deserialize)]
@@ -42,6 +48,14 @@ pub struct File {
     pub kernel_arguments: Option<String>,
     /// Where sandboxes keep their state.
     pub state_directory: Option<PathBuf>,
+    /// Whether VMMs are jailed.
+    pub jail: Option<bool>,
+    /// The first user id that a jail may have.
+    pub jail_uid_base: Option<u32>,
+    /// How many there are.
+    pub jail_uid_count: Option<u32>,
+    /// What a VM may cost beside its memory, in MiB.
+    pub memory_overhead_mib: Option<u32>,
 }
 
 /// The configuration that the program uses.
@@ -65,6 +79,13 @@ pub struct Config {
     pub kernel_arguments: String,
     /// Where sandboxes keep their state.
     pub state_directory: PathBuf,
+    /// Whether VMMs are jailed. They have the rights of the shim if not.
+    pub jail: bool,
+    /// The user ids of the jails, one a pod.
+    pub jail_uids: Range,
+    /// What a VM may cost the host beside its guest's memory, in MiB. See
+    /// [`crate::jail::cgroup::Limits`].
+    pub memory_overhead_mib: u32,
 }
 
 /// Why a configuration cannot be used.
@@ -147,6 +168,9 @@ impl Config {
         let [kernel, initrd, vmm, state_directory] =
             defaults.map(|(key, given, default)| absolute(path, key, given.unwrap_or(default)));
         let timeout = file.boot_timeout_seconds.unwrap_or(60);
+        let (base, count) =
+            (file.jail_uid_base.unwrap_or(1_900_000_000), file.jail_uid_count.unwrap_or(65_536));
+        let overhead = file.memory_overhead_mib.unwrap_or(128);
         let arguments = file.kernel_arguments.unwrap_or_default();
         // Half of the room is left to the shim's own words.
         let most = MAX_COMMAND_LINE_BYTES / 2;
@@ -166,6 +190,12 @@ impl Config {
             debug_console: file.debug_console.unwrap_or(false),
             kernel_arguments: arguments,
             state_directory: state_directory?,
+            jail: file.jail.unwrap_or(true),
+            jail_uids: Range {
+                base: within(path, "jail_uid_base", base, JAIL_UID_BASE)?,
+                count: within(path, "jail_uid_count", count, 1..=u32::MAX - 1 - base)?,
+            },
+            memory_overhead_mib: within(path, "memory_overhead_mib", overhead, OVERHEAD_MIB)?,
         })
     }
 
@@ -257,6 +287,11 @@ mod tests {
             ("memory_mib = 31", "32 to 65536"),
             ("memory_mib = 65537", "32 to 65536"),
             ("boot_timeout_seconds = 0", "1 to 3600"),
+            ("jail_uid_base = 1000", "from 65536"),
+            ("jail_uid_base = 4294967295", "to 4294901757"),
+            ("jail_uid_count = 0", "from 1"),
+            ("jail_uid_base = 4000000000\njail_uid_count = 300000000", "to 294967294"),
+            ("memory_overhead_mib = 1", "32 to 65536"),
             ("kernel = \"vmlinux\"", "absolute"),
         ] {
             let error = parse(text).unwrap_err();

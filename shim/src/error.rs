@@ -3,9 +3,9 @@
 use ttrpc::Code;
 
 use crate::{
-    agent::AgentError, life::NoSuchStep, metrics::MetricsError, network::NetworkError,
-    plan::PlanError, pod_files::PodFileError, share::ShareError, spec::SpecError,
-    state_dir::StateDirError, stdio::StdioError, vmm_client::VmmError,
+    agent::AgentError, jail::RecordError, life::NoSuchStep, metrics::MetricsError,
+    network::NetworkError, plan::PlanError, pod_files::PodFileError, share::ShareError,
+    spec::SpecError, state_dir::StateDirError, stdio::StdioError, vmm_client::VmmError,
     vmm_process::VmmProcessError,
 };
 
@@ -79,6 +79,9 @@ pub enum ServiceError {
     /// See [`VmmProcessError`].
     #[error(transparent)]
     VmmProcess(#[from] VmmProcessError),
+    /// See [`RecordError`].
+    #[error(transparent)]
+    Jail(#[from] RecordError),
     /// See [`StateDirError`].
     #[error(transparent)]
     StateDir(#[from] StateDirError),

@@ -14,6 +14,7 @@
 //! - [`metrics`] puts statistics into containerd's form.
 //! - [`sandbox`] starts and stops the VM as a chain of steps that each have an undo ([`undo`]).
 //! - [`vmm_process`], [`vmm_client`] and [`agent`] are the borders to the VMM and the guest.
+//! - [`jail`] is what the VMM is started in, whatever program it is.
 //! - [`share`] and [`spec`] put a container's files where the guest can see them; [`stdio`]
 //!   copies its streams. [`network`] joins the pod's network namespace with the VM.
 //! - [`life`] holds the states as pure functions; [`state_dir`], [`timeline`] and [`cleanup`]
@@ -27,6 +28,7 @@ pub mod config;
 pub mod container;
 pub mod error;
 pub mod events;
+pub mod jail;
 pub mod life;
 pub mod metrics;
 pub mod network;

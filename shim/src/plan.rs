@@ -70,8 +70,10 @@ impl Place {
     pub fn plan_of_bundle(&self, bundle: &Path) -> Result<Plan, PlanError> {
         let (_, spec) = Spec::read(bundle)?;
         let network = spec.network_namespace().map(Path::to_path_buf);
+        let cgroups_path = spec.linux.cgroups_path.clone();
         if spec.role()? != Role::Sandbox {
-            return self.plan(Limits::default(), network, ConfigurePodRequest::default());
+            let plan = self.plan(Limits::default(), network, ConfigurePodRequest::default())?;
+            return Ok(Plan { cgroups_path, ..plan });
         }
         spec.check_sandbox()?;
         let pod = ConfigurePodRequest {
@@ -79,7 +81,8 @@ impl Place {
             sysctls: spec.linux.sysctl,
             ..Default::default()
         };
-        self.plan(Limits::of_annotations(&spec.annotations), network, pod)
+        let plan = self.plan(Limits::of_annotations(&spec.annotations), network, pod)?;
+        Ok(Plan { cgroups_path, ..plan })
     }
 
     /// The plan for a sandbox that is asked for by the Sandbox API.
@@ -92,7 +95,11 @@ impl Place {
             None => Default::default(),
         };
         let network = (!request.netns_path.is_empty()).then(|| request.netns_path.clone().into());
-        Ok(Plan { files: Some(files), ..self.plan(limits, network, pod)? })
+        let cgroups_path = match request.options.as_ref() {
+            Some(options) => cgroup_of(options, &self.id)?,
+            None => None,
+        };
+        Ok(Plan { files: Some(files), cgroups_path, ..self.plan(limits, network, pod)? })
     }
 
     fn plan(
@@ -109,6 +116,7 @@ impl Place {
             id: self.id.clone(),
             socket: self.socket.clone(),
             network_namespace,
+            cgroups_path: None,
             pod,
             files: None,
             timeline: self.timeline.clone(),
@@ -124,6 +132,7 @@ mod field {
     pub(super) const DNS_SERVERS: u32 = 1;
     pub(super) const DNS_SEARCHES: u32 = 2;
     pub(super) const DNS_OPTIONS: u32 = 3;
+    pub(super) const LINUX_CGROUP_PARENT: u32 = 1;
     pub(super) const LINUX_SECURITY: u32 = 2;
     pub(super) const LINUX_SYSCTLS: u32 = 3;
     pub(super) const LINUX_RESOURCES: u32 = 5;
@@ -247,6 +256,18 @@ fn read_pod_config(options: &Any) -> Result<(Limits, ConfigurePodRequest, PodFil
     Ok((limits, pod, PodFiles { hostname, resolver }))
 }
 
+/// The cgroup of the sandbox `id` below the pod's, in the words of an OCI spec: the form depends on
+/// whether the kubelet has systemd make its cgroups.
+fn cgroup_of(options: &Any, id: &str) -> Result<Option<String>, PlanError> {
+    let linux = Fields::read(&options.value)?.message(field::CONFIG_LINUX)?;
+    let parent = String::from_utf8_lossy(linux.bytes(field::LINUX_CGROUP_PARENT)).into_owned();
+    Ok(match parent.rsplit('/').next() {
+        _ if parent.is_empty() => None,
+        Some(slice) if slice.ends_with(".slice") => Some(format!("{slice}:vial:{id}")),
+        _ => Some(format!("{}/{id}", parent.trim_end_matches('/'))),
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -285,6 +306,17 @@ mod tests {
         let (limits, pod, files) = read_pod_config(&options(Vec::new())).unwrap();
         assert_eq!((limits, pod), (Limits::default(), ConfigurePodRequest::default()));
         assert_eq!(files, PodFiles::default());
+    }
+
+    #[test]
+    fn cgroup_is_below_the_pods_in_its_form() {
+        let below = |parent: &str| {
+            cgroup_of(&options(bytes(8, &bytes(1, parent.as_bytes()))), "id").unwrap()
+        };
+        assert_eq!(below("/kubepods/pod1/").as_deref(), Some("/kubepods/pod1/id"));
+        let slice = "/kubepods.slice/kubepods-pod1.slice";
+        assert_eq!(below(slice).as_deref(), Some("kubepods-pod1.slice:vial:id"));
+        assert_eq!(below(""), None);
     }
 
     #[test]

@@ -140,6 +140,7 @@ mod tests {
             shim: me,
             vmm: Some(me),
             network: None,
+            jail: None,
             socket: "/s".into(),
             vcpus: 2,
             memory_mib: 256,

@@ -31,6 +31,11 @@ use crate::{
     agent::Agent,
     config::Config,
     error::ServiceError,
+    jail::{
+        self, Confinement,
+        cgroup::{Cgroup, Limits},
+        descriptors,
+    },
     network::{self, Tap},
     pod_files::PodFiles,
     share::{self, Share},
@@ -69,6 +74,8 @@ pub struct Plan {
     /// The pod's own files, when containerd asked for it by the Sandbox API. By that it also stops
     /// it.
     pub files: Option<PodFiles>,
+    /// The cgroup that containerd has for it, as the OCI spec says it.
+    pub cgroups_path: Option<String>,
     /// Where the phases are marked.
     pub timeline: Arc<Timeline>,
 }
@@ -120,7 +127,7 @@ impl Sandbox {
             removed.remove().map_err(|error| error.to_string())
         });
         let mut state = first_state(plan);
-        dir.write_state(&state)?;
+        let cgroup = enter_jail(plan, &dir, &mut state, undo)?;
         if let Some(files) = &plan.files {
             files.write(&dir.pod_files())?;
         }
@@ -140,7 +147,14 @@ impl Sandbox {
         share.prepare()?;
 
         let (ours, theirs) = vmm_client::socket_pair().map_err(vmm("start the VMM"))?;
-        let process = Arc::new(VmmProcess::spawn(&config.vmm, theirs)?);
+        let confinement = match (&state.jail, &cgroup) {
+            (Some(jail), Some(cgroup)) => {
+                let (root, cgroup) = (share.share.as_path(), cgroup.as_fd());
+                Some(Confinement { root, user_id: jail.user_id, cgroup })
+            }
+            _ => None,
+        };
+        let process = Arc::new(VmmProcess::spawn(&config.vmm, theirs, confinement).await?);
         let killed = process.clone();
         undo.push("start the VMM", || async move {
             killed.kill(KILL_PATIENCE).await.map_err(|error| error.to_string())
@@ -261,6 +275,7 @@ fn first_state(plan: &Plan) -> State {
         shim: ProcessIdentity::of(pid).unwrap_or(ProcessIdentity { pid, start_ticks: 0 }),
         vmm: None,
         network: None,
+        jail: None,
         socket: plan.socket.clone(),
         vcpus: plan.config.vcpus,
         memory_mib: plan.config.memory_mib,
@@ -269,6 +284,37 @@ fn first_state(plan: &Plan) -> State {
             .unwrap_or_default()
             .as_secs(),
     }
+}
+
+/// Takes what the VMM's jail holds on the host, unless it has none, and returns its cgroup. What
+/// is about to be made is written down first.
+fn enter_jail(
+    plan: &Plan,
+    dir: &StateDir,
+    state: &mut State,
+    undo: &mut UndoStack,
+) -> Result<Option<OwnedFd>, ServiceError> {
+    let config = &plan.config;
+    if !config.jail {
+        tracing::warn!("the VMM is not jailed (`jail = false`): its guest is not to be trusted");
+        dir.write_state(state)?;
+        return Ok(None);
+    }
+    let record = jail::reserve(config, &plan.namespace, &plan.id, plan.cgroups_path.as_deref())?;
+    let (directory, released) = (config.state_directory.clone(), record.clone());
+    let (namespace, id) = (plan.namespace.clone(), plan.id.clone());
+    undo.push("make the VMM's cgroup", || async move {
+        jail::release(&directory, &namespace, &id, &released).map_err(|error| error.to_string())
+    });
+    state.jail = Some(record.clone());
+    dir.write_state(state)?;
+    let limits = Limits {
+        vcpus: config.vcpus,
+        memory_mib: config.memory_mib,
+        overhead_mib: config.memory_overhead_mib,
+    };
+    let cgroup = Cgroup::new(&record.cgroup).make(limits).map_err(jail::RecordError::from)?;
+    Ok(Some(cgroup))
 }
 
 /// Joins the pod's network namespace with taps for the VM. What is about to be done there is
@@ -328,8 +374,9 @@ impl Files {
     }
 }
 
-fn open(path: &Path, write: bool, remedy: &'static str) -> Result<File, ServiceError> {
-    File::options().read(true).write(write).open(path).map_err(|error| ServiceError::Open {
+fn open(path: &Path, device: bool, remedy: &'static str) -> Result<File, ServiceError> {
+    let open = if device { descriptors::open_device } else { descriptors::open_file };
+    open(path).map_err(|error| ServiceError::Open {
         path: path.display().to_string(),
         error,
         remedy,
@@ -379,8 +426,15 @@ async fn boot(
     client: &VmmClient,
     events: &mut mpsc::Receiver<VmmEvent>,
 ) -> Result<UnixStream, ServiceError> {
-    let root = open_path(&share.share)?;
-    let proc_fd = open_path(Path::new(&format!("/proc/{}/fd", process.pid())))?;
+    let lost = |what: &'static str| {
+        move |error| ServiceError::Open { path: what.into(), error, remedy: "see the shim's log" }
+    };
+    let root = match plan.config.jail {
+        true => process.root().map_err(lost("the VMM's root"))?,
+        false => open_path(&share.share)?,
+    };
+    let proc_fd = descriptors::process_descriptors(process.pid())
+        .map_err(lost("the VMM's own descriptors"))?;
     let mut given = Given::default();
     let mut devices = vec![
         DeviceConfig::Rng,

@@ -12,6 +12,9 @@
 //! serves: a guest can write where a container can, and nowhere in the tree above. It cannot
 //! put a symbolic link where the shim mounts next.
 //!
+//! Every mount in the tree is without devices, set-user-id and programs, for the host. The guest
+//! sees the files' modes as they are, and its own kernel decides what they mean.
+//!
 //! The flags of a mount do not spread when they change, so each mount is finished in `staging/`,
 //! which spreads nothing, and then moved: read-only is read-only from the first moment.
 
@@ -125,7 +128,7 @@ impl Share {
         rustix::mount::mount_bind(containers, share).map_err(io("bind", share))?;
         rustix::mount::mount_change(share, P::DOWNSTREAM)
             .map_err(io("make a receiver of", share))?;
-        remount_read_only(share, MountFlags::NOSUID | MountFlags::NODEV)
+        remount(share, MountFlags::RDONLY | HOST_SAFE)
     }
 
     /// Makes a container's directory, its root and its bind mounts.
@@ -188,9 +191,22 @@ fn publish(staged: &Path, place: &Path) -> Result<(), ShareError> {
     rustix::mount::mount_move(staged, place).map_err(io("move a mount to", place))
 }
 
-fn remount_read_only(path: &Path, more: MountFlags) -> Result<(), ShareError> {
-    let flags = MountFlags::BIND | MountFlags::RDONLY | more;
-    rustix::mount::mount_remount(path, flags, c"").map_err(io("make read-only", path))
+/// What keeps a mount's files from being more than files to the host's programs.
+const HOST_SAFE: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
+
+fn remount(path: &Path, flags: MountFlags) -> Result<(), ShareError> {
+    rustix::mount::mount_remount(path, MountFlags::BIND | flags, c"")
+        .map_err(io("set the flags of", path))
+}
+
+/// Makes all mounts at and below a finished one safe for the host. Those below are few: what was
+/// mounted below a volume's source.
+fn make_host_safe(staged: &Path, more: MountFlags) -> Result<(), ShareError> {
+    for path in mounts_below(staged).map_err(io("list the mounts below", staged))? {
+        let more = if path == staged { more } else { MountFlags::empty() };
+        remount(&path, present_flags(&path)? | HOST_SAFE | more)?;
+    }
+    Ok(())
 }
 
 async fn mount_root(
@@ -219,7 +235,8 @@ async fn mount_root(
         containerd_shim::util::mount_rootfs(mount, target).await.map_err(ShareError::Root)?;
     }
     let isolated = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
-    rustix::mount::mount_change(root, isolated).map_err(io("isolate", root))
+    rustix::mount::mount_change(root, isolated).map_err(io("isolate", root))?;
+    make_host_safe(root, MountFlags::empty())
 }
 
 /// Binds the source of `mount` at `staged`, with a like file or directory made at `place`.
@@ -265,10 +282,8 @@ fn bind(mount: &Mount, staged: &Path, place: &Path) -> Result<(), ShareError> {
         MountPropagationFlags::PRIVATE | MountPropagationFlags::REC
     };
     rustix::mount::mount_change(staged, propagation).map_err(io("isolate", staged))?;
-    if mount.has_option("ro") {
-        remount_read_only(staged, present_flags(staged)?)?;
-    }
-    Ok(())
+    let read_only = if mount.has_option("ro") { MountFlags::RDONLY } else { MountFlags::empty() };
+    make_host_safe(staged, read_only)
 }
 
 /// `/dev/null` and its like, which the guest's kernel has too: the "mem" class, major 1, less
@@ -282,6 +297,7 @@ fn present_flags(path: &Path) -> Result<MountFlags, ShareError> {
     use rustix::fs::StatVfsMountFlags as Has;
     let has = rustix::fs::statvfs(path).map_err(io("inspect", path))?.f_flag;
     Ok([
+        (Has::RDONLY, MountFlags::RDONLY),
         (Has::NOSUID, MountFlags::NOSUID),
         (Has::NODEV, MountFlags::NODEV),
         (Has::NOEXEC, MountFlags::NOEXEC),

@@ -48,6 +48,9 @@ pub struct Linux {
     /// Kernel parameters.
     #[serde(default)]
     pub sysctl: HashMap<String, String>,
+    /// Where its processes are accounted for.
+    #[serde(default, rename = "cgroupsPath")]
+    pub cgroups_path: Option<String>,
 }
 
 /// One of a spec's `linux.namespaces`.

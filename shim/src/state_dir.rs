@@ -32,6 +32,9 @@ pub struct State {
     /// What was, or is about to be, changed in the pod's network namespace.
     #[serde(default)]
     pub network: Option<crate::network::Attachment>,
+    /// What its VMM's jail holds on the host.
+    #[serde(default)]
+    pub jail: Option<crate::jail::Record>,
     /// The socket that the shim serves.
     pub socket: PathBuf,
     /// vCPUs of the VM.
@@ -273,6 +276,7 @@ mod tests {
             shim: ProcessIdentity::of(std::process::id()).unwrap(),
             vmm: None,
             network: None,
+            jail: Some(crate::jail::Record { user_id: 1, cgroup: "a/b".into() }),
             socket: "/run/containerd/s/0".into(),
             vcpus: 1,
             memory_mib: 128,

@@ -2,19 +2,25 @@
 
 use std::{
     collections::VecDeque,
-    os::fd::{AsRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    os::unix::process::ExitStatusExt,
     path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
     sync::{Arc, Mutex},
     time::Duration,
 };
 
-use rustix::process::{Pid, PidfdFlags, Signal};
+use rustix::{
+    fs::{Mode, OFlags},
+    process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions},
+};
 use tokio::{
-    io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader},
+    io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader, Interest, unix::AsyncFd},
     sync::watch,
 };
 use vial_vmm_api::ExitReason;
+
+use crate::jail::{self, Confinement, JailError};
 
 /// Lines of the VMM that are kept to explain its end.
 const KEPT_LINES: usize = 8;
@@ -34,6 +40,9 @@ pub enum VmmProcessError {
         /// What went wrong.
         error: std::io::Error,
     },
+    /// Its jail could not be made.
+    #[error(transparent)]
+    Jail(#[from] JailError),
     /// Something about its process could not be done.
     #[error("cannot {action} the VMM's process: {error}")]
     Process {
@@ -47,6 +56,10 @@ pub enum VmmProcessError {
     Stuck(u32, Duration),
 }
 
+fn process<E: Into<std::io::Error>>(action: &'static str) -> impl FnOnce(E) -> VmmProcessError {
+    move |error| VmmProcessError::Process { action, error: error.into() }
+}
+
 /// A running, or ended, VMM.
 #[derive(Debug)]
 pub struct VmmProcess {
@@ -57,62 +70,38 @@ pub struct VmmProcess {
 }
 
 impl VmmProcess {
-    /// Starts `program`, which inherits `socket` and nothing else that is not closed on exec.
+    /// Starts `program`, which gets `socket` and nothing else: in a jail, or with the shim's own
+    /// rights.
     ///
     /// The VMM ends by itself when the other end of the socket is closed, so it needs no signal
     /// when the shim dies.
     ///
     /// # Errors
     /// [`VmmProcessError`].
-    pub fn spawn(program: &Path, socket: OwnedFd) -> Result<Self, VmmProcessError> {
-        let process = |action| move |error| VmmProcessError::Process { action, error };
-        // The shim has one thread that starts processes, this one: nobody else can inherit the
-        // socket between here and its closing below.
-        rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::empty())
-            .map_err(std::io::Error::from)
-            .map_err(process("hand the socket to"))?;
-        let spawned = tokio::process::Command::new(program)
-            .arg("--api-fd")
-            .arg(socket.as_raw_fd().to_string())
-            .env_clear()
-            .current_dir("/")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn();
-        drop(socket);
-        let mut child =
-            spawned.map_err(|error| VmmProcessError::Spawn { path: program.into(), error })?;
-        // tokio has not waited for it yet, so the number is there and is the child's.
-        let pid = child.id().unwrap_or_default();
-        let pidfd = i32::try_from(pid)
-            .ok()
-            .and_then(Pid::from_raw)
-            .ok_or(rustix::io::Errno::SRCH)
-            .and_then(|pid| rustix::process::pidfd_open(pid, PidfdFlags::empty()))
-            .map_err(std::io::Error::from)
-            .map_err(process("watch"));
-        let pidfd = match pidfd {
-            Ok(pidfd) => pidfd,
-            Err(error) => {
-                // Its socket is closed already, so it ends in any case.
-                let _ = child.start_kill();
-                return Err(error);
+    pub async fn spawn(
+        program: &Path,
+        socket: OwnedFd,
+        jail: Option<Confinement<'_>>,
+    ) -> Result<Self, VmmProcessError> {
+        let pipe = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC);
+        let (said, output) = pipe.map_err(process("make a pipe for"))?;
+        let (pid, pidfd) = match jail {
+            Some(jail) => {
+                let jailed = jail::spawn(program, socket, output, &jail).await?;
+                (jailed.pid, jailed.pidfd)
             }
+            None => spawn_unjailed(program, socket, output)?,
         };
         let lines = Arc::new(Mutex::new(VecDeque::new()));
-        let stderr = child.stderr.take();
+        let said =
+            tokio::net::unix::pipe::Receiver::from_owned_fd(said).map_err(process("listen to"))?;
+        let watched = watch(&pidfd).map_err(process("watch"))?;
         let (status, ended) = watch::channel(None);
         let kept = lines.clone();
         tokio::spawn(async move {
-            let log = async {
-                if let Some(stderr) = stderr {
-                    keep_lines(stderr, &kept).await;
-                }
-            };
             // What it last wrote has to be there when its end is told.
-            let (waited, ()) = tokio::join!(child.wait(), log);
-            match waited {
+            let (exit, ()) = tokio::join!(exit_status(watched), keep_lines(said, &kept));
+            match exit {
                 Ok(exit) => drop(status.send(Some(exit))),
                 Err(error) => tracing::error!("cannot wait for the VMM: {error}"),
             }
@@ -123,6 +112,16 @@ impl VmmProcess {
     /// Its process number.
     pub fn pid(&self) -> u32 {
         self.pid
+    }
+
+    /// Its root directory, as it sees it: nothing leads up from there when it is jailed.
+    ///
+    /// # Errors
+    /// The process is gone.
+    pub fn root(&self) -> std::io::Result<OwnedFd> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let path = format!("/proc/{}/root", self.pid);
+        Ok(rustix::fs::open(path, flags, Mode::empty())?)
     }
 
     /// Waits until it has ended. `None` when nobody will ever know how.
@@ -166,6 +165,73 @@ impl VmmProcess {
             .await
             .map(drop)
             .map_err(|_| VmmProcessError::Stuck(self.pid, patience))
+    }
+}
+
+/// Starts the VMM with the rights of the shim.
+fn spawn_unjailed(
+    program: &Path,
+    socket: OwnedFd,
+    output: OwnedFd,
+) -> Result<(u32, OwnedFd), VmmProcessError> {
+    // The shim has one thread that starts processes, this one: nobody else can inherit the
+    // socket between here and its closing below.
+    rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::empty())
+        .map_err(process("hand the socket to"))?;
+    let spawned = std::process::Command::new(program)
+        .arg("--api-fd")
+        .arg(socket.as_raw_fd().to_string())
+        .env_clear()
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(output)
+        .spawn();
+    drop(socket);
+    let mut child =
+        spawned.map_err(|error| VmmProcessError::Spawn { path: program.into(), error })?;
+    // Nobody waits for it before its descriptor does, so the number is the child's.
+    let pidfd = i32::try_from(child.id())
+        .ok()
+        .and_then(Pid::from_raw)
+        .ok_or(rustix::io::Errno::SRCH)
+        .and_then(|pid| rustix::process::pidfd_open(pid, PidfdFlags::empty()));
+    match pidfd {
+        Ok(pidfd) => Ok((child.id(), pidfd)),
+        Err(error) => {
+            // Its socket is closed already, so it ends in any case.
+            let _ = child.kill();
+            let _ = child.wait();
+            Err(process("watch")(error))
+        }
+    }
+}
+
+/// Readable when the process has ended.
+#[allow(unsafe_code)]
+fn watch(pidfd: &OwnedFd) -> std::io::Result<AsyncFd<OwnedFd>> {
+    let own = pidfd.try_clone()?;
+    // SAFETY: the descriptor is open, and its owner moves into what watches it, where nothing
+    // closes or replaces it before that is dropped.
+    let watched = unsafe { AsyncFd::register_with_interest(own, Interest::READABLE) };
+    Ok(watched?)
+}
+
+/// Waits for a child's end, and takes its status.
+async fn exit_status(process: AsyncFd<OwnedFd>) -> std::io::Result<ExitStatus> {
+    loop {
+        let mut ready = process.readable().await?;
+        let child = WaitId::PidFd(process.get_ref().as_fd());
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+        match rustix::process::waitid(child, options)? {
+            // As wait(2) would tell it.
+            Some(status) => {
+                let code = status.exit_status().unwrap_or_default() << 8;
+                let signal = status.terminating_signal().unwrap_or_default();
+                return Ok(ExitStatus::from_raw(code | signal));
+            }
+            None => ready.clear_ready(),
+        }
     }
 }
 
@@ -237,7 +303,8 @@ mod tests {
     #[tokio::test]
     async fn absent_program_is_named() {
         let (_ours, theirs) = crate::vmm_client::socket_pair().unwrap();
-        let error = VmmProcess::spawn(Path::new("/nowhere/vial-vmm"), theirs).unwrap_err();
+        let error =
+            VmmProcess::spawn(Path::new("/nowhere/vial-vmm"), theirs, None).await.unwrap_err();
         assert!(error.to_string().contains("/nowhere/vial-vmm"), "{error}");
     }
 
@@ -254,7 +321,7 @@ mod tests {
             .open(&program)
             .and_then(|mut file| file.write_all(text.as_bytes()))
             .unwrap();
-        let process = VmmProcess::spawn(&program, theirs).unwrap();
+        let process = VmmProcess::spawn(&program, theirs, None).await.unwrap();
         while process.lines.lock().unwrap().is_empty() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }

@@ -23,6 +23,14 @@ pub enum EventLoopError {
         /// What the host said.
         source: std::io::Error,
     },
+    /// The thread could not give up what it does not need.
+    #[error("prepare the thread {name}: {reason}")]
+    Prepare {
+        /// The thread's name.
+        name: &'static str,
+        /// What was refused.
+        reason: String,
+    },
     /// The thread does not answer.
     #[error("the event loop has ended: {0}")]
     Gone(event_manager::Error),
@@ -51,24 +59,29 @@ impl EventLoop {
     /// what it does not need.
     ///
     /// # Errors
-    /// The host refused the thread or its descriptors.
+    /// The host refused the thread or its descriptors, or `prepare` failed.
     pub fn start(
         name: &'static str,
-        prepare: impl FnOnce() + Send + 'static,
+        prepare: impl FnOnce() -> Result<(), String> + Send + 'static,
     ) -> Result<Self, EventLoopError> {
         let (sender, receiver) = std::sync::mpsc::sync_channel(1);
         let body = move || {
-            let mut events = match EventManager::<Subscriber>::new() {
+            let made = EventManager::<Subscriber>::new()
+                .map_err(|error| EventLoopError::Create { name, reason: error.to_string() })
+                .and_then(|events| match prepare() {
+                    Ok(()) => Ok(events),
+                    Err(reason) => Err(EventLoopError::Prepare { name, reason }),
+                });
+            let mut events = match made {
                 Ok(events) => {
                     let _ = sender.send(Ok(events.remote_endpoint()));
                     events
                 }
                 Err(error) => {
-                    let _ = sender.send(Err(error.to_string()));
+                    let _ = sender.send(Err(error));
                     return;
                 }
             };
-            prepare();
             loop {
                 if let Err(error) = events.run() {
                     tracing::error!(thread = name, %error, "the event loop failed: ending the VM");
@@ -80,11 +93,8 @@ impl EventLoop {
             .name(name.into())
             .spawn(body)
             .map_err(|source| EventLoopError::Spawn { name, source })?;
-        let endpoint = receiver
-            .recv()
-            .map_err(|_| "its thread ended".to_owned())
-            .and_then(|result| result)
-            .map_err(|reason| EventLoopError::Create { name, reason })?;
+        let gone = || EventLoopError::Create { name, reason: "its thread ended".into() };
+        let endpoint = receiver.recv().unwrap_or_else(|_| Err(gone()))?;
         Ok(Self { endpoint })
     }
 

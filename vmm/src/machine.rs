@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
 
 use kvm_ioctls::VcpuFd;
@@ -21,6 +22,8 @@ use crate::kvm::{self, Vm};
 use crate::memory::{GuestRam, map_ram};
 use crate::pci::PciBus;
 use crate::ports::{Console, Ports};
+use crate::privileges::{self, PrivilegeError};
+use crate::seccomp::{self, SeccompError, ThreadKind};
 use crate::vcpu::{self, EndOfVm, Platform};
 use crate::virtio::VirtioDevice;
 use crate::virtio::pci::{TransportError, VirtioPci, Workers};
@@ -68,6 +71,12 @@ pub enum MachineError {
     /// A vCPU's thread.
     #[error("start the thread of vCPU {0}: {1}; check the pids limit of the pod's cgroup")]
     Thread(u8, std::io::Error),
+    /// A thread's privileges.
+    #[error(transparent)]
+    Privileges(#[from] PrivilegeError),
+    /// A thread's system calls.
+    #[error(transparent)]
+    Seccomp(#[from] SeccompError),
     /// An event descriptor.
     #[error("make an event descriptor: {0}; raise the limit of open files")]
     Event(std::io::Error),
@@ -212,19 +221,54 @@ impl Machine {
     /// # Errors
     /// A thread could not be started; the process has to end then.
     pub fn start(self, end: &EndOfVm) -> Result<(RunningMachine, BootReport), MachineError> {
-        for (index, vcpu) in (0u8..).zip(self.vcpus) {
-            let (platform, end) = (self.platform.clone(), end.clone());
-            std::thread::Builder::new()
-                .name(format!("vcpu{index}"))
-                .stack_size(VCPU_STACK_BYTES)
-                .spawn(move || vcpu::run(vcpu, index, &platform, &end))
-                .map_err(|error| MachineError::Thread(index, error))?;
+        // The file server has its own. The vCPUs' threads inherit what is left here: nothing.
+        privileges::give_up_capabilities()?;
+        let gates = spawn_vcpus(self.vcpus, &self.platform, end)?;
+        // Nobody starts a thread from here on.
+        seccomp::confine(ThreadKind::Control)?;
+        for gate in gates {
+            // A thread that has ended has told why.
+            let _ = gate.send(());
         }
         let mut marks = self.marks;
         marks.push(("vcpus started".to_owned(), monotonic_ns()));
         let running = RunningMachine { platform: self.platform, vsock: self.vsock, _vm: self.vm };
         Ok((running, BootReport { marks }))
     }
+}
+
+/// Starts a thread for each vCPU, which enters the guest when its gate is opened. All have their
+/// filters when this returns.
+fn spawn_vcpus(
+    vcpus: Vec<VcpuFd>,
+    platform: &Arc<Platform>,
+    end: &EndOfVm,
+) -> Result<Vec<SyncSender<()>>, MachineError> {
+    let (confined, answers) = sync_channel(vcpus.len());
+    let mut gates = Vec::new();
+    for (index, vcpu) in (0u8..).zip(vcpus) {
+        let (platform, end, confined) = (platform.clone(), end.clone(), confined.clone());
+        let (gate, opened) = sync_channel(1);
+        gates.push(gate);
+        std::thread::Builder::new()
+            .name(format!("vcpu{index}"))
+            .stack_size(VCPU_STACK_BYTES)
+            .spawn(move || {
+                let result = seccomp::confine(ThreadKind::Vcpu);
+                let goes_on = result.is_ok();
+                // There is room for an answer of each.
+                let _ = confined.send(result);
+                if goes_on && opened.recv().is_ok() {
+                    vcpu::run(vcpu, index, &platform, &end);
+                }
+            })
+            .map_err(|error| MachineError::Thread(index, error))?;
+    }
+    // Each answers once; the one here keeps the channel from ending before.
+    for answer in answers.iter().take(gates.len()) {
+        answer?;
+    }
+    Ok(gates)
 }
 
 /// A vCPU's thread calls devices' register functions and nothing deep.
@@ -282,11 +326,20 @@ fn start_workers(
         matches!(device, DeviceConfig::Fs { .. } | DeviceConfig::Block { .. })
     };
     let blocks = config.devices.iter().any(files);
-    let io = EventLoop::start("io", || {})?;
+    let io = EventLoop::start("io", || {
+        privileges::give_up_capabilities().map_err(|error| error.to_string())?;
+        seccomp::confine(ThreadKind::Io).map_err(|error| error.to_string())
+    })?;
     if let Some(console) = console {
         crate::console_input::watch(&io, console)?;
     }
-    let file_server = if blocks { Some(EventLoop::start("file-server", || {})?) } else { None };
+    let file_server = match blocks {
+        true => Some(EventLoop::start("file-server", || {
+            privileges::become_file_server().map_err(|error| error.to_string())?;
+            seccomp::confine(ThreadKind::FileServer).map_err(|error| error.to_string())
+        })?),
+        false => None,
+    };
     Ok(Workers { io, file_server })
 }
 

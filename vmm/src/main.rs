@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
-use vial_vmm::{control::Control, probe};
+use vial_vmm::{control::Control, privileges, probe};
 
 /// Runs one virtual machine, and is told which over an inherited socket.
 ///
@@ -84,6 +84,7 @@ fn serve(options: &Serve) -> Result<ExitCode> {
         .with_ansi(false)
         .without_time()
         .init();
+    privileges::prepare_process()?;
     let socket = inherited_socket(number)?;
     let reason = Control::new(socket)?.run()?;
     // The shim hears of it by the socket and the exit status.

@@ -1,9 +1,14 @@
 //! Making a tap, which only an ioctl does.
 #![allow(unsafe_code)]
 
-use std::{fs::File, io, os::fd::OwnedFd, os::unix::fs::OpenOptionsExt};
+use std::{io, os::fd::OwnedFd, path::Path};
 
-use rustix::{fs::OFlags, ioctl};
+use rustix::{
+    fs::{OFlags, fcntl_setfl},
+    ioctl,
+};
+
+use crate::jail::descriptors::open_device;
 
 /// `TUNSETIFF` and the flags that it takes (linux/if_tun.h).
 const TUNSETIFF: ioctl::Opcode = ioctl::opcode::write::<i32>(b'T', 202);
@@ -26,11 +31,8 @@ pub(super) fn make(name: &str) -> io::Result<OwnedFd> {
     if name.len() >= IFNAMSIZ {
         return Err(io::ErrorKind::InvalidInput.into());
     }
-    let tap = File::options()
-        .read(true)
-        .write(true)
-        .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
-        .open("/dev/net/tun")?;
+    let tap = open_device(Path::new("/dev/net/tun"))?;
+    fcntl_setfl(&tap, OFlags::NONBLOCK)?;
     let mut request =
         Request { name: [0; IFNAMSIZ], flags: IFF_TAP | IFF_NO_PI | IFF_VNET_HDR, rest: [0; 22] };
     request.name[..name.len()].copy_from_slice(name.as_bytes());

@@ -101,7 +101,7 @@ impl Fixture {
         let me = std::env::current_exe().unwrap();
         let at = |name: &str| dir.path().join(name).display().to_string();
         let configuration = format!(
-            "vmm = {:?}\nkernel = {:?}\ninitrd = {:?}\nstate_directory = {:?}\n{configuration}",
+            "jail = false\nvmm = {:?}\nkernel = {:?}\ninitrd = {:?}\nstate_directory = {:?}\n{configuration}",
             me.display().to_string(),
             at("kernel"),
             at("initrd"),

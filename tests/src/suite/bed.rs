@@ -194,6 +194,11 @@ impl Bed {
         log_since(from).contains("a vCPU is stuck")
     }
 
+    /// The lines with `word` that were added to containerd's log since it was `from` bytes long.
+    pub(crate) fn lines_since(&self, from: usize, word: &str) -> Vec<String> {
+        log_since(from).lines().filter(|line| line.contains(word)).map(str::to_owned).collect()
+    }
+
     /// Prints what containerd's log complains of since it was `from` bytes long.
     pub(crate) fn tell_the_log(&self, from: usize) {
         let text = log_since(from);

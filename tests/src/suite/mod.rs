@@ -5,6 +5,7 @@ mod compare;
 mod control;
 pub(crate) mod faults;
 mod input;
+mod isolation;
 mod lifecycle;
 mod machine;
 mod network;
@@ -66,6 +67,10 @@ pub(crate) fn cases() -> Vec<Case> {
         machine::disk_keeps_what_the_guest_wrote,
         machine::disk_that_is_read_only_stays_as_it_is,
         machine::end_of_the_guest_is_told,
+        isolation::vmm_is_jailed_with_each_of_its_threads,
+        isolation::hostile_program_in_place_of_the_vmm_gets_nowhere,
+        isolation::vmm_without_user_namespaces_is_jailed_and_warned_of,
+        isolation::vmm_without_a_jail_runs_and_is_warned_of,
         input::wrong_configuration_is_named,
         input::wrong_command_lines_are_refused,
         input::check_says_that_this_host_is_fit,

@@ -92,14 +92,19 @@ pub enum FsError {
 
 /// The device.
 pub struct Fs {
-    tag: String,
     /// The tag and the number of request queues (virtio 1.2, 5.11.4).
     config: [u8; TAG_BYTES + 4],
+    share: Share,
+    /// The server for the next activation, when it was made already.
+    prepared: Option<PassthroughFs>,
+}
+
+/// What is shared, and how.
+struct Share {
+    tag: String,
     root: OwnedFd,
     proc_fd: Option<OwnedFd>,
     guest_descriptors: u64,
-    /// The server for the next activation, when it was made already.
-    prepared: Option<PassthroughFs>,
 }
 
 impl Fs {
@@ -120,17 +125,28 @@ impl Fs {
         let mut config = [0; TAG_BYTES + 4];
         config[..tag.len()].copy_from_slice(tag.as_bytes());
         config[TAG_BYTES..].copy_from_slice(&1_u32.to_le_bytes());
-        let mut device =
-            Self { tag: tag.to_owned(), config, root, proc_fd, guest_descriptors, prepared: None };
-        device.prepared = Some(device.file_server()?);
-        Ok(device)
+        let share = Share { tag: tag.to_owned(), root, proc_fd, guest_descriptors };
+        let prepared = Some(share.file_server()?);
+        Ok(Self { config, share, prepared })
+    }
+}
+
+impl Share {
+    fn try_clone(&self) -> io::Result<Self> {
+        let proc_fd = self.proc_fd.as_ref().map(OwnedFd::try_clone).transpose()?;
+        Ok(Self { tag: self.tag.clone(), root: self.root.try_clone()?, proc_fd, ..*self })
+    }
+
+    /// Goes where the library takes its root from.
+    fn enter(&self) -> Result<(), FsError> {
+        fchdir(&self.root)
+            .map_err(|error| FsError::Root { tag: self.tag.clone(), source: error.into() })
     }
 
     /// A server that has nothing open yet but the directories that it starts from.
     fn file_server(&self) -> Result<PassthroughFs, FsError> {
-        let tag = || self.tag.clone();
-        fchdir(&self.root).map_err(|error| FsError::Root { tag: tag(), source: error.into() })?;
-        let serve = |source| FsError::Serve { tag: tag(), source };
+        self.enter()?;
+        let serve = |source| FsError::Serve { tag: self.tag.clone(), source };
         let proc_fd = self.proc_fd.as_ref().map(OwnedFd::try_clone).transpose().map_err(serve)?;
         PassthroughFs::new(Config {
             root_dir: ".".into(),
@@ -182,16 +198,12 @@ impl VirtioDevice for Fs {
     fn activate(&mut self, mut activation: Activation) -> Result<Box<dyn Worker>, ActivateError> {
         let refused = |reason: String| ActivateError { device: DEVICE, reason };
         let queues = [activation.take_queue(DEVICE, 0)?, activation.take_queue(DEVICE, 1)?];
-        let root = self.root.try_clone().map_err(|error| refused(error.to_string()))?;
+        let share = self.share.try_clone().map_err(|error| refused(error.to_string()))?;
         let view = View::new(&activation.ram).map_err(|error| refused(error.to_string()))?;
-        let files = match self.prepared.take() {
-            Some(files) => files,
-            None => self.file_server().map_err(|error| refused(error.to_string()))?,
-        };
         Ok(Box::new(FsWorker {
-            server: Server::new(Confined(files)),
+            server: self.prepared.take().map(serve),
             view,
-            root,
+            share,
             queues,
             fault: activation.fault,
             broken: false,
@@ -199,11 +211,16 @@ impl VirtioDevice for Fs {
     }
 }
 
+fn serve(files: PassthroughFs) -> Server<Confined> {
+    Server::new(Confined(files))
+}
+
 /// Serves the queues. What the guest had open is closed when this is dropped.
 struct FsWorker {
-    server: Server<Confined>,
+    /// After a reset it is made anew, on the worker's thread: the vCPU's opens no files.
+    server: Option<Server<Confined>>,
     view: View,
-    root: OwnedFd,
+    share: Share,
     queues: [ActiveQueue; 2],
     fault: Fault,
     broken: bool,
@@ -213,16 +230,15 @@ impl FsWorker {
     fn serve(&mut self, index: usize) -> Result<(), QueueError> {
         // The library opens its root as `.` when the guest mounts, and there may be several
         // shares in the process.
-        fchdir(&self.root).map_err(|error| {
-            QueueError::Chain(format!("the shared directory cannot be entered: {error}"))
-        })?;
+        self.share.enter().map_err(|error| QueueError::Chain(error.to_string()))?;
+        let Some(server) = &self.server else { return Ok(()) };
         let queue = &mut self.queues[index];
         queue.disable_kicks()?;
         for _ in 0..REQUESTS_PER_WAKE {
             match queue.pop()? {
                 Some(chain) => {
                     let head = chain.head_index();
-                    let written = answer(&self.server, &self.view, chain)?;
+                    let written = answer(server, &self.view, chain)?;
                     queue.complete(head, written)?;
                     // One by one: the next request may take long.
                     queue.notify()?;
@@ -264,6 +280,12 @@ fn answer(server: &Server<Confined>, view: &View, chain: Chain) -> Result<u32, Q
 
 impl MutEventSubscriber for FsWorker {
     fn init(&mut self, ops: &mut EventOps) {
+        if self.server.is_none() {
+            match self.share.file_server() {
+                Ok(files) => self.server = Some(serve(files)),
+                Err(error) => return self.fail(&error),
+            }
+        }
         for (index, queue) in self.queues.iter().enumerate() {
             let events = Events::with_data(queue.kick_event(), index as u32, EventSet::IN);
             if let Err(error) = ops.add(events) {

@@ -1,0 +1,297 @@
+//! The base filter: what any program in the jail can ask of the kernel.
+//!
+//! It is the union of what the VMM's threads need, from the program's first instruction on. The
+//! VMM then narrows each of its threads by a filter of its own (`vmm/src/seccomp`). Here a
+//! forbidden call fails with `EPERM`, there it ends the VM.
+//!
+//! What is left out on purpose, beyond what is dangerous for everybody: any socket but a pair of
+//! unnamed ones, so that a volume's socket files cannot be connected to; processes, so that all
+//! that can be started is threads; memory that can be executed and was not when the program
+//! began.
+
+use std::collections::BTreeMap;
+
+use seccompiler::{
+    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
+    SeccompFilter, SeccompRule, TargetArch,
+};
+
+/// The descriptor that the VMM's program is executed by. It is gone when the program runs.
+pub(super) const PROGRAM_FD: i32 = 4;
+
+/// What every program does: memory, time, threads, its own signals.
+const RUN: &[i64] = &[
+    libc::SYS_arch_prctl,
+    libc::SYS_brk,
+    libc::SYS_clock_getres,
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_futex,
+    libc::SYS_getpid,
+    libc::SYS_getrandom,
+    libc::SYS_gettid,
+    libc::SYS_gettimeofday,
+    libc::SYS_madvise,
+    libc::SYS_mremap,
+    libc::SYS_munmap,
+    libc::SYS_nanosleep,
+    libc::SYS_restart_syscall,
+    libc::SYS_rseq,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_sched_yield,
+    libc::SYS_set_robust_list,
+    libc::SYS_set_tid_address,
+    libc::SYS_sigaltstack,
+    libc::SYS_tgkill,
+    libc::SYS_uname,
+];
+
+/// What is done by descriptors: those that came from the shim, and those of events and pairs.
+const DESCRIPTORS: &[i64] = &[
+    libc::SYS_close,
+    libc::SYS_dup,
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_wait,
+    libc::SYS_eventfd2,
+    libc::SYS_fstat,
+    libc::SYS_getsockopt,
+    libc::SYS_lseek,
+    libc::SYS_pipe2,
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_pread64,
+    libc::SYS_preadv,
+    libc::SYS_preadv2,
+    libc::SYS_pwrite64,
+    libc::SYS_pwritev,
+    libc::SYS_pwritev2,
+    libc::SYS_read,
+    libc::SYS_readv,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmsg,
+    libc::SYS_sendto,
+    libc::SYS_shutdown,
+    libc::SYS_write,
+    libc::SYS_writev,
+];
+
+/// What the file server does to the shared tree, which is all that there is.
+const FILES: &[i64] = &[
+    libc::SYS_copy_file_range,
+    libc::SYS_fallocate,
+    libc::SYS_fchdir,
+    libc::SYS_fchmod,
+    libc::SYS_fchmodat,
+    libc::SYS_fchmodat2,
+    libc::SYS_fchown,
+    libc::SYS_fchownat,
+    libc::SYS_fdatasync,
+    libc::SYS_fgetxattr,
+    libc::SYS_flistxattr,
+    libc::SYS_fremovexattr,
+    libc::SYS_fsetxattr,
+    libc::SYS_fstatfs,
+    libc::SYS_fsync,
+    libc::SYS_ftruncate,
+    libc::SYS_getdents64,
+    libc::SYS_getxattr,
+    libc::SYS_linkat,
+    libc::SYS_listxattr,
+    libc::SYS_mkdirat,
+    libc::SYS_mknodat,
+    libc::SYS_newfstatat,
+    libc::SYS_openat,
+    libc::SYS_openat2,
+    libc::SYS_readlink,
+    libc::SYS_readlinkat,
+    libc::SYS_removexattr,
+    libc::SYS_renameat2,
+    libc::SYS_setxattr,
+    libc::SYS_statx,
+    libc::SYS_symlinkat,
+    libc::SYS_syncfs,
+    libc::SYS_umask,
+    libc::SYS_unlinkat,
+    libc::SYS_utimensat,
+];
+
+/// How the file server makes files for the guest's users, and how the other threads give up what
+/// it does that with.
+const IDENTITY: &[i64] = &[
+    libc::SYS_capget,
+    libc::SYS_capset,
+    libc::SYS_getegid,
+    libc::SYS_geteuid,
+    libc::SYS_getgid,
+    libc::SYS_getuid,
+    libc::SYS_setgroups,
+    libc::SYS_setresgid,
+    libc::SYS_setresuid,
+];
+
+/// `prctl` options.
+const PRCTL: &[i32] = &[
+    libc::PR_SET_NAME,
+    libc::PR_SET_DUMPABLE,
+    libc::PR_SET_NO_NEW_PRIVS,
+    libc::PR_SET_SECCOMP,
+    libc::PR_SET_SECUREBITS,
+    libc::PR_CAPBSET_READ,
+    libc::PR_CAP_AMBIENT,
+    libc::PR_SET_VMA,
+];
+
+/// `fcntl` commands.
+const FCNTL: &[i32] =
+    &[libc::F_DUPFD_CLOEXEC, libc::F_GETFD, libc::F_SETFD, libc::F_GETFL, libc::F_SETFL];
+
+/// The type of KVM's requests, in the second byte (linux/kvm.h).
+const KVMIO: u64 = 0xae00;
+/// Requests to others than KVM.
+const IOCTL: &[u64] = &[libc::FIONBIO, libc::TUNGETIFF, libc::TUNSETVNETHDRSZ, libc::TUNSETOFFLOAD];
+
+/// How glibc starts a thread (pthread_create(3)).
+const THREAD_FLAGS: i32 = libc::CLONE_VM
+    | libc::CLONE_FS
+    | libc::CLONE_FILES
+    | libc::CLONE_SYSVSEM
+    | libc::CLONE_SIGHAND
+    | libc::CLONE_THREAD
+    | libc::CLONE_SETTLS
+    | libc::CLONE_PARENT_SETTID
+    | libc::CLONE_CHILD_CLEARTID;
+
+type Rules = BTreeMap<i64, Vec<SeccompRule>>;
+
+/// A rule that holds when the argument, 32 bits of it, compares so.
+fn when(argument: u8, how: SeccompCmpOp, value: u64) -> Result<SeccompRule, BackendError> {
+    let condition = SeccompCondition::new(argument, SeccompCmpArgLen::Dword, how, value)?;
+    SeccompRule::new(vec![condition])
+}
+
+/// A rule for each value that the argument may have.
+fn one_of(
+    argument: u8,
+    values: impl IntoIterator<Item = u64>,
+) -> Result<Vec<SeccompRule>, BackendError> {
+    values.into_iter().map(|value| when(argument, SeccompCmpOp::Eq, value)).collect()
+}
+
+fn rules() -> Result<Rules, BackendError> {
+    let numbers = |list: &[i32]| list.iter().map(|n| u64::from(n.cast_unsigned())).collect();
+    let (prctl, fcntl): (Vec<u64>, Vec<u64>) = (numbers(PRCTL), numbers(FCNTL));
+    let lists = [RUN, DESCRIPTORS, FILES, IDENTITY].concat();
+    let mut rules: Rules = lists.into_iter().map(|number| (number, Vec::new())).collect();
+    // Never memory that can be executed.
+    for call in [libc::SYS_mmap, libc::SYS_mprotect] {
+        let executable = SeccompCmpOp::MaskedEq(u64::from(libc::PROT_EXEC.cast_unsigned()));
+        rules.insert(call, vec![when(2, executable, 0)?]);
+    }
+    rules.insert(libc::SYS_prctl, one_of(0, prctl)?);
+    rules.insert(libc::SYS_fcntl, one_of(1, fcntl)?);
+    let mut ioctl = one_of(1, IOCTL.iter().copied())?;
+    ioctl.push(when(1, SeccompCmpOp::MaskedEq(0xff00), KVMIO)?);
+    rules.insert(libc::SYS_ioctl, ioctl);
+    rules.insert(libc::SYS_socketpair, one_of(0, [libc::AF_UNIX as u64])?);
+    rules.insert(libc::SYS_clone, one_of(0, [THREAD_FLAGS as u64])?);
+    // Asking for a limit, not setting it.
+    let no_limit = SeccompCondition::new(2, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0)?;
+    rules.insert(libc::SYS_prlimit64, vec![SeccompRule::new(vec![no_limit])?]);
+    // More filters, but none that somebody listens to.
+    let own = SeccompRule::new(vec![
+        SeccompCondition::new(
+            0,
+            SeccompCmpArgLen::Dword,
+            SeccompCmpOp::Eq,
+            u64::from(libc::SECCOMP_SET_MODE_FILTER),
+        )?,
+        SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, 0)?,
+    ])?;
+    rules.insert(libc::SYS_seccomp, vec![own]);
+    let program = SeccompRule::new(vec![
+        SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, PROGRAM_FD as u64)?,
+        SeccompCondition::new(
+            4,
+            SeccompCmpArgLen::Dword,
+            SeccompCmpOp::Eq,
+            libc::AT_EMPTY_PATH as u64,
+        )?,
+    ])?;
+    rules.insert(libc::SYS_execveat, vec![program]);
+    Ok(rules)
+}
+
+/// The filters, in the order in which they have to be installed.
+///
+/// # Errors
+/// The tables here make no program.
+pub fn filters() -> Result<[BpfProgram; 2], BackendError> {
+    let errno = |number: i32| SeccompAction::Errno(number.cast_unsigned());
+    let base =
+        SeccompFilter::new(rules()?, errno(libc::EPERM), SeccompAction::Allow, TargetArch::x86_64)?;
+    // Its flags are in memory, where no filter sees them. glibc then takes the older call.
+    let hidden = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
+    let hidden =
+        SeccompFilter::new(hidden, SeccompAction::Allow, errno(libc::ENOSYS), TargetArch::x86_64)?;
+    // Of two filters that refuse, the one that was installed last names the error.
+    Ok([base.try_into()?, hidden.try_into()?])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn filters_are_programs_within_the_kernels_limit() {
+        for program in filters().unwrap() {
+            // BPF_MAXINSNS.
+            assert!((1..=4096).contains(&program.len()), "{}", program.len());
+        }
+    }
+
+    #[test]
+    fn what_leads_out_is_on_no_list() {
+        let rules = rules().unwrap();
+        for call in [
+            libc::SYS_bpf,
+            libc::SYS_connect,
+            libc::SYS_execve,
+            libc::SYS_fork,
+            libc::SYS_vfork,
+            libc::SYS_clone3,
+            libc::SYS_io_uring_setup,
+            libc::SYS_keyctl,
+            libc::SYS_add_key,
+            libc::SYS_request_key,
+            libc::SYS_kill,
+            libc::SYS_memfd_create,
+            libc::SYS_mount,
+            libc::SYS_move_mount,
+            libc::SYS_name_to_handle_at,
+            libc::SYS_open_by_handle_at,
+            libc::SYS_open_tree,
+            libc::SYS_perf_event_open,
+            libc::SYS_pidfd_getfd,
+            libc::SYS_pidfd_open,
+            libc::SYS_pivot_root,
+            libc::SYS_process_vm_readv,
+            libc::SYS_process_vm_writev,
+            libc::SYS_ptrace,
+            libc::SYS_setns,
+            libc::SYS_socket,
+            libc::SYS_umount2,
+            libc::SYS_unshare,
+            libc::SYS_userfaultfd,
+        ] {
+            assert!(!rules.contains_key(&call), "{call}");
+        }
+    }
+}

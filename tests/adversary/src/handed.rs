@@ -1,0 +1,121 @@
+//! What a VMM is handed, misused: descriptors that lead up, are opened again or changed.
+
+use std::ffi::{CString, c_long};
+
+use crate::{Tally, call, text};
+
+/// The most descriptors on one message.
+const MOST: usize = 64;
+
+/// Takes the first message's descriptors from the API socket.
+pub(crate) fn receive(socket: i32) -> Option<Vec<i32>> {
+    let mut bytes = vec![0u8; 64 << 10];
+    let mut control = vec![0u64; MOST];
+    let mut part = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+    // SAFETY: all zeros are a valid `msghdr`.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = &raw mut part;
+    message.msg_iovlen = 1;
+    message.msg_control = control.as_mut_ptr().cast();
+    message.msg_controllen = size_of_val(&control[..]);
+    let receive = [socket.into(), (&raw mut message) as c_long, 0, 0, 0, 0];
+    if call(libc::SYS_recvmsg, receive) <= 0 {
+        return None;
+    }
+    // SAFETY: the kernel has filled the buffer with whole messages, as many bytes as it says.
+    unsafe {
+        let header = libc::CMSG_FIRSTHDR(&raw const message);
+        if header.is_null() {
+            return None;
+        }
+        let count = ((*header).cmsg_len - libc::CMSG_LEN(0) as usize) / size_of::<i32>();
+        let first = libc::CMSG_DATA(header).cast::<i32>();
+        Some((0..count).map(|index| first.add(index).read_unaligned()).collect())
+    }
+}
+
+/// Tries all that could lead out by each of them, and by the standard streams.
+pub(crate) fn try_all(tally: &mut Tally, handed: &[i32]) {
+    tally.note("the VMM is handed nothing", handed.is_empty());
+    for descriptor in handed.iter().copied().chain(0..3) {
+        climb(tally, descriptor);
+        // A pipe's or a socket's mode is nobody's concern.
+        if is_of_a_path(descriptor) {
+            change(tally, descriptor);
+        }
+    }
+    // Through a directory like /proc/self/fd, each of them again.
+    for directory in handed {
+        for descriptor in handed.iter().filter(|other| *other != directory) {
+            reopen(tally, *directory, *descriptor);
+        }
+    }
+    // TUNSETPERSIST, TUNSETOWNER, TUNSETIFF; KVM's own are what a VMM is for.
+    for request in [0x4004_54cb, 0x4004_54cc, 0x4004_54ca] {
+        for descriptor in handed {
+            let set = [(*descriptor).into(), request, 1, 0, 0, 0];
+            tally.call("change a tap", libc::SYS_ioctl, set);
+        }
+    }
+}
+
+fn status(descriptor: i32) -> Option<libc::stat> {
+    // SAFETY: all zeros are a valid `stat`.
+    let mut status: libc::stat = unsafe { std::mem::zeroed() };
+    let ask = [descriptor.into(), (&raw mut status) as c_long, 0, 0, 0, 0];
+    (call(libc::SYS_fstat, ask) == 0).then_some(status)
+}
+
+fn is_of_a_path(descriptor: i32) -> bool {
+    let kind = status(descriptor).map_or(0, |status| status.st_mode & libc::S_IFMT);
+    matches!(kind, libc::S_IFREG | libc::S_IFDIR | libc::S_IFCHR | libc::S_IFBLK)
+}
+
+/// `..` from a directory must stay there.
+fn climb(tally: &mut Tally, directory: i32) {
+    let path = c"../../../../../../etc/passwd";
+    let open = [directory.into(), text(path), 0, 0, 0, 0];
+    tally.call(&format!("open {path:?} from {directory}"), libc::SYS_openat, open);
+    let flags = c_long::from(libc::O_PATH | libc::O_DIRECTORY);
+    let up = call(libc::SYS_openat, [directory.into(), text(c".."), flags, 0, 0, 0]);
+    if let (Ok(up), Some(here)) = (i32::try_from(up), status(directory))
+        && let Some(above) = status(up)
+    {
+        let same = (here.st_dev, here.st_ino) == (above.st_dev, above.st_ino);
+        tally.note(&format!("go up from descriptor {directory}"), !same);
+    }
+}
+
+/// Owner, mode and content of what is shown.
+fn change(tally: &mut Tally, descriptor: i32) {
+    let own = |what: &str| format!("{what} of descriptor {descriptor}");
+    let number = c_long::from(descriptor);
+    tally.call(&own("mode"), libc::SYS_fchmod, [number, 0o666, 0, 0, 0, 0]);
+    tally.call(&own("owner"), libc::SYS_fchown, [number, 1, 1, 0, 0, 0]);
+    let empty = c_long::from(libc::AT_EMPTY_PATH);
+    let owner = [number, text(c""), 1, 1, empty, 0];
+    tally.call(&own("owner by path"), libc::SYS_fchownat, owner);
+    tally.call(&own("size"), libc::SYS_ftruncate, [number, 0, 0, 0, 0, 0]);
+    let times = [number, 0, 0, 0, 0, 0];
+    tally.call(&own("times"), libc::SYS_utimensat, times);
+    let name = text(c"user.a");
+    let attribute = [number, name, name, 1, 0, 0];
+    tally.call(&own("attributes"), libc::SYS_fsetxattr, attribute);
+    let kind = status(descriptor).map_or(0, |status| status.st_mode & libc::S_IFMT);
+    if kind == libc::S_IFREG {
+        tally.call(&own("content"), libc::SYS_pwrite64, [number, name, 1, 0, 0, 0]);
+    }
+}
+
+/// Opens a descriptor again, for writing, by its name in a directory of descriptors.
+fn reopen(tally: &mut Tally, directory: i32, descriptor: i32) {
+    if status(descriptor).is_none_or(|status| status.st_mode & libc::S_IFMT != libc::S_IFREG) {
+        return;
+    }
+    let Ok(name) = CString::new(descriptor.to_string()) else { return };
+    let flags = c_long::from(libc::O_RDWR);
+    let open = [directory.into(), text(&name), flags, 0, 0, 0];
+    tally.call(&format!("open {descriptor} again for writing"), libc::SYS_openat, open);
+    let mode = [directory.into(), text(&name), 0o666, 0, 0, 0];
+    tally.call(&format!("mode of {descriptor} by its name"), libc::SYS_fchmodat, mode);
+}

@@ -1,0 +1,96 @@
+//! The system calls that each kind of thread can make. Anything else ends the process, and the VM
+//! with it.
+//!
+//! The tables are lists of what is allowed, with the arguments that decide what a call can do.
+//! They come from what the threads do, read and seen, for glibc linked statically. A thread puts
+//! its filter on before it serves anything; no guest runs before all have.
+
+mod tables;
+
+use std::collections::BTreeMap;
+
+use seccompiler::{
+    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
+    SeccompFilter, SeccompRule, TargetArch,
+};
+
+/// The kinds of threads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ThreadKind {
+    /// Runs the guest on a vCPU.
+    Vcpu,
+    /// Serves the devices that never block.
+    Io,
+    /// Serves files and disks.
+    FileServer,
+    /// Serves the shim's socket, once the VM runs.
+    Control,
+}
+
+/// Why a filter could not be put on.
+#[derive(Debug, thiserror::Error)]
+pub enum SeccompError {
+    /// The tables make no program.
+    #[error("make the system call filter of a {0:?} thread: {1}")]
+    Compile(ThreadKind, BackendError),
+    /// The kernel refused it.
+    #[error(
+        "filter the system calls of a {0:?} thread: {1}; the kernel needs CONFIG_SECCOMP_FILTER"
+    )]
+    Apply(ThreadKind, seccompiler::Error),
+}
+
+/// What has to hold for an argument, of which the lower 32 bits count.
+#[derive(Debug, Clone, Copy)]
+enum Check {
+    /// Nothing.
+    Any,
+    /// The argument of that index is one of these.
+    OneOf(u8, &'static [u64]),
+    /// The argument of that index has none of these bits.
+    Without(u8, u64),
+}
+
+impl Check {
+    fn rules(self) -> Result<Vec<SeccompRule>, BackendError> {
+        let rule = |argument, how, value| {
+            let condition = SeccompCondition::new(argument, SeccompCmpArgLen::Dword, how, value)?;
+            SeccompRule::new(vec![condition])
+        };
+        match self {
+            Self::Any => Ok(Vec::new()),
+            Self::OneOf(argument, values) => {
+                values.iter().map(|value| rule(argument, SeccompCmpOp::Eq, *value)).collect()
+            }
+            Self::Without(argument, bits) => {
+                Ok(vec![rule(argument, SeccompCmpOp::MaskedEq(bits), 0)?])
+            }
+        }
+    }
+}
+
+fn compile(kind: ThreadKind) -> Result<BpfProgram, BackendError> {
+    let mut rules = BTreeMap::new();
+    for (call, check) in tables::of(kind) {
+        rules.insert(*call, check.rules()?);
+    }
+    let filter = SeccompFilter::new(
+        rules,
+        SeccompAction::KillProcess,
+        SeccompAction::Allow,
+        TargetArch::x86_64,
+    )?;
+    filter.try_into()
+}
+
+/// Leaves the calling thread the system calls of its kind, for good.
+///
+/// # Errors
+/// [`SeccompError`].
+pub fn confine(kind: ThreadKind) -> Result<(), SeccompError> {
+    let program = compile(kind).map_err(|error| SeccompError::Compile(kind, error))?;
+    seccompiler::apply_filter(&program).map_err(|error| SeccompError::Apply(kind, error))
+}
+
+#[cfg(test)]
+mod tests;

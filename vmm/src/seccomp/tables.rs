@@ -1,0 +1,191 @@
+//! What each kind of thread may call, and with what. Each list is to be read as a claim: nothing
+//! in it reaches further than the descriptors that the VMM was handed.
+
+use super::Check::{self, Any, OneOf, Without};
+use super::ThreadKind;
+
+type Call = (i64, Check);
+
+const PROT_EXEC: u64 = libc::PROT_EXEC as u64;
+
+/// Memory, locks, events, time, and the end: what any thread of a Rust program does.
+const EVERY_THREAD: &[Call] = &[
+    (libc::SYS_brk, Any),
+    (libc::SYS_clock_gettime, Any),
+    (libc::SYS_close, Any),
+    (libc::SYS_exit, Any),
+    (libc::SYS_exit_group, Any),
+    // A debugging build looks whether a descriptor is open before it closes it.
+    (libc::SYS_fcntl, OneOf(1, &[libc::F_GETFD as u64])),
+    (libc::SYS_futex, Any),
+    (libc::SYS_getpid, Any),
+    (libc::SYS_getrandom, Any),
+    (libc::SYS_gettid, Any),
+    (libc::SYS_madvise, Any),
+    (libc::SYS_mmap, Without(2, PROT_EXEC)),
+    (libc::SYS_mprotect, Without(2, PROT_EXEC)),
+    (libc::SYS_mremap, Any),
+    (libc::SYS_munmap, Any),
+    // glibc names its memory, if asked to.
+    (libc::SYS_prctl, OneOf(0, &[libc::PR_SET_VMA as u64])),
+    (libc::SYS_read, Any),
+    (libc::SYS_restart_syscall, Any),
+    // Of abort(3); so are the numbers of process and thread.
+    (libc::SYS_rt_sigaction, Any),
+    (libc::SYS_rt_sigprocmask, Any),
+    (libc::SYS_rt_sigreturn, Any),
+    (libc::SYS_sched_yield, Any),
+    (libc::SYS_sigaltstack, Any),
+    (libc::SYS_tgkill, Any),
+    (libc::SYS_write, Any),
+    (libc::SYS_writev, Any),
+];
+
+/// A request's number (ioctl(2)) of KVM: direction, size of the argument, number.
+const fn kvm(direction: u64, size: u64, number: u64) -> u64 {
+    direction << 30 | size << 16 | 0xae << 8 | number
+}
+
+const KVM_RUN: u64 = kvm(0, 0, 0x80);
+const KVM_GET_REGS: u64 = kvm(2, 144, 0x81);
+const KVM_SET_GSI_ROUTING: u64 = kvm(1, 8, 0x6a);
+const KVM_IRQFD: u64 = kvm(1, 32, 0x76);
+const KVM_IOEVENTFD: u64 = kvm(1, 64, 0x79);
+
+/// Runs the guest; on its way there the guest's driver activates devices and sets interrupts.
+const VCPU: &[Call] = &[
+    // A tap's settings change with what the driver negotiates.
+    (
+        libc::SYS_ioctl,
+        OneOf(
+            1,
+            &[
+                KVM_RUN,
+                KVM_GET_REGS,
+                KVM_SET_GSI_ROUTING,
+                KVM_IRQFD,
+                KVM_IOEVENTFD,
+                libc::TUNSETOFFLOAD,
+            ],
+        ),
+    ),
+    // A device's worker gets descriptors of its own.
+    (libc::SYS_fcntl, OneOf(1, &[libc::F_DUPFD_CLOEXEC as u64, libc::F_GETFD as u64])),
+];
+
+/// An event loop.
+const EVENT_LOOP: &[Call] =
+    &[(libc::SYS_epoll_ctl, Any), (libc::SYS_epoll_pwait, Any), (libc::SYS_epoll_wait, Any)];
+
+/// Taps, the host's ends of vsock connections, random numbers, what is typed at the console.
+const IO: &[Call] = &[
+    (libc::SYS_readv, Any),
+    (libc::SYS_recvfrom, Any),
+    (libc::SYS_recvmsg, Any),
+    (libc::SYS_sendmsg, Any),
+    (libc::SYS_sendto, Any),
+    (libc::SYS_shutdown, Any),
+    // A connection that the guest opens.
+    (libc::SYS_socketpair, OneOf(0, &[libc::AF_UNIX as u64])),
+];
+
+/// The shared tree, below the root of the jail. Disks too: `preadv` and the like.
+const FILES: &[Call] = &[
+    (libc::SYS_copy_file_range, Any),
+    (libc::SYS_dup, Any),
+    (libc::SYS_fallocate, Any),
+    (libc::SYS_fchdir, Any),
+    (libc::SYS_fchmod, Any),
+    (libc::SYS_fchmodat, Any),
+    (libc::SYS_fchmodat2, Any),
+    (libc::SYS_fchown, Any),
+    (libc::SYS_fchownat, Any),
+    (
+        libc::SYS_fcntl,
+        OneOf(
+            1,
+            &[
+                libc::F_DUPFD_CLOEXEC as u64,
+                libc::F_GETFD as u64,
+                libc::F_SETFD as u64,
+                libc::F_GETFL as u64,
+                libc::F_SETFL as u64,
+            ],
+        ),
+    ),
+    (libc::SYS_fdatasync, Any),
+    (libc::SYS_fgetxattr, Any),
+    (libc::SYS_flistxattr, Any),
+    (libc::SYS_fremovexattr, Any),
+    (libc::SYS_fsetxattr, Any),
+    (libc::SYS_fstat, Any),
+    (libc::SYS_fstatfs, Any),
+    (libc::SYS_fsync, Any),
+    (libc::SYS_ftruncate, Any),
+    (libc::SYS_getdents64, Any),
+    (libc::SYS_getxattr, Any),
+    (libc::SYS_linkat, Any),
+    (libc::SYS_listxattr, Any),
+    (libc::SYS_lseek, Any),
+    (libc::SYS_mkdirat, Any),
+    (libc::SYS_mknodat, Any),
+    (libc::SYS_newfstatat, Any),
+    (libc::SYS_openat, Any),
+    (libc::SYS_openat2, Any),
+    (libc::SYS_pread64, Any),
+    (libc::SYS_preadv, Any),
+    (libc::SYS_preadv2, Any),
+    (libc::SYS_pwrite64, Any),
+    (libc::SYS_pwritev, Any),
+    (libc::SYS_pwritev2, Any),
+    (libc::SYS_readlinkat, Any),
+    (libc::SYS_readv, Any),
+    (libc::SYS_removexattr, Any),
+    (libc::SYS_renameat2, Any),
+    (libc::SYS_setxattr, Any),
+    (libc::SYS_statx, Any),
+    (libc::SYS_symlinkat, Any),
+    (libc::SYS_syncfs, Any),
+    (libc::SYS_umask, Any),
+    (libc::SYS_unlinkat, Any),
+    (libc::SYS_utimensat, Any),
+];
+
+/// Acting for the guest's users, with the capabilities that the thread has.
+const IDENTITY: &[Call] = &[
+    (libc::SYS_capget, Any),
+    (libc::SYS_capset, Any),
+    (libc::SYS_getegid, Any),
+    (libc::SYS_geteuid, Any),
+    (libc::SYS_setgroups, Any),
+    (libc::SYS_setresgid, Any),
+    (libc::SYS_setresuid, Any),
+];
+
+/// The library asks for what it may do, before it gives up some of it for a request.
+const ASKING: Call = (
+    libc::SYS_prctl,
+    OneOf(0, &[libc::PR_SET_VMA as u64, libc::PR_CAPBSET_READ as u64, libc::PR_CAP_AMBIENT as u64]),
+);
+
+/// The shim's socket.
+const CONTROL: &[Call] = &[
+    (libc::SYS_poll, Any),
+    (libc::SYS_ppoll, Any),
+    (libc::SYS_recvmsg, Any),
+    (libc::SYS_sendmsg, Any),
+    // A file of a debugging console is flushed at the end.
+    (libc::SYS_fsync, Any),
+];
+
+/// What a thread of that kind may call. A call that comes twice is as it comes last.
+pub(super) fn of(kind: ThreadKind) -> impl Iterator<Item = &'static Call> {
+    const NOTHING: &[Call] = &[];
+    let own = match kind {
+        ThreadKind::Vcpu => [VCPU, NOTHING, NOTHING, NOTHING],
+        ThreadKind::Io => [EVENT_LOOP, IO, NOTHING, NOTHING],
+        ThreadKind::FileServer => [EVENT_LOOP, FILES, IDENTITY, &[ASKING]],
+        ThreadKind::Control => [CONTROL, NOTHING, NOTHING, NOTHING],
+    };
+    EVERY_THREAD.iter().chain(own.into_iter().flatten())
+}

@@ -1,0 +1,150 @@
+//! Each call is made by a process of its own, which is this test program run again.
+#![allow(unsafe_code)]
+
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, ExitStatus};
+
+use super::*;
+
+const KIND: &str = "VIAL_TEST_THREAD_KIND";
+const CALL: &str = "VIAL_TEST_CALL";
+
+const KINDS: [ThreadKind; 4] =
+    [ThreadKind::Vcpu, ThreadKind::Io, ThreadKind::FileServer, ThreadKind::Control];
+
+/// A descriptor that is not open: what is allowed fails by it, and does nothing.
+const CLOSED: i64 = 1 << 20;
+
+/// A name, the call and its arguments.
+type Attempt = (&'static str, i64, [i64; 4]);
+
+const READ_WRITE: i64 = (libc::PROT_READ | libc::PROT_WRITE) as i64;
+const EXECUTABLE: i64 = READ_WRITE | libc::PROT_EXEC as i64;
+const MAP: i64 = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as i64;
+
+/// What no thread may do.
+const NEVER: &[Attempt] = &[
+    ("execve", libc::SYS_execve, [0; 4]),
+    ("execveat", libc::SYS_execveat, [CLOSED, 0, 0, 0]),
+    ("fork", libc::SYS_fork, [0; 4]),
+    ("clone", libc::SYS_clone, [libc::SIGCHLD as i64, 0, 0, 0]),
+    ("clone3", libc::SYS_clone3, [0; 4]),
+    ("executable memory", libc::SYS_mmap, [0, 4096, EXECUTABLE, MAP]),
+    ("memory made executable", libc::SYS_mprotect, [0, 4096, EXECUTABLE, 0]),
+    ("memfd", libc::SYS_memfd_create, [0; 4]),
+    ("ptrace", libc::SYS_ptrace, [libc::PTRACE_TRACEME as i64, 0, 0, 0]),
+    ("bpf", libc::SYS_bpf, [0; 4]),
+    ("io_uring", libc::SYS_io_uring_setup, [0; 4]),
+    ("keyctl", libc::SYS_keyctl, [0; 4]),
+    ("perf", libc::SYS_perf_event_open, [0; 4]),
+    ("userfaultfd", libc::SYS_userfaultfd, [0; 4]),
+    ("another's memory", libc::SYS_process_vm_readv, [1, 0, 0, 0]),
+    ("mount", libc::SYS_mount, [0; 4]),
+    ("unshare", libc::SYS_unshare, [0; 4]),
+    ("setns", libc::SYS_setns, [CLOSED, 0, 0, 0]),
+    ("kill", libc::SYS_kill, [1, 0, 0, 0]),
+    ("socket", libc::SYS_socket, [libc::AF_INET as i64, libc::SOCK_STREAM as i64, 0, 0]),
+    ("unix socket", libc::SYS_socket, [libc::AF_UNIX as i64, libc::SOCK_STREAM as i64, 0, 0]),
+    ("connect", libc::SYS_connect, [CLOSED, 0, 0, 0]),
+    ("a terminal's input", libc::SYS_ioctl, [CLOSED, libc::TIOCSTI as i64, 0, 0]),
+    ("another VM", libc::SYS_ioctl, [CLOSED, 0xae01, 0, 0]),
+    ("handles", libc::SYS_open_by_handle_at, [CLOSED, 0, 0, 0]),
+    ("another filter's listener", libc::SYS_seccomp, [1, 8, 0, 0]),
+];
+
+/// What a thread of the kind may do, and then what the others do and it may not.
+fn table(kind: ThreadKind) -> (&'static [Attempt], &'static [Attempt]) {
+    const OPEN: Attempt = ("open", libc::SYS_openat, [CLOSED, 0, 0, 0]);
+    const PAIR: Attempt = ("socket pair", libc::SYS_socketpair, [libc::AF_UNIX as i64, 1, 0, 0]);
+    const INTERNET_PAIR: Attempt =
+        ("internet socket pair", libc::SYS_socketpair, [libc::AF_INET as i64, 1, 0, 0]);
+    const IDENTITY: Attempt = ("another user", libc::SYS_setresuid, [-1, -1, -1, 0]);
+    const RUN: Attempt = ("run the guest", libc::SYS_ioctl, [CLOSED, 0xae80, 0, 0]);
+    const POLL: Attempt = ("poll", libc::SYS_poll, [0, 0, 0, 0]);
+    const EPOLL: Attempt = ("epoll", libc::SYS_epoll_ctl, [CLOSED, 0, 0, 0]);
+    const RECEIVE: Attempt = ("receive", libc::SYS_recvmsg, [CLOSED, 0, 0, 0]);
+    const DUPLICATE: Attempt =
+        ("duplicate", libc::SYS_fcntl, [CLOSED, libc::F_DUPFD_CLOEXEC as i64, 0, 0]);
+    const OWNER: Attempt = ("signals by a file", libc::SYS_fcntl, [CLOSED, 8, 0, 0]);
+    match kind {
+        ThreadKind::Vcpu => {
+            (&[RUN, DUPLICATE], &[OPEN, PAIR, IDENTITY, POLL, EPOLL, RECEIVE, OWNER])
+        }
+        ThreadKind::Io => {
+            (&[PAIR, EPOLL, RECEIVE], &[OPEN, INTERNET_PAIR, IDENTITY, RUN, DUPLICATE, POLL])
+        }
+        ThreadKind::FileServer => {
+            (&[OPEN, IDENTITY, EPOLL, DUPLICATE], &[PAIR, RUN, RECEIVE, OWNER, POLL])
+        }
+        ThreadKind::Control => (&[POLL, RECEIVE], &[OPEN, PAIR, IDENTITY, RUN, EPOLL, DUPLICATE]),
+    }
+}
+
+/// Allowed for all: memory is taken and written to a closed descriptor.
+const ALWAYS: &[Attempt] = &[
+    ("memory", libc::SYS_mmap, [0, 4096, READ_WRITE, MAP]),
+    ("write", libc::SYS_write, [CLOSED, 0, 0, 0]),
+    ("yield", libc::SYS_sched_yield, [0; 4]),
+];
+
+fn attempts(kind: ThreadKind) -> Vec<Attempt> {
+    let (may, may_not) = table(kind);
+    [ALWAYS, may, NEVER, may_not].concat()
+}
+
+/// Not a test by itself: makes the call that the environment names, if it does.
+#[test]
+fn child() {
+    let (Ok(kind), Ok(call)) = (std::env::var(KIND), std::env::var(CALL)) else { return };
+    let kind = KINDS[kind.parse::<usize>().unwrap()];
+    let (_, number, [a, b, c, d]) = attempts(kind)[call.parse::<usize>().unwrap()];
+    confine(kind).unwrap();
+    // SAFETY: descriptors are closed ones and pointers are null, so that nothing is touched but
+    // fresh memory; then the process ends at once.
+    unsafe {
+        libc::syscall(number, a, b, c, d, -1, 0);
+        libc::_exit(0);
+    }
+}
+
+fn run(kind: usize, call: usize) -> ExitStatus {
+    Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "seccomp::tests::child", "--test-threads", "1"])
+        .envs([(KIND, kind.to_string()), (CALL, call.to_string())])
+        .output()
+        .unwrap()
+        .status
+}
+
+fn each_call_of(wanted: ThreadKind) {
+    let kind = KINDS.iter().position(|kind| *kind == wanted).unwrap();
+    let allowed = ALWAYS.len() + table(wanted).0.len();
+    for (call, (name, ..)) in attempts(wanted).into_iter().enumerate() {
+        let status = run(kind, call);
+        if call < allowed {
+            assert_eq!(status.code(), Some(0), "{wanted:?}: {name}: {status}");
+        } else {
+            assert_eq!(status.signal(), Some(libc::SIGSYS), "{wanted:?}: {name}: {status}");
+        }
+    }
+}
+
+#[test]
+fn vcpu_that_leaves_its_table_is_killed() {
+    each_call_of(ThreadKind::Vcpu);
+}
+
+#[test]
+fn io_thread_that_leaves_its_table_is_killed() {
+    each_call_of(ThreadKind::Io);
+}
+
+#[test]
+fn file_server_that_leaves_its_table_is_killed() {
+    each_call_of(ThreadKind::FileServer);
+}
+
+#[test]
+fn control_thread_that_leaves_its_table_is_killed() {
+    each_call_of(ThreadKind::Control);
+}
