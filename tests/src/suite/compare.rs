@@ -43,7 +43,8 @@ pub(crate) fn what_a_process_may_do_is_the_same_as_with_runc(bed: &Bed) -> Resul
     )?;
     // The one thing that is not: a device node on the shared file system would be one of the host's. On a tmpfs, which is
     // the guest's own, it can be made.
-    let line = "mknod /null c 1 3; echo $?; mknod /dev/made c 1 3; echo $?; echo x >/dev/made; echo $?";
+    let line =
+        "mknod /null c 1 3; echo $?; mknod /dev/made c 1 3; echo $?; echo x >/dev/made; echo $?";
     let made = bed.sh(Runtime::Vial, line)?.stdout;
     ensure!(made == "1\n0\n0\n", "device nodes: {made:?}");
     // With containerd's own profile.
