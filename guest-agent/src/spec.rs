@@ -12,6 +12,7 @@
 //! | `cgroupsPath` | the container's cgroup below [`crate::cgroup::CONTAINERS`] |
 //! | hooks, `intelRdt`, AppArmor profile, SELinux labels | dropped: programs and facilities of the host |
 //! | `noNewPrivileges: false` | absent, which is the same and lets the filter be loaded early |
+//! | `cpu.shares` | `cpu.weight` among `unified`, where it is not set by itself |
 //! | hugepage limits without a hugetlb controller | dropped |
 //!
 //! Everything else passes as it is: capabilities, seccomp, rlimits, sysctls, resources, masked and
@@ -23,8 +24,10 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use oci_spec::runtime::{
-    Linux, LinuxDevice, LinuxNamespace, LinuxNamespaceType, Mount, Process, Spec,
+    Linux, LinuxDevice, LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount, Process, Spec,
 };
+
+use crate::cgroup::resources::weight;
 
 /// Why a spec is not run.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -173,12 +176,23 @@ fn rewrite_linux(linux: &mut Linux, guest: &Guest) -> Result<bool, SpecError> {
     linux.set_cgroups_path(Some(guest.cgroup.clone()));
     linux.set_intel_rdt(None);
     linux.set_mount_label(None);
-    if !guest.hugetlb
-        && let Some(resources) = linux.resources_mut()
-    {
-        resources.set_hugepage_limits(None);
+    if let Some(resources) = linux.resources_mut() {
+        if !guest.hugetlb {
+            resources.set_hugepage_limits(None);
+        }
+        weigh_shares(resources);
     }
     Ok(shares_uts)
+}
+
+/// libcontainer would weigh them by a formula of its own.
+fn weigh_shares(resources: &mut LinuxResources) {
+    let Some(cpu) = resources.cpu_mut() else { return };
+    let Some(shares) = cpu.shares().filter(|shares| *shares != 0) else { return };
+    cpu.set_shares(None);
+    let mut unified = resources.unified().clone().unwrap_or_default();
+    unified.entry("cpu.weight".into()).or_insert_with(|| weight(shares).to_string());
+    resources.set_unified(Some(unified));
 }
 
 fn keep_namespace(

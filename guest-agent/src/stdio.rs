@@ -7,12 +7,15 @@
 //! - stdin: the end of the stream closes the pipe; with a terminal it only ends the copying.
 //!
 //! At most [`BUFFER_BYTES`] a direction are held here.
+//!
+//! What is written to a stream costs a packet, a kick of the device and an interrupt. Output that
+//! comes in pages is therefore gathered, by letting its writer run on ([`gather`]).
 
 use std::io;
 use std::os::fd::OwnedFd;
 use std::process::Stdio;
 
-use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::pipe;
 use tokio::task::JoinHandle;
@@ -22,6 +25,12 @@ use crate::terminal::Terminal;
 
 /// What one direction of one stream holds at most.
 pub(crate) const BUFFER_BYTES: usize = 64 << 10;
+/// What a pipe of output holds, so that its writer can go on while a buffer of it is sent. The
+/// kernel takes the memory only for what is in the pipe.
+const OUTPUT_PIPE_BYTES: usize = 4 * BUFFER_BYTES;
+/// What programs write at once when they have much to say: their buffer. Less is somebody's line
+/// or prompt, which is sent without delay.
+const BULK_BYTES: usize = 4096;
 
 /// Why a process has no stdio.
 #[derive(Debug, thiserror::Error)]
@@ -105,6 +114,8 @@ impl Claimed {
         let mut output = |stream: Option<Stream>| -> Result<Stdio, StdioError> {
             let Some(stream) = stream else { return Ok(Stdio::null()) };
             let (ours, theirs) = pipe_with(PipeFlags::CLOEXEC).map_err(pipe_error)?;
+            // A smaller pipe is only slower.
+            let _ = fcntl_setpipe_size(&ours, OUTPUT_PIPE_BYTES);
             let receiver = pipe::Receiver::from_owned_fd(ours).map_err(StdioError::Pipe)?;
             pipes.outputs.push((receiver, stream));
             Ok(Stdio::from(theirs))
@@ -178,10 +189,25 @@ async fn pipe_output(mut pipe: pipe::Receiver, stream: Stream) {
     if pipe.readable().await.is_ok() {
         let mut buffer = vec![0; BUFFER_BYTES];
         while let Ok(length @ 1..) = pipe.read(&mut buffer).await {
+            let length = gather(&pipe, &mut buffer, length);
             sink.write(&buffer[..length]).await;
         }
     }
     sink.end().await;
+}
+
+/// Adds to the `length` bytes in `buffer` what their writer writes when it may go on at once, as
+/// long as it does, and answers how much there is then. An end or error of the pipe is left to the
+/// next read.
+fn gather(pipe: &pipe::Receiver, buffer: &mut [u8], mut length: usize) -> usize {
+    let mut read = length;
+    while read >= BULK_BYTES && length < buffer.len() {
+        rustix::thread::sched_yield();
+        // Not the runtime's: it takes a pipe that was read empty for empty until it polls again.
+        read = rustix::io::read(pipe, &mut buffer[length..]).unwrap_or(0);
+        length += read;
+    }
+    length
 }
 
 async fn pipe_input(mut stream: Stream, mut pipe: pipe::Sender) {
@@ -258,6 +284,26 @@ mod tests {
         let (out, err) = run("cat; echo done >&2", &input).await;
         assert!(out == input);
         assert_eq!(err, b"done\n");
+    }
+
+    #[tokio::test]
+    async fn bulk_output_is_gathered_and_a_line_is_not() {
+        let (ours, theirs) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+        let pipe = pipe::Receiver::from_owned_fd(ours).unwrap();
+        let mut writer = std::fs::File::from(theirs);
+        let mut buffer = vec![0; BUFFER_BYTES];
+        let mut fill = |writes: usize, bytes: usize| {
+            for _ in 0..writes {
+                io::Write::write_all(&mut writer, &vec![b'x'; bytes]).unwrap();
+            }
+        };
+        fill(3, BULK_BYTES);
+        assert_eq!(gather(&pipe, &mut buffer, BULK_BYTES), 4 * BULK_BYTES);
+        fill(1, 10);
+        assert_eq!(gather(&pipe, &mut buffer, 20), 20);
+        assert_eq!(gather(&pipe, &mut buffer, BUFFER_BYTES), BUFFER_BYTES);
+        assert_eq!(gather(&pipe, &mut buffer, BUFFER_BYTES - 4), BUFFER_BYTES);
+        assert_eq!(rustix::io::read(&pipe, &mut buffer).unwrap(), 6);
     }
 
     #[tokio::test]

@@ -203,7 +203,8 @@ impl Config {
     pub fn command_line(&self) -> String {
         // A panic ends the VM at once; the guest has a host that starts it again, not a console
         // that somebody looks at. Entropy comes from the CPU until the VM's device is probed.
-        let mut words = vec!["panic=-1", "random.trust_cpu=on"];
+        // The dummy driver makes an interface by itself that no pod has asked for.
+        let mut words = vec!["panic=-1", "random.trust_cpu=on", "dummy.numdummies=0"];
         if self.debug_console {
             words.push("console=ttyS0");
         } else {

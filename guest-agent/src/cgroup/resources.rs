@@ -13,8 +13,9 @@ use super::Cgroup;
 
 /// CFS's default period, in microseconds (Documentation/scheduler/sched-bwc.rst).
 const DEFAULT_PERIOD: u64 = 100_000;
-/// What `cpu.shares` of cgroup v1 could be.
+/// What `cpu.shares` of cgroup v1 and `cpu.weight` of v2 can be.
 const SHARES: std::ops::RangeInclusive<u64> = 2..=262_144;
+const WEIGHTS: std::ops::RangeInclusive<u64> = 1..=10_000;
 /// Entries of `unified` that are taken.
 const MAX_UNIFIED: usize = 256;
 /// The longest value of one, in bytes: what a write to a cgroup's file can have (PAGE_SIZE).
@@ -25,8 +26,6 @@ const MAX_VALUE_BYTES: usize = 4095;
 pub(crate) enum ResourceError {
     #[error("the resources are no valid OCI linux.resources: {0}")]
     Parse(String),
-    #[error("cpu.shares is {0}; it has to be from 2 to 262144")]
-    Shares(u64),
     #[error(
         "memory.swap is {swap}, the sum of memory and swap, and so has to be at least memory.limit, {limit:?}, or -1"
     )]
@@ -135,12 +134,7 @@ fn changes(resources: &LinuxResources) -> Result<Vec<Change>, ResourceError> {
 
 fn cpu_changes(cpu: &LinuxCpu, changes: &mut Vec<Change>) -> Result<(), ResourceError> {
     if let Some(shares) = cpu.shares().filter(|shares| *shares != 0) {
-        if !SHARES.contains(&shares) {
-            return Err(ResourceError::Shares(shares));
-        }
-        // The range of shares laid over that of weights, 1 to 10000, as at creation.
-        let weight = 1 + (shares - SHARES.start()) * 9999 / (SHARES.end() - SHARES.start());
-        changes.push(("cpu.weight".into(), weight.to_string()));
+        changes.push(("cpu.weight".into(), weight(shares).to_string()));
     }
     let (quota, period) = (cpu.quota().unwrap_or(0), cpu.period().unwrap_or(0));
     if quota != 0 || period != 0 {
@@ -160,6 +154,19 @@ fn cpu_changes(cpu: &LinuxCpu, changes: &mut Vec<Change>) -> Result<(), Resource
         }
     }
     Ok(())
+}
+
+/// The weight that stands for shares: a curve through the least, the default and the most of both
+/// (2 and 1, 1024 and 100, 262144 and 10000), as runc has it since 1.3.
+pub(crate) fn weight(shares: u64) -> u64 {
+    let shares = shares.clamp(*SHARES.start(), *SHARES.end());
+    // Exact: the number is below 2^53.
+    let log = (shares as f64).log2();
+    let exponent = (log * log + 125.0 * log) / 612.0 - 7.0 / 34.0;
+    // What is whole but for the last bit is not to be rounded up.
+    let weight = (10f64.powf(exponent) - 1e-6).ceil();
+    // Between 1 and 10000 but for that bit.
+    (weight as u64).clamp(*WEIGHTS.start(), *WEIGHTS.end())
 }
 
 fn memory_changes(memory: &LinuxMemory, changes: &mut Vec<Change>) -> Result<(), ResourceError> {
@@ -230,11 +237,14 @@ mod tests {
         expect(json!({}), &[]);
         expect(
             json!({"cpu": {"shares": 1024, "quota": 50000, "period": 100_000, "cpus": "0"}}),
-            &[("cpu.weight", "39"), ("cpu.max", "50000 100000"), ("cpuset.cpus", "0")],
+            &[("cpu.weight", "100"), ("cpu.max", "50000 100000"), ("cpuset.cpus", "0")],
         );
         expect(json!({"cpu": {"quota": -1}}), &[("cpu.max", "max 100000")]);
-        expect(json!({"cpu": {"shares": 2}}), &[("cpu.weight", "1")]);
-        expect(json!({"cpu": {"shares": 262_144}}), &[("cpu.weight", "10000")]);
+        for (shares, weight) in
+            [(1, "1"), (2, "1"), (512, "59"), (262_144, "10000"), (1u64 << 40, "10000")]
+        {
+            expect(json!({"cpu": {"shares": shares}}), &[("cpu.weight", weight)]);
+        }
         expect(
             json!({"memory": {"limit": 1000, "swap": 1500, "reservation": 500}}),
             &[("memory.max", "1000"), ("memory.swap.max", "500"), ("memory.low", "500")],
@@ -250,8 +260,6 @@ mod tests {
     #[test]
     fn values_that_mean_nothing_are_refused() {
         for wrong in [
-            json!({"cpu": {"shares": 1}}),
-            json!({"cpu": {"shares": 262_145}}),
             json!({"memory": {"swap": 5}}),
             json!({"memory": {"limit": 10, "swap": 5}}),
             json!({"unified": {"cgroup.procs": "1"}}),

@@ -172,6 +172,20 @@ fn pid_namespace_that_is_joined_becomes_the_guests() {
 }
 
 #[test]
+fn shares_become_a_weight_unless_there_is_one() {
+    let mut spec = ctr_spec();
+    spec["linux"]["resources"]["cpu"] = json!({"shares": 512, "quota": 1000});
+    let (got, _) = rewritten(&spec, &guest()).unwrap();
+    let resources = &got["linux"]["resources"];
+    assert_eq!(resources["unified"], json!({"cpu.weight": "59"}));
+    assert_eq!(resources["cpu"], json!({"quota": 1000}));
+    spec["linux"]["resources"]["unified"] = json!({"cpu.weight": "7", "memory.high": "1"});
+    let (got, _) = rewritten(&spec, &guest()).unwrap();
+    let unified = &got["linux"]["resources"]["unified"];
+    assert_eq!(*unified, json!({"cpu.weight": "7", "memory.high": "1"}));
+}
+
+#[test]
 fn hugepage_limits_stay_where_they_can_be_kept() {
     let guest = Guest { hugetlb: true, ..guest() };
     let (got, _) = rewritten(&ctr_spec(), &guest).unwrap();

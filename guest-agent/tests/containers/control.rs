@@ -56,7 +56,7 @@ async fn limits_that_are_none_are_refused_and_named() {
     update(&agent, &id, json!({"memory": {"swap": 0}})).await.unwrap();
     for (wrong, said) in [
         (json!({"cpu": 1}), "linux.resources"),
-        (json!({"cpu": {"shares": 1}}), "cpu.shares is 1"),
+        (json!({"memory": {"swap": 1}}), "memory.swap is 1"),
         (json!({"unified": {"nothing.max": "much"}}), "nothing.max"),
     ] {
         let (code, text) = refusal(update(&agent, &id, wrong).await);
