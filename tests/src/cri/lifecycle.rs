@@ -90,6 +90,7 @@ pub(crate) fn ends_of_containers_are_told_as_with_runc(_: &Bed) -> Result<()> {
         ensure!(asked.elapsed() >= Duration::from_secs(2), "killed after {:?}", asked.elapsed());
         told += &end_of(&deaf.finish()?);
         let now = pod.start(idle())?;
+        now.logs("up")?;
         now.stop(0)?;
         told += &end_of(&now.finish()?);
         Ok(told)

@@ -202,7 +202,9 @@ impl Bed {
     /// Prints what containerd's log complains of since it was `from` bytes long.
     pub(crate) fn tell_the_log(&self, from: usize) {
         let text = log_since(from);
-        let complains = |line: &&str| line.contains("level=error") || line.contains("level=warn");
+        let complains = |line: &&str| {
+            ["level=error", "level=warn", "the VM has ended"].iter().any(|word| line.contains(word))
+        };
         for line in text.lines().filter(complains).take(40) {
             println!("    | {line}");
         }

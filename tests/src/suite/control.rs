@@ -81,13 +81,11 @@ pub(crate) fn want_of_memory_is_told(bed: &Bed) -> Result<()> {
 }
 
 pub(crate) fn devices_are_the_guests(bed: &Bed) -> Result<()> {
-    let line = "ls /dev; echo; cat /proc/self/mounts; mkdir /sys/fs/cgroup/more && echo made";
-    let outcome = bed.run(Runtime::Vial, &["--privileged"], &["sh", "-c", line])?.expect(0)?;
-    let (devices, rest) = outcome.stdout.split_once("\n\n").context("two parts")?;
+    let outcome = bed.run(Runtime::Vial, &["--privileged"], &["ls", "/dev"])?.expect(0)?;
+    let devices = outcome.stdout;
     let has = |name: &str| devices.lines().any(|device| device == name);
     // The host has the last two, as every host of Vial's does.
     ensure!(has("fuse") && has("null") && !has("kvm") && !has("vhost-net"), "{devices}");
-    ensure!(rest.ends_with("made\n"), "the cgroup of the container is not its own: {rest}");
 
     let refused = bed.run(Runtime::Vial, &["--device", "/dev/kvm"], &["true"])?;
     ensure!(
