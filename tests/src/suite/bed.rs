@@ -188,10 +188,16 @@ impl Bed {
         fs::read(log_path()).map(|text| text.len()).unwrap_or_default()
     }
 
-    /// Whether a VMM said, since the log was `from` bytes long, that the host's KVM cannot run a
-    /// vCPU any further: an internal error of KVM, or an exit that the VMM does not serve.
+    /// Whether a VM was lost, since the log was `from` bytes long, in a way that emulated virtualisation loses one now
+    /// and then: KVM cannot run a vCPU any further, or the guest's kernel panicked or met a triple fault.
     pub(crate) fn kvm_failed(&self, from: usize) -> bool {
-        log_since(from).contains("a vCPU is stuck")
+        let lost = [
+            "a vCPU is stuck",
+            "the VM has ended: the guest's kernel panicked",
+            "the VM has ended: a vCPU met a triple fault",
+        ];
+        let text = log_since(from);
+        lost.iter().any(|words| text.contains(words))
     }
 
     /// The lines with `word` that were added to containerd's log since it was `from` bytes long.

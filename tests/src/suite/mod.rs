@@ -110,13 +110,13 @@ pub(crate) fn run(cases: &[Case], image: &str, archives: &[PathBuf]) -> bool {
         let mut held = attempt(case, &bed);
         if held == Held::NotOnThisHost && again < MOST_AGAIN {
             again += 1;
-            println!("again   {}: the host's KVM failed, which is not its fault", case.name);
+            println!("again   {}: the emulated host lost its VM, see above", case.name);
             held = attempt(case, &bed);
         }
         failed += usize::from(held != Held::Yes);
     }
     if again > 0 {
-        println!("{again} of the cases ran twice, since the host's KVM failed");
+        println!("{again} of the cases ran twice, since the emulated host lost a VM");
     }
     println!("{} passed, {failed} failed", cases.len() - failed);
     failed == 0
