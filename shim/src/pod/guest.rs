@@ -125,8 +125,9 @@ pub(super) async fn wait(
         Ok(ended) => ended,
         Err(error) => {
             // When the VM ends, its end is the reason that is told. It is known a moment later.
-            let _ = tokio::time::timeout(KILL_PATIENCE, sandbox.wait_end()).await;
-            tracing::error!("{} {} is lost: {error}", container.id, process.exec_id);
+            let end = tokio::time::timeout(KILL_PATIENCE, sandbox.wait_end()).await;
+            let why = end.unwrap_or_else(|_| error.to_string());
+            tracing::error!("{} {} is lost: {why}", container.id, process.exec_id);
             (KILLED, 0)
         }
     }

@@ -99,8 +99,8 @@ impl Bed {
         for runtime in Runtime::BOTH {
             let log = bed.log_length();
             let mut first = bed.run(runtime, &[], &["true"])?;
-            if first.status != 0 && bed.kvm_failed(log) {
-                println!("again   the first container: the host's KVM failed");
+            if first.status != 0 && bed.vm_was_lost(log) {
+                println!("again   the first container: the emulated host lost its VM");
                 bed.clear();
                 first = bed.run(runtime, &[], &["true"])?;
             }
@@ -190,7 +190,7 @@ impl Bed {
 
     /// Whether a VM was lost, since the log was `from` bytes long, in a way that emulated virtualisation loses one now
     /// and then: KVM cannot run a vCPU any further, or the guest's kernel panicked or met a triple fault.
-    pub(crate) fn kvm_failed(&self, from: usize) -> bool {
+    pub(crate) fn vm_was_lost(&self, from: usize) -> bool {
         let lost = [
             "a vCPU is stuck",
             "the VM has ended: the guest's kernel panicked",

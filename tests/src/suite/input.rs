@@ -1,34 +1,16 @@
 //! What wrong input gets: a line that says what is wrong and what to do, and nothing left behind.
 
-use std::fs;
 use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Result, ensure};
 
 use super::bed::{Bed, Runtime, run};
-
-const CONFIG: &str = "/etc/vial/config.toml";
-
-/// Puts the configuration back when dropped.
-struct Restore(Option<String>);
-
-impl Drop for Restore {
-    fn drop(&mut self) {
-        let _ = match &self.0 {
-            Some(text) => fs::write(CONFIG, text),
-            None => fs::remove_file(CONFIG),
-        };
-    }
-}
+use super::configuration::{self, Configuration};
 
 pub(crate) fn wrong_configuration_is_named(bed: &Bed) -> Result<()> {
-    let before = fs::read_to_string(CONFIG).ok();
-    let text = before.clone().unwrap_or_default();
-    let _restore = Restore(before);
-    if let Some(directory) = Path::new(CONFIG).parent() {
-        fs::create_dir_all(directory)?;
-    }
+    let configuration = Configuration::keep();
+    let text = configuration.text();
     let without = |key: &str| -> String {
         text.lines().filter(|line| !line.starts_with(key)).map(|line| format!("{line}\n")).collect()
     };
@@ -37,10 +19,10 @@ pub(crate) fn wrong_configuration_is_named(bed: &Bed) -> Result<()> {
         (format!("memory_mib = 8\n{}", without("memory_mib")), "memory_mib"),
         (format!("kernel = \"/etc/passwd\"\n{}", without("kernel")), "uncompressed 64-bit ELF"),
         (format!("kernel = \"/no/such/kernel\"\n{}", without("kernel")), "/no/such/kernel"),
-        ("this is no configuration".to_owned(), CONFIG),
+        ("this is no configuration".to_owned(), configuration::PATH),
     ];
     for (config, words) in cases {
-        fs::write(CONFIG, &config)?;
+        configuration.write(&config)?;
         let outcome = bed.run(Runtime::Vial, &[], &["true"])?;
         ensure!(
             outcome.status != 0 && outcome.stderr.contains(words),

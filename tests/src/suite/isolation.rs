@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 
 use super::bed::{Bed, Runtime};
+use super::configuration::Configuration;
 use super::faults::process;
 
-const CONFIG: &str = "/etc/vial/config.toml";
 const ADVERSARY: &str = "/usr/local/bin/vial-adversary";
 
 /// What the file server keeps (capabilities(7)): CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER,
@@ -148,27 +148,13 @@ fn descriptors_are_those_handed_over(vmm: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Puts the configuration back when dropped.
-struct Restore(Option<String>);
-
-impl Drop for Restore {
-    fn drop(&mut self) {
-        let _ = match &self.0 {
-            Some(text) => fs::write(CONFIG, text),
-            None => fs::remove_file(CONFIG),
-        };
-    }
-}
-
 /// Starts a container with the configuration changed so.
 fn run_with(bed: &Bed, change: &str) -> Result<super::bed::Outcome> {
-    let before = fs::read_to_string(CONFIG).ok();
-    let text = before.clone().unwrap_or_default();
-    let _restore = Restore(before);
+    let configuration = Configuration::keep();
     let key = change.split(' ').next().unwrap_or_default();
-    let others = text.lines().filter(|line| line.split(' ').next() != Some(key));
+    let others = configuration.text().lines().filter(|line| line.split(' ').next() != Some(key));
     let lines: Vec<&str> = others.chain([change]).collect();
-    fs::write(CONFIG, lines.join("\n") + "\n")?;
+    configuration.write(&(lines.join("\n") + "\n"))?;
     bed.run(Runtime::Vial, &[], &["true"])
 }
 
@@ -199,9 +185,8 @@ pub(crate) fn hostile_program_in_place_of_the_vmm_gets_nowhere(bed: &Bed) -> Res
 }
 
 pub(crate) fn vmm_without_a_jail_runs_and_is_warned_of(bed: &Bed) -> Result<()> {
-    let before = fs::read_to_string(CONFIG).unwrap_or_default();
-    let _restore = Restore(Some(before.clone()));
-    fs::write(CONFIG, format!("jail = false\n{before}"))?;
+    let configuration = Configuration::keep();
+    configuration.write(&format!("jail = false\n{}", configuration.text()))?;
     let log = bed.log_length();
     let outcome = bed.run(Runtime::Vial, &[], &["uname", "-r"])?;
     ensure!(outcome.status == 0, "without a jail a container does not run: {outcome:?}");

@@ -97,7 +97,7 @@ fn machine(script: &str, disks: &[(&Path, bool)]) -> Result<Ended> {
     Ok(Ended { console, reason, status })
 }
 
-/// A disk of random bytes, and its checksum.
+/// A disk of zeros but for its last sector.
 fn disk(path: &Path) -> Result<()> {
     let file = OpenOptions::new().read(true).write(true).create_new(true).open(path)?;
     file.set_len(DISK_BYTES)?;

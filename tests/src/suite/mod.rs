@@ -2,6 +2,7 @@
 
 pub(crate) mod bed;
 mod compare;
+mod configuration;
 mod control;
 pub(crate) mod faults;
 mod input;
@@ -86,7 +87,7 @@ const MOST_AGAIN: u32 = 2;
 /// Runs cases one after the other. Returns whether all of them held.
 ///
 /// What a case leaves behind on the host is a failure of that case. A case that failed while the
-/// host's own KVM failed (see [`Bed::kvm_failed`]) is run again, once, and that is told: nested
+/// host lost a VM (see [`Bed::vm_was_lost`]) is run again, once, and that is told: nested
 /// virtualisation under emulation loses a VM now and then. No other failure is.
 pub(crate) fn run(cases: &[Case], image: &str, archives: &[PathBuf]) -> bool {
     let of_pods = cases.iter().any(|case| case.name.starts_with(cri::PREFIX));
@@ -126,7 +127,7 @@ pub(crate) fn run(cases: &[Case], image: &str, archives: &[PathBuf]) -> bool {
 enum Held {
     Yes,
     No,
-    /// It did not, and the host's KVM failed meanwhile.
+    /// It did not, and the host lost a VM meanwhile.
     NotOnThisHost,
 }
 
@@ -143,7 +144,7 @@ fn attempt(case: &Case, bed: &Bed) -> Held {
             println!("FAILED  {} ({seconds:.1} s): {error:#}", case.name);
             bed.tell_the_log(log);
             bed.clear();
-            if bed.kvm_failed(log) { Held::NotOnThisHost } else { Held::No }
+            if bed.vm_was_lost(log) { Held::NotOnThisHost } else { Held::No }
         }
     }
 }
