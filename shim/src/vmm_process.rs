@@ -139,6 +139,10 @@ impl VmmProcess {
             // The guest did this; what the VMM says adds nothing.
             (Some(reason), _) if reason != ExitReason::Failed => return reason.to_string(),
             (Some(reason), _) => reason.to_string(),
+            (None, Some(status)) if status.signal() == Some(libc::SIGSYS) => format!(
+                "the VMM ended with {status}: it made a system call that its filter forbids; the \
+                 host's kernel log (dmesg) names it in a line with type=1326, please report that"
+            ),
             (None, Some(status)) => format!("the VMM ended with {status}"),
             (None, None) => "the VMM ended".into(),
         };

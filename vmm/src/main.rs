@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
-use vial_vmm::{control::Control, privileges, probe};
+use vial_vmm::{control::Control, privileges, probe, seccomp};
 
 /// Runs one virtual machine, and is told which over an inherited socket.
 ///
@@ -85,6 +85,7 @@ fn serve(options: &Serve) -> Result<ExitCode> {
         .without_time()
         .init();
     privileges::prepare_process()?;
+    seccomp::keep_one_heap();
     let socket = inherited_socket(number)?;
     let reason = Control::new(socket)?.run()?;
     // The shim hears of it by the socket and the exit status.

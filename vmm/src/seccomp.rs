@@ -83,6 +83,20 @@ fn compile(kind: ThreadKind) -> Result<BpfProgram, BackendError> {
     filter.try_into()
 }
 
+/// Makes the allocator one that confined threads can use: before the process's second thread.
+///
+/// glibc gives each thread a heap of its own, and reads /proc/sys/vm/overcommit_memory when such a
+/// heap first shrinks (malloc/arena.c, `shrink_heap`), which only the file server could survive.
+/// The first heap neither asks nor opens. One heap for all is less memory, too.
+#[allow(unsafe_code)]
+pub fn keep_one_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: no pointers are involved; mallopt(3) locks the allocator's state by itself.
+    let kept = unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+    #[cfg(target_env = "gnu")]
+    debug_assert_eq!(kept, 1, "mallopt refuses one arena");
+}
+
 /// Leaves the calling thread the system calls of its kind, for good.
 ///
 /// # Errors

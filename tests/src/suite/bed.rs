@@ -214,7 +214,16 @@ impl Bed {
         for line in text.lines().filter(complains).take(40) {
             println!("    | {line}");
         }
+        for line in killed_by_a_filter().iter().rev().take(3) {
+            println!("    | {line}");
+        }
     }
+}
+
+/// What the kernel's log says of processes that a system call filter killed (audit type 1326).
+fn killed_by_a_filter() -> Vec<String> {
+    let log = run(&mut Command::new("dmesg")).map(|outcome| outcome.stdout).unwrap_or_default();
+    log.lines().filter(|line| line.contains("type=1326")).map(str::to_owned).collect()
 }
 
 /// Where containerd's log is, as whoever started containerd says.

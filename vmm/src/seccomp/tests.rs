@@ -107,13 +107,45 @@ fn child() {
     }
 }
 
-fn run(kind: usize, call: usize) -> ExitStatus {
+/// Not a test by itself: a thread of the kind that the environment names takes and frees more
+/// memory than a heap keeps.
+#[test]
+fn allocating_child() {
+    let (Ok(kind), Err(_)) = (std::env::var(KIND), std::env::var(CALL)) else { return };
+    let kind = KINDS[kind.parse::<usize>().unwrap()];
+    keep_one_heap();
+    let confined = std::thread::spawn(move || {
+        confine(kind).unwrap();
+        for size in [100, 5_000, 60_000, 100_000] {
+            let blocks: Vec<_> = (0..8_000_000 / size).map(|_| vec![1_u8; size]).collect();
+            assert_eq!(
+                blocks.iter().map(|block| block.len()).sum::<usize>(),
+                8_000_000 / size * size
+            );
+        }
+    });
+    confined.join().unwrap();
+}
+
+#[test]
+fn confined_threads_can_free_what_they_allocate() {
+    for kind in 0..KINDS.len() {
+        let status = run_child("allocating_child", &[(KIND, kind.to_string())]);
+        assert_eq!(status.code(), Some(0), "{:?}: {status}", KINDS[kind]);
+    }
+}
+
+fn run_child(name: &str, environment: &[(&str, String)]) -> ExitStatus {
     Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "seccomp::tests::child", "--test-threads", "1"])
-        .envs([(KIND, kind.to_string()), (CALL, call.to_string())])
+        .args(["--exact", &format!("seccomp::tests::{name}"), "--test-threads", "1"])
+        .envs(environment.iter().map(|(name, value)| (name, value)))
         .output()
         .unwrap()
         .status
+}
+
+fn run(kind: usize, call: usize) -> ExitStatus {
+    run_child("child", &[(KIND, kind.to_string()), (CALL, call.to_string())])
 }
 
 fn each_call_of(wanted: ThreadKind) {
