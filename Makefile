@@ -1,11 +1,10 @@
 # Vial: what can be made. `make` alone lists it.
 
-# The agent, the VMM and what tests its jail are static, for there is nothing to load in the guest's image and in the VMM's jail. They are built
-# with flags of their own in a directory of their own; the other programs run on the host.
+# All programs are static, and built in one go: there is nothing to load in the guest's image and in the VMM's jail, and
+# the others then run on any host, whatever its libraries.
 TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
-RELEASE := $(TARGET)/release
-STATIC_TARGET := $(TARGET)/agent
-STATIC := $(STATIC_TARGET)/x86_64-unknown-linux-gnu/release
+TRIPLE := x86_64-unknown-linux-gnu
+RELEASE := $(TARGET)/$(TRIPLE)/release
 GUEST := target/guest
 PAYLOAD := target/payload
 
@@ -22,21 +21,18 @@ deps: ## install what is missing (apt on Debian and Ubuntu; elsewhere name it)
 	@tests/host/install-deps
 
 build: deps ## the programs: vial-vmm, containerd-shim-vial-v2, vial, vial-agent
-	@$(STEP) build "building the programs" cargo build --release --bins -p vial-shim -p vial-rootfs -p vial-tests
-	@$(STEP) static "building the static programs" env LIBSECCOMP_LINK_TYPE=static LIBCAPNG_LINK_TYPE=static \
-		RUSTFLAGS="-C target-feature=+crt-static -C force-unwind-tables=no" CARGO_PROFILE_RELEASE_LTO=fat \
+	@$(STEP) build "building the programs" env LIBSECCOMP_LINK_TYPE=static LIBCAPNG_LINK_TYPE=static \
+		RUSTFLAGS="-C target-feature=+crt-static -C force-unwind-tables=no" \
 		LIBSECCOMP_LIB_PATH="$$(dirname "$$(gcc -print-file-name=libseccomp.a)")" \
 		LIBCAPNG_LIB_PATH="$$(dirname "$$(gcc -print-file-name=libcap-ng.a)")" \
-		cargo build --release --bins --target x86_64-unknown-linux-gnu --target-dir $(STATIC_TARGET) -p vial-agent -p vial-vmm \
-		-p vial-adversary
-	@cp $(STATIC)/vial-vmm $(STATIC)/vial-adversary $(RELEASE)/
+		cargo build --release --bins --target $(TRIPLE) --workspace
 
 kernel: deps ## the guest kernel, in the cache outside the checkout
 	@kernel-config/build
 
 image: build ## the guest image, in target/guest/
 	@mkdir -p $(GUEST)
-	@$(RELEASE)/vial-mkimage --agent $(STATIC)/vial-agent --output $(GUEST)/initrd.img
+	@$(RELEASE)/vial-mkimage --agent $(RELEASE)/vial-agent --output $(GUEST)/initrd.img
 
 images: deps ## the OCI images of demo and tests, made locally
 	@tests/images/build
