@@ -13,6 +13,7 @@
 //! | hooks, `intelRdt`, AppArmor profile, SELinux labels | dropped: programs and facilities of the host |
 //! | `noNewPrivileges: false` | absent, which is the same and lets the filter be loaded early |
 //! | `cpu.shares` | `cpu.weight` among `unified`, where it is not set by itself |
+//! | `rootfsPropagation` of `rslave` and the like | `slave` and the like, which the library takes for the whole tree |
 //! | hugepage limits without a hugetlb controller | dropped |
 //!
 //! Everything else passes as it is: capabilities, seccomp, rlimits, sysctls, resources, masked and
@@ -176,6 +177,9 @@ fn rewrite_linux(linux: &mut Linux, guest: &Guest) -> Result<bool, SpecError> {
     linux.set_cgroups_path(Some(guest.cgroup.clone()));
     linux.set_intel_rdt(None);
     linux.set_mount_label(None);
+    if let Some(propagation) = linux.rootfs_propagation() {
+        linux.set_rootfs_propagation(Some(library_propagation(propagation).into()));
+    }
     if let Some(resources) = linux.resources_mut() {
         if !guest.hugetlb {
             resources.set_hugepage_limits(None);
@@ -183,6 +187,18 @@ fn rewrite_linux(linux: &mut Linux, guest: &Guest) -> Result<bool, SpecError> {
         weigh_shares(resources);
     }
     Ok(shares_uts)
+}
+
+/// libcontainer knows the propagations without the `r` of "recursive", and means them so. What is
+/// none passes, for the library to refuse it.
+fn library_propagation(propagation: &str) -> &str {
+    match propagation {
+        "rshared" => "shared",
+        "rslave" => "slave",
+        "rprivate" => "private",
+        "runbindable" => "unbindable",
+        other => other,
+    }
 }
 
 /// libcontainer would weigh them by a formula of its own.

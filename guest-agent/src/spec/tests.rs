@@ -240,3 +240,15 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn propagation_is_named_as_the_library_knows_it() {
+    for (asked, known) in [("rslave", "slave"), ("rshared", "shared"), ("private", "private")] {
+        let mut spec = ctr_spec();
+        spec["linux"]["rootfsPropagation"] = asked.into();
+        let (spec, _) = rewritten(&spec, &guest()).unwrap();
+        assert_eq!(spec["linux"]["rootfsPropagation"], known, "{asked}");
+    }
+    let (spec, _) = rewritten(&ctr_spec(), &guest()).unwrap();
+    assert!(spec["linux"].get("rootfsPropagation").is_none(), "{spec}");
+}

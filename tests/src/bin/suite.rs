@@ -21,6 +21,12 @@ struct Cli {
     /// Only the cases whose name contains one of these words, which commas separate
     #[arg(default_value = "")]
     filter: String,
+    /// Only the cases of one part of so many, as in 1/2, so that several hosts can share them
+    #[arg(long, value_name = "N/ALL", value_parser = part, default_value = "1/1")]
+    part: (usize, usize),
+    /// The handler in containerd's CRI configuration by which pods of Vial are run
+    #[arg(long, value_name = "NAME", default_value = "vial")]
+    handler: String,
     /// Lists the cases and runs none
     #[arg(long)]
     list: bool,
@@ -32,18 +38,36 @@ struct Cli {
     image: String,
 }
 
+/// Reads `N/ALL`.
+fn part(text: &str) -> Result<(usize, usize), String> {
+    let numbers =
+        text.split_once('/').and_then(|(n, all)| Some((n.parse().ok()?, all.parse().ok()?)));
+    match numbers {
+        Some((n, all)) if 1 <= n && n <= all => Ok((n, all)),
+        _ => Err("give a part and how many there are, as in 1/2".into()),
+    }
+}
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let wanted = |name: &str| cli.filter.split(',').any(|word| name.contains(word));
-    let cases: Vec<_> = suite::cases().into_iter().filter(|case| wanted(case.name)).collect();
+    let (part, parts) = cli.part;
+    // Every so many, since cases of a kind stand together and take equally long.
+    let cases: Vec<_> = suite::cases()
+        .into_iter()
+        .filter(|case| wanted(case.name))
+        .skip(part - 1)
+        .step_by(parts)
+        .collect();
     if cli.list {
         cases.iter().for_each(|case| println!("{}", case.name));
         return ExitCode::SUCCESS;
     }
     if cases.is_empty() {
-        eprintln!("vial-suite: no case is called {:?}; see --list", cli.filter);
+        eprintln!("vial-suite: no case is called {:?} in that part; see --list", cli.filter);
         return ExitCode::from(2);
     }
+    cri::pod::use_handler(cli.handler);
     match suite::run(&cases, &cli.image, &cli.import) {
         true => ExitCode::SUCCESS,
         false => ExitCode::FAILURE,

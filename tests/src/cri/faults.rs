@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 use super::client::Cri;
 use super::pod::{Pod, eventually, idle, same, sh};
@@ -35,6 +35,32 @@ fn ends_and_goes(bed: &Bed, runtime: Runtime, dies: impl Fn() -> Result<()>) -> 
 pub(crate) fn pod_whose_vmm_is_killed_ends_and_goes(bed: &Bed) -> Result<()> {
     let told = ends_and_goes(bed, Runtime::Vial, || kill(process("vial-vmm", "")?))?;
     ensure!(told == "137 Error", "it is told as {told:?}");
+    Ok(())
+}
+
+/// Not compared: what runc's shim leaves when it is killed stays.
+pub(crate) fn pod_whose_shim_is_killed_ends_and_goes(bed: &Bed) -> Result<()> {
+    ends_and_goes(bed, Runtime::Vial, || kill(process("containerd-shim", "vial")?))?;
+    Ok(())
+}
+
+pub(crate) fn pod_killed_while_it_starts_leaves_nothing(bed: &Bed) -> Result<()> {
+    for (program, word) in [("vial-vmm", ""), ("containerd-shim", "vial")] {
+        for delay_ms in [0, 300, 1000, 2000] {
+            std::thread::scope(|scope| {
+                let starts = scope
+                    .spawn(|| Pod::new(Runtime::Vial).and_then(|pod| pod.start(idle()).map(drop)));
+                let victim = eventually(|| process(program, word));
+                std::thread::sleep(Duration::from_millis(delay_ms));
+                // It may be gone with what it started.
+                let _ = victim.and_then(kill);
+                // Whether it started is open; that it ends is not.
+                let _ = starts.join();
+            });
+            super::pod::clear();
+            bed.nothing_left().with_context(|| format!("{program} killed after {delay_ms} ms"))?;
+        }
+    }
     Ok(())
 }
 

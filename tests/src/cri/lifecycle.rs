@@ -1,14 +1,16 @@
 //! What happens to pods and their containers from start to end.
 
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
 use super::client::{Cri, refused};
 use super::grpc::Refused;
-use super::pod::{Finished, Pod, handler, idle, same, sh, words};
+use super::pod::{Finished, Pod, eventually, handler, idle, same, sh, words};
 use super::wire::*;
-use crate::suite::bed::Bed;
+use crate::suite::bed::{Bed, run};
+use crate::suite::faults::{kill, process};
 
 pub(crate) fn pod_and_container_go_through_their_states(_: &Bed) -> Result<()> {
     same(|runtime| {
@@ -53,6 +55,46 @@ pub(crate) fn pod_and_container_go_through_their_states(_: &Bed) -> Result<()> {
         ensure!(gone.code == Refused::NOT_FOUND, "a removed pod: {gone}");
         Ok(format!("{} {} {}", ended.exit_code, ended.reason, killed.reason))
     })
+}
+
+/// The handler that has `sandboxer = "shim"` in containerd's configuration.
+pub(crate) const SANDBOXER: &str = "vial-sandbox";
+
+pub(crate) fn pod_of_the_sandbox_api_goes_through_its_states(bed: &Bed) -> Result<()> {
+    let pod = Pod::of_handler(SANDBOXER, |_| ())?;
+    let status = pod.status()?;
+    ensure!(status.state() == SandboxState::Ready, "the pod is {status:?}");
+    ensure!(status.runtime_handler == SANDBOXER, "the pod is {status:?}");
+    let address = status.network.map(|network| network.ip).unwrap_or_default();
+    let listed = run(Command::new("ctr").args(["-n", "k8s.io", "container", "ls", "-q"]))?;
+    ensure!(!listed.expect(0)?.stdout.contains(&pod.id), "a container stands for the pod");
+
+    let first = pod.start(idle())?;
+    first.logs("up")?;
+    let seen = first.exec("hostname; ip -o address show eth0")?;
+    ensure!(seen.contains(&pod.config.hostname), "the host name is not the pod's: {seen}");
+    ensure!(!address.is_empty() && seen.contains(&address), "no {address} in {seen}");
+    let second = pod.run(sh("echo second; exit 3"))?;
+    ensure!(second.exit_code == 3 && second.stdout == "second\n", "the second is {second:?}");
+    first.stop(30)?;
+    ensure!(pod.status()?.state() == SandboxState::Ready, "the pod ended with its container");
+    pod.cri.stop_pod(&pod.id)?;
+    ensure!(pod.status()?.state() == SandboxState::NotReady, "a stopped pod is ready");
+    pod.end()?;
+    bed.nothing_left()?;
+
+    // What dies by itself is told as with a sandbox container.
+    let pod = Pod::of_handler(SANDBOXER, |_| ())?;
+    let container = pod.start(idle())?;
+    kill(process("vial-vmm", "")?)?;
+    let ended = container.reaches(ContainerState::Exited)?;
+    ensure!(ended.exit_code == 137, "it is told as {ended:?}");
+    eventually(|| {
+        let state = pod.status()?.state();
+        ensure!(state == SandboxState::NotReady, "the pod is {state:?}");
+        Ok(())
+    })?;
+    pod.end()
 }
 
 /// How a container ended, in a word for each thing that is told of it.

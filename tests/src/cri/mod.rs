@@ -1,7 +1,7 @@
 //! Pods as a kubelet runs them: through CRI, with Vial and with runc.
 //!
-//! Needs containerd's CRI plugin with the runtime handlers `runc` and `vial`, a CNI configuration,
-//! and the images of `tests/images`, as `tests/host/containerd` has it.
+//! Needs containerd's CRI plugin with the runtime handlers `runc`, `vial` and `vial-sandbox`,
+//! a CNI configuration, and the images of `tests/images`, as `tests/host/containerd` has it.
 
 mod client;
 mod exec;
@@ -24,7 +24,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 
 use crate::suite::Case;
-use crate::suite::bed::{IMAGE, Runtime, run};
+use crate::suite::bed::{IMAGE, run};
 use client::Cri;
 use pod::{Pod, eventually, sh};
 
@@ -42,6 +42,7 @@ macro_rules! cases {
 pub(crate) fn cases() -> Vec<Case> {
     cases![
         lifecycle::pod_and_container_go_through_their_states,
+        lifecycle::pod_of_the_sandbox_api_goes_through_its_states,
         lifecycle::ends_of_containers_are_told_as_with_runc,
         lifecycle::containers_of_a_pod_run_after_and_beside_each_other,
         exec::execs_and_logs_are_those_of_runc,
@@ -56,11 +57,13 @@ pub(crate) fn cases() -> Vec<Case> {
         network::names_and_rules_are_those_of_the_pod,
         volumes::volumes_are_the_same_as_with_runc,
         faults::pod_whose_vmm_is_killed_ends_and_goes,
+        faults::pod_whose_shim_is_killed_ends_and_goes,
+        faults::pod_killed_while_it_starts_leaves_nothing,
         faults::pod_outlives_a_killed_containerd,
     ]
 }
 
-/// Brings the images to where CRI looks for them, and runs a pod with each runtime, so that what
+/// Brings the images to where CRI looks for them, and runs a pod with each handler, so that what
 /// is made once for the host, as the network's bridge, is not taken for a trace.
 pub(crate) fn begin(archives: &[PathBuf]) -> Result<()> {
     for archive in archives {
@@ -74,8 +77,8 @@ pub(crate) fn begin(archives: &[PathBuf]) -> Result<()> {
         ensure!(images.iter().any(|image| image == IMAGE), "CRI has no {IMAGE}, only {images:?}");
         Ok(())
     })?;
-    for runtime in Runtime::BOTH {
-        let pod = Pod::new(runtime)?;
+    for handler in ["runc", "vial", lifecycle::SANDBOXER] {
+        let pod = Pod::of_handler(handler, |_| ())?;
         ensure!(pod.prints(sh("echo first"))? == "first\n", "a container printed something else");
         pod.end()?;
     }

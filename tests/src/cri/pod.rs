@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -17,10 +18,18 @@ use crate::suite::bed::{IMAGE, Runtime};
 /// How long something may take that is due at once.
 pub(crate) const SOON: Duration = Duration::from_secs(30);
 
+/// The handler that is asked for where Vial is meant, if not `vial`.
+static VIAL_HANDLER: OnceLock<String> = OnceLock::new();
+
+/// Makes pods of Vial with another handler from here on. The first call counts.
+pub(crate) fn use_handler(name: String) {
+    VIAL_HANDLER.get_or_init(|| name);
+}
+
 /// containerd's name of the runtime in its CRI configuration.
 pub(crate) fn handler(runtime: Runtime) -> &'static str {
     match runtime {
-        Runtime::Vial => "vial",
+        Runtime::Vial => VIAL_HANDLER.get().map_or("vial", String::as_str),
         Runtime::Runc => "runc",
     }
 }
@@ -51,6 +60,14 @@ impl Pod {
         runtime: Runtime,
         adapt: impl FnOnce(&mut PodSandboxConfig),
     ) -> Result<Self> {
+        Self::of_handler(handler(runtime), adapt)
+    }
+
+    /// One that a certain handler runs.
+    pub(crate) fn of_handler(
+        handler: &str,
+        adapt: impl FnOnce(&mut PodSandboxConfig),
+    ) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("vial-cri").tempdir()?;
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755))?;
         let logs = directory.path().join("logs");
@@ -76,9 +93,8 @@ impl Pod {
         };
         adapt(&mut config);
         let cri = Cri::new();
-        let id = cri
-            .run_pod(&config, handler(runtime))
-            .with_context(|| format!("start a pod with {}", handler(runtime)))?;
+        let id =
+            cri.run_pod(&config, handler).with_context(|| format!("start a pod with {handler}"))?;
         Ok(Self { cri, id, config, directory })
     }
 

@@ -8,7 +8,8 @@ use std::process::Command;
 use anyhow::{Result, ensure};
 
 use super::log::stream;
-use super::pod::{Pod, idle, same_in_a_pod, sh};
+use super::pod::{Pod, eventually, idle, same_in_a_pod, sh};
+use super::wire::*;
 use crate::suite::bed::{Bed, run};
 
 pub(crate) fn volumes_are_the_same_as_with_runc(_: &Bed) -> Result<()> {
@@ -16,6 +17,8 @@ pub(crate) fn volumes_are_the_same_as_with_runc(_: &Bed) -> Result<()> {
         ("directories", directories),
         ("memory", memory),
         ("configuration", swapped_configuration),
+        ("large trees", large_trees_and_locks),
+        ("propagation", propagation),
     ])
 }
 
@@ -74,7 +77,8 @@ impl<'path> HostMount<'path> {
 
 impl Drop for HostMount<'_> {
     fn drop(&mut self) {
-        let _ = run(Command::new("umount").arg(self.0));
+        // A pod that has looked into it may know its files for longer.
+        let _ = run(Command::new("umount").arg("--lazy").arg(self.0));
     }
 }
 
@@ -126,4 +130,56 @@ fn swapped_configuration(pod: &Pod) -> Result<String> {
     let mut seen: Vec<&str> = told.lines().collect();
     seen.dedup();
     Ok(seen.join(" "))
+}
+
+/// How many files a large tree has.
+const FILES: usize = 10_000;
+
+fn large_trees_and_locks(pod: &Pod) -> Result<String> {
+    let volume = pod.make_directory("tree")?;
+    for number in 0..FILES {
+        let directory = volume.join(format!("{}", number / 200));
+        if number % 200 == 0 {
+            fs::create_dir(&directory)?;
+        }
+        fs::write(directory.join(number.to_string()), [])?;
+    }
+    let mut config = idle().volume(&volume, "/tree", false);
+    for (host, inside) in [("/usr", "/usr"), ("/usr/lib", "/lib"), ("/usr/lib64", "/lib64")] {
+        config = config.volume(host.as_ref(), inside, true);
+    }
+    let container = pod.start(config)?;
+    let mut told =
+        container.exec("find /tree -type f | wc -l; ls /tree/7 | sort -n | tail -n 1")?;
+    // A lock of one process keeps another of the same pod out, and goes with its holder.
+    told += &container.exec(
+        "cd /tree; /usr/bin/flock lock sleep 1000 & holder=$!; sleep 1; \
+         /usr/bin/flock -n lock echo taken || echo kept; kill $holder; \
+         kill $(ps -o pid,args | awk '/sleep 1000$/ {print $1}') 2>/dev/null; sleep 0.5; \
+         /usr/bin/flock -n lock echo taken",
+    )?;
+    Ok(told)
+}
+
+fn propagation(pod: &Pod) -> Result<String> {
+    let volume = pod.make_directory("propagated")?;
+    let _mount = HostMount::tmpfs(&volume, "size=1m,mode=777")?;
+    run(Command::new("mount").args(["--make-shared"]).arg(&volume))?.expect(0)?;
+    fs::create_dir_all(volume.join("late"))?;
+    let mut config = idle();
+    for (inside, propagation) in
+        [("/private", Propagation::Private), ("/slave", Propagation::HostToContainer)]
+    {
+        config = config.volume(&volume, inside, false);
+        if let Some(mount) = config.mounts.last_mut() {
+            mount.propagation = propagation.into();
+        }
+    }
+    let container = pod.start(config)?;
+    let late = volume.join("late");
+    let _below = HostMount::tmpfs(&late, "size=1m,mode=777")?;
+    fs::write(late.join("file"), "late\n")?;
+    let told = eventually(|| container.exec("cat /slave/late/file"))?;
+    let private = container.exec("ls /private/late | wc -l")?;
+    Ok(told + &private)
 }

@@ -65,6 +65,9 @@ impl Outcome {
     }
 }
 
+/// How many things are named of what was left behind.
+const MOST_TOLD: usize = 16;
+
 /// The host, and how it looked before the first case.
 pub(crate) struct Bed {
     image: String,
@@ -168,7 +171,9 @@ impl Bed {
                 return Ok(());
             }
             if start.elapsed() > SETTLE {
-                bail!("left behind: {}", left.join(", "));
+                let told = left.iter().take(MOST_TOLD).map(String::as_str).collect::<Vec<_>>();
+                let more = left.len() - told.len();
+                bail!("left behind: {}, and {more} more", told.join(", "));
             }
             std::thread::sleep(Duration::from_millis(200));
         }
