@@ -20,6 +20,7 @@ pub mod control;
 pub mod devices;
 pub mod event_loop;
 pub mod kvm;
+pub mod landlock;
 pub mod machine;
 pub mod memory;
 pub mod pci;

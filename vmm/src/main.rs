@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
-use vial_vmm::{control::Control, privileges, probe, seccomp};
+use vial_vmm::{control::Control, landlock, privileges, probe, seccomp};
 
 /// Runs one virtual machine, and is told which over an inherited socket.
 ///
@@ -86,6 +86,9 @@ fn serve(options: &Serve) -> Result<ExitCode> {
         .init();
     privileges::prepare_process()?;
     seccomp::keep_one_heap();
+    if !landlock::restrict()? {
+        tracing::debug!("this kernel has no Landlock: the jail and the filters hold alone");
+    }
     let socket = inherited_socket(number)?;
     let reason = Control::new(socket)?.run()?;
     // The shim hears of it by the socket and the exit status.

@@ -62,6 +62,10 @@ const DESCRIPTORS: &[i64] = &[
     libc::SYS_eventfd2,
     libc::SYS_fstat,
     libc::SYS_getsockopt,
+    // They only take away.
+    libc::SYS_landlock_add_rule,
+    libc::SYS_landlock_create_ruleset,
+    libc::SYS_landlock_restrict_self,
     libc::SYS_lseek,
     libc::SYS_pipe2,
     libc::SYS_poll,
