@@ -1,13 +1,15 @@
 //! The files of a pod that was asked for by the Sandbox API: its hosts, host name and resolver.
 //!
 //! containerd binds them into each container from a directory of its own. With the Sandbox API it
-//! leaves them to whoever runs the pod, and makes empty directories where there are none.
+//! leaves them to whoever runs the pod, and binds none, or what was not there, by its version.
 
 use std::{
     io,
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
 };
+
+use serde_json::{Value, json};
 
 use crate::spec::Spec;
 
@@ -62,8 +64,15 @@ fn of_host(path: &str) -> String {
     std::fs::read_to_string(path).unwrap_or_default()
 }
 
-/// Binds the files in `directory` where the spec binds none.
-pub fn substitute(spec: &mut Spec, directory: &Path) {
+/// Binds the files in `directory` where the spec, whose text is `json`, binds none. Both change.
+///
+/// # Errors
+/// The text is no JSON.
+pub fn substitute(
+    spec: &mut Spec,
+    json: &mut Vec<u8>,
+    directory: &Path,
+) -> Result<(), serde_json::Error> {
     for mount in &mut spec.mounts {
         let Some((_, name)) =
             FILES.iter().find(|(destination, _)| mount.destination == Path::new(destination))
@@ -75,6 +84,35 @@ pub fn substitute(spec: &mut Spec, directory: &Path) {
             mount.source = Some(directory.join(name));
         }
     }
+    let has = |destination: &str| {
+        spec.mounts.iter().any(|mount| mount.destination == Path::new(destination))
+    };
+    let absent: Vec<_> = FILES.iter().filter(|(destination, _)| !has(destination)).collect();
+    if absent.is_empty() {
+        return Ok(());
+    }
+    let mut text: Value = serde_json::from_slice(json)?;
+    let access = match text.pointer("/root/readonly") {
+        Some(Value::Bool(true)) => "ro",
+        _ => "rw",
+    };
+    let mut mounts = match text["mounts"].take() {
+        Value::Array(mounts) => mounts,
+        _ => Vec::new(),
+    };
+    for (destination, name) in absent {
+        let mount = json!({
+            "destination": destination,
+            "type": "bind",
+            "source": directory.join(name),
+            "options": ["rbind", "rprivate", access],
+        });
+        spec.mounts.push(serde_json::from_value(mount.clone())?);
+        mounts.push(mount);
+    }
+    text["mounts"] = mounts.into();
+    *json = serde_json::to_vec(&text)?;
+    Ok(())
 }
 
 #[cfg(test)]
@@ -101,11 +139,36 @@ mod tests {
             dir.path()
         );
         let mut spec: Spec = serde_json::from_str(&json).unwrap();
-        substitute(&mut spec, &files);
+        let mut text = json.clone().into_bytes();
+        substitute(&mut spec, &mut text, &files).unwrap();
+        assert_eq!(text, json.as_bytes(), "nothing is added to what has them all");
         let sources: Vec<PathBuf> =
             spec.mounts.into_iter().map(|mount| mount.source.unwrap()).collect();
         let nowhere = PathBuf::from("/nowhere");
         assert_eq!(sources, [files.join("hosts"), own, files.join("resolv.conf"), nowhere]);
+    }
+
+    #[test]
+    fn files_are_bound_where_the_spec_has_no_mount_for_them() {
+        for (root, access) in [("", "rw"), (r#""root": {"path": "r", "readonly": true},"#, "ro")] {
+            let json = format!(
+                r#"{{{root} "mounts": [{{"destination": "/proc", "type": "proc", "source": "proc"}},
+                    {{"destination": "/etc/hosts", "type": "bind", "source": "/bin/sh"}}]}}"#
+            );
+            let mut spec: Spec = serde_json::from_str(&json).unwrap();
+            let mut text = json.into_bytes();
+            substitute(&mut spec, &mut text, Path::new("/files")).unwrap();
+            let text: Value = serde_json::from_slice(&text).unwrap();
+            let bound = json!(["rbind", "rprivate", access]);
+            assert_eq!(text["mounts"].as_array().unwrap().len(), 4);
+            assert_eq!(text["mounts"][2]["destination"], "/etc/hostname");
+            assert_eq!(text["mounts"][3]["source"], "/files/resolv.conf");
+            assert_eq!(text["mounts"][3]["options"], bound);
+            // The two are the same, for mounts are named by their index.
+            let seen = spec.mounts.iter().map(|mount| mount.destination.to_str().unwrap());
+            let told = text["mounts"].as_array().unwrap().iter();
+            assert!(seen.eq(told.map(|mount| mount["destination"].as_str().unwrap())));
+        }
     }
 
     #[test]

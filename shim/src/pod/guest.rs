@@ -13,7 +13,7 @@ use crate::{
     pod_files,
     process::{KILLED, Process},
     sandbox::{Plan, Sandbox},
-    spec::Spec,
+    spec::{Spec, SpecError},
     stdio::Streams,
 };
 
@@ -22,12 +22,13 @@ pub(super) async fn make(
     plan: &Plan,
     sandbox: &Sandbox,
     new: &NewContainer,
-    (bytes, spec): (Vec<u8>, &mut Spec),
+    (mut bytes, spec): (Vec<u8>, &mut Spec),
     pids: Option<Joined>,
 ) -> Result<Container, ServiceError> {
     let shared_memory = spec.take_shared_memory();
     if plan.files.is_some() {
-        pod_files::substitute(spec, &sandbox.dir.pod_files());
+        pod_files::substitute(spec, &mut bytes, &sandbox.dir.pod_files())
+            .map_err(|error| SpecError::Parse { path: new.bundle.join("config.json"), error })?;
     }
     let made = async {
         let shared =

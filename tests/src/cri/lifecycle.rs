@@ -61,7 +61,10 @@ pub(crate) fn pod_and_container_go_through_their_states(_: &Bed) -> Result<()> {
 pub(crate) const SANDBOXER: &str = "vial-sandbox";
 
 pub(crate) fn pod_of_the_sandbox_api_goes_through_its_states(bed: &Bed) -> Result<()> {
-    let pod = Pod::of_handler(SANDBOXER, |_| ())?;
+    let pod = Pod::of_handler(SANDBOXER, |config| {
+        let servers = vec!["192.0.2.7".into()];
+        config.dns_config = Some(DnsConfig { servers, ..Default::default() });
+    })?;
     let status = pod.status()?;
     ensure!(status.state() == SandboxState::Ready, "the pod is {status:?}");
     ensure!(status.runtime_handler == SANDBOXER, "the pod is {status:?}");
@@ -71,8 +74,12 @@ pub(crate) fn pod_of_the_sandbox_api_goes_through_its_states(bed: &Bed) -> Resul
 
     let first = pod.start(idle())?;
     first.logs("up")?;
-    let seen = first.exec("hostname; ip -o address show eth0")?;
-    ensure!(seen.contains(&pod.config.hostname), "the host name is not the pod's: {seen}");
+    let seen = first.exec("hostname; cat /etc/hostname")?;
+    let name = &pod.config.hostname;
+    ensure!(seen == format!("{name}\n{name}\n"), "the host name is not the pod's: {seen}");
+    let seen = first.exec("grep -c localhost /etc/hosts; cat /etc/resolv.conf")?;
+    ensure!(seen.contains("nameserver 192.0.2.7\n"), "names are asked for by {seen}");
+    let seen = first.exec("ip -o address show eth0")?;
     ensure!(!address.is_empty() && seen.contains(&address), "no {address} in {seen}");
     let second = pod.run(sh("echo second; exit 3"))?;
     ensure!(second.exit_code == 3 && second.stdout == "second\n", "the second is {second:?}");
