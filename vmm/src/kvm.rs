@@ -3,25 +3,31 @@
 #![allow(unsafe_code)]
 
 use std::collections::BTreeMap;
-use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use kvm_bindings::{
-    CpuId, KVM_API_VERSION, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC,
-    KVM_MAX_CPUID_ENTRIES, KvmIrqRouting, kvm_irq_routing_entry,
+    CpuId, KVM_API_VERSION, KVM_DEV_VFIO_GROUP, KVM_DEV_VFIO_GROUP_ADD, KVM_IRQ_ROUTING_IRQCHIP,
+    KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_MAX_CPUID_ENTRIES, KvmIrqRouting,
+    kvm_create_device, kvm_device_attr, kvm_device_type_KVM_DEV_TYPE_VFIO, kvm_irq_routing_entry,
     kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_irqchip, kvm_irq_routing_msi,
     kvm_irq_routing_msi__bindgen_ty_1, kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, DeviceFd, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vm_memory::{GuestMemory, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::layout::{FIRST_MSI_GSI, KVM_IDENTITY_MAP_START, KVM_TSS_START};
+use crate::devices::vfio::function::Windows;
+use crate::devices::vfio::requests::DeviceMemory;
 use crate::memory::GuestRam;
 use crate::pci::bus::lock;
 use crate::pci::msix::{MsiError, MsiMessage, MsiRouter};
 use crate::virtio::pci::{Doorbells, TransportError};
 
+/// The memory slots before it are those of guest memory.
+const FIRST_WINDOW_SLOT: u32 = 64;
 /// KVM's own limit of lines (KVM_MAX_IRQ_ROUTES).
 const MAX_GSI: u32 = 4096;
 
@@ -100,6 +106,20 @@ pub struct Vm {
     lines: Mutex<Lines>,
     /// What the memory slots point to: it stays mapped for as long as KVM may use it.
     ram: OnceLock<GuestRam>,
+    /// The same, of passed functions. Nothing is ever taken out.
+    windows: Mutex<Vec<Window>>,
+}
+
+/// A part of a function's memory, and whether a slot shows it.
+struct Window {
+    memory: DeviceMemory,
+    placed: bool,
+}
+
+/// What tells KVM of the groups of passed functions (KVM_DEV_VFIO).
+#[derive(Debug)]
+pub struct GroupsOfKvm {
+    _device: DeviceFd,
 }
 
 #[derive(Default)]
@@ -120,7 +140,12 @@ impl Vm {
             .map_err(refused("place its identity map"))?;
         fd.set_tss_address(KVM_TSS_START as usize).map_err(refused("place its task segment"))?;
         fd.create_irq_chip().map_err(refused("create interrupt controllers"))?;
-        Ok(Arc::new(Self { fd, lines: Mutex::default(), ram: OnceLock::new() }))
+        Ok(Arc::new(Self {
+            fd,
+            lines: Mutex::default(),
+            ram: OnceLock::new(),
+            windows: Mutex::default(),
+        }))
     }
 
     /// Gives the machine its memory, once: a slot for each region.
@@ -143,6 +168,35 @@ impl Vm {
                 .map_err(refused("take the guest's memory"))?;
         }
         Ok(())
+    }
+
+    /// Takes a part of a function's memory, which no slot shows yet, and returns its number.
+    pub fn add_window(&self, memory: DeviceMemory) -> u32 {
+        let mut windows = lock(&self.windows);
+        windows.push(Window { memory, placed: false });
+        // A function has a handful of them.
+        (windows.len() - 1) as u32
+    }
+
+    /// Tells KVM of groups of functions, so that it knows whether their DMA is coherent.
+    ///
+    /// # Errors
+    /// KVM refuses, or the descriptors are no groups.
+    pub fn join_groups(&self, groups: &[OwnedFd]) -> Result<GroupsOfKvm, KvmError> {
+        let mut create =
+            kvm_create_device { type_: kvm_device_type_KVM_DEV_TYPE_VFIO, fd: 0, flags: 0 };
+        let device = self.fd.create_device(&mut create).map_err(refused("make its VFIO device"))?;
+        for group in groups {
+            let descriptor = group.as_raw_fd();
+            let add = kvm_device_attr {
+                group: KVM_DEV_VFIO_GROUP,
+                attr: KVM_DEV_VFIO_GROUP_ADD.into(),
+                addr: (&raw const descriptor) as u64,
+                flags: 0,
+            };
+            device.set_device_attr(&add).map_err(refused("take a VFIO group"))?;
+        }
+        Ok(GroupsOfKvm { _device: device })
     }
 
     /// Makes a vCPU.
@@ -226,6 +280,38 @@ impl MsiRouter for Vm {
                 gsi,
                 reason: error.to_string(),
             })?;
+        }
+        Ok(())
+    }
+}
+
+impl Windows for Vm {
+    fn place(&self, window: u32, at: Option<u64>) -> io::Result<()> {
+        let mut windows = lock(&self.windows);
+        let Some(shown) = windows.get_mut(window as usize) else {
+            return Err(io::ErrorKind::NotFound.into());
+        };
+        let slot = |at: u64, memory_size: u64| kvm_userspace_memory_region {
+            slot: FIRST_WINDOW_SLOT + window,
+            flags: 0,
+            guest_phys_addr: at,
+            memory_size,
+            userspace_addr: shown.memory.address(),
+        };
+        let set = |slot| {
+            // SAFETY: the range is a mapping of a function's memory, which is the guest's to use
+            // and stays mapped until the machine's descriptor is closed: nothing is taken out of
+            // `windows`, and fields are dropped in order.
+            unsafe { self.fd.set_user_memory_region(slot) }.map_err(io::Error::from)
+        };
+        // A slot cannot be changed, only removed.
+        if shown.placed {
+            set(slot(0, 0))?;
+            shown.placed = false;
+        }
+        if let Some(at) = at {
+            set(slot(at, shown.memory.bytes()))?;
+            shown.placed = true;
         }
         Ok(())
     }

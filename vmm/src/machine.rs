@@ -3,6 +3,7 @@
 //! [`RunningMachine`] cannot be given another kernel.
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
@@ -10,13 +11,13 @@ use std::sync::{Arc, Mutex};
 use kvm_ioctls::VcpuFd;
 use vial_vmm_api::{
     API_VERSION, BootReport, Descriptor, DeviceConfig, MAX_COMMAND_LINE_BYTES, MAX_DEVICES,
-    MEMORY_MIB, VCPUS, VmConfig,
+    MAX_PASSED_FUNCTIONS, MEMORY_MIB, VCPUS, VmConfig,
 };
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::{acpi, boot, cpuid, layout, registers};
 use crate::clock::monotonic_ns;
-use crate::devices::{block, fs, net, rng, vsock};
+use crate::devices::{block, fs, net, rng, vfio, vsock};
 use crate::event_loop::{EventLoop, EventLoopError};
 use crate::kvm::{self, Vm};
 use crate::memory::{GuestRam, map_ram};
@@ -150,7 +151,22 @@ pub fn check(config: &VmConfig) -> Result<(), MachineError> {
     if sockets.count() > 1 {
         return wrong("two vsock devices: give one".into());
     }
+    let passed: Vec<usize> = config.devices.iter().filter_map(passed_functions).collect();
+    if passed.len() > 1 {
+        return wrong("two lists of passed functions: give one with all of them".into());
+    }
+    if passed.iter().any(|count| *count > MAX_PASSED_FUNCTIONS) {
+        return wrong(format!("more than {MAX_PASSED_FUNCTIONS} passed functions: give fewer"));
+    }
     Ok(())
+}
+
+/// How many functions of the host the entry passes, if it is one of those.
+fn passed_functions(device: &DeviceConfig) -> Option<usize> {
+    match device {
+        DeviceConfig::Passthrough { functions, .. } => Some(functions.len()),
+        _ => None,
+    }
 }
 
 /// What a guest connects by: called on a device thread with the host's port and the stream.
@@ -162,6 +178,7 @@ pub struct Machine {
     vcpus: Vec<VcpuFd>,
     vsock: Option<vsock::VsockConnector>,
     vm: Arc<Vm>,
+    passed: Option<vfio::Joined>,
     marks: Vec<(String, u64)>,
 }
 
@@ -171,6 +188,8 @@ pub struct RunningMachine {
     vsock: Option<vsock::VsockConnector>,
     /// Keeps KVM's side of the machine for as long as the guest's memory is mapped.
     _vm: Arc<Vm>,
+    /// Keeps passed functions joined.
+    _passed: Option<vfio::Joined>,
 }
 
 impl Machine {
@@ -193,7 +212,11 @@ impl Machine {
         vm.set_memory(&ram)?;
         mark("vm created");
 
-        let entry = load_guest(&config, &mut descriptors, &ram)?;
+        let supported = kvm::supported_cpuid(&kvm)?;
+        let passes = config.devices.iter().any(|device| passed_functions(device).is_some());
+        let high_window =
+            passes.then(|| layout::high_window(cpuid::physical_address_bits(&supported)));
+        let entry = load_guest(&config, &mut descriptors, &ram, high_window.clone())?;
         mark("kernel loaded");
 
         let console = match config.console {
@@ -201,19 +224,28 @@ impl Machine {
             None => None,
         };
         let workers = start_workers(&config, console.as_ref())?;
-        let platform = Arc::new(Platform { ports: Ports::new(console), pci: PciBus::new() });
-        let mut assembly =
-            Assembly { vm: &vm, ram: &ram, platform: &platform, workers, vsock: None };
+        let high_window = high_window.unwrap_or_default();
+        let pci = PciBus::with_high_window(high_window.clone());
+        let platform = Arc::new(Platform { ports: Ports::new(console), pci });
+        let mut assembly = Assembly {
+            vm: &vm,
+            ram: &ram,
+            platform: &platform,
+            workers,
+            vsock: None,
+            high_window,
+            passed: None,
+        };
         let mut guest_connected = Some(guest_connected);
         for (number, device) in config.devices.into_iter().enumerate() {
             assembly.add(number, device, &mut descriptors, &mut guest_connected)?;
         }
-        let vsock = assembly.vsock;
+        let Assembly { vsock, passed, .. } = assembly;
         mark("devices added");
 
-        let vcpus = create_vcpus(&kvm, &vm, config.vcpus, entry)?;
+        let vcpus = create_vcpus(&supported, &vm, config.vcpus, entry)?;
         mark("vcpus created");
-        Ok(Self { platform, vcpus, vsock, vm, marks })
+        Ok(Self { platform, vcpus, vsock, vm, passed, marks })
     }
 
     /// Lets the guest run. How it ends is told by `end`.
@@ -223,7 +255,11 @@ impl Machine {
     pub fn start(self, end: &EndOfVm) -> Result<(RunningMachine, BootReport), MachineError> {
         // The file server has its own. The vCPUs' threads inherit what is left here: nothing.
         privileges::give_up_capabilities()?;
-        let gates = spawn_vcpus(self.vcpus, &self.platform, end)?;
+        let kind = match self.passed {
+            Some(_) => ThreadKind::VcpuWithFunctions,
+            None => ThreadKind::Vcpu,
+        };
+        let gates = spawn_vcpus(self.vcpus, kind, &self.platform, end)?;
         // Nobody starts a thread from here on.
         seccomp::confine(ThreadKind::Control)?;
         for gate in gates {
@@ -232,7 +268,12 @@ impl Machine {
         }
         let mut marks = self.marks;
         marks.push(("vcpus started".to_owned(), monotonic_ns()));
-        let running = RunningMachine { platform: self.platform, vsock: self.vsock, _vm: self.vm };
+        let running = RunningMachine {
+            platform: self.platform,
+            vsock: self.vsock,
+            _vm: self.vm,
+            _passed: self.passed,
+        };
         Ok((running, BootReport { marks }))
     }
 }
@@ -241,6 +282,7 @@ impl Machine {
 /// filters when this returns.
 fn spawn_vcpus(
     vcpus: Vec<VcpuFd>,
+    kind: ThreadKind,
     platform: &Arc<Platform>,
     end: &EndOfVm,
 ) -> Result<Vec<SyncSender<()>>, MachineError> {
@@ -254,7 +296,7 @@ fn spawn_vcpus(
             .name(format!("vcpu{index}"))
             .stack_size(VCPU_STACK_BYTES)
             .spawn(move || {
-                let result = seccomp::confine(ThreadKind::Vcpu);
+                let result = seccomp::confine(kind);
                 let goes_on = result.is_ok();
                 // There is room for an answer of each.
                 let _ = confined.send(result);
@@ -295,6 +337,7 @@ fn load_guest(
     config: &VmConfig,
     descriptors: &mut Descriptors,
     ram: &GuestRam,
+    high_window: Option<Range<u64>>,
 ) -> Result<vm_memory::GuestAddress, MachineError> {
     let mut kernel = File::from(descriptors.take(config.kernel, "the kernel")?);
     let loaded = boot::load_kernel(ram, &mut kernel)?;
@@ -306,7 +349,11 @@ fn load_guest(
         None => None,
     };
     registers::write_boot_tables(ram)?;
-    let platform = acpi::Platform { vcpus: config.vcpus, serial: config.console.is_some() };
+    let platform = acpi::Platform {
+        vcpus: config.vcpus,
+        serial: config.console.is_some(),
+        high_window: high_window.map(|window| (window.start, window.end)),
+    };
     let acpi_root = acpi::write_tables(ram, platform)?;
     boot::write_parameters(ram, &config.command_line, initrd, acpi_root)?;
     Ok(loaded.kernel_load)
@@ -344,17 +391,16 @@ fn start_workers(
 }
 
 fn create_vcpus(
-    kvm: &kvm_ioctls::Kvm,
+    supported: &kvm_bindings::CpuId,
     vm: &Vm,
     count: u8,
     entry: vm_memory::GuestAddress,
 ) -> Result<Vec<VcpuFd>, MachineError> {
-    let supported = kvm::supported_cpuid(kvm)?;
     (0..count)
         .map(|index| {
             let vcpu = vm.create_vcpu(index)?;
             let tsc_khz = vcpu.get_tsc_khz().ok();
-            let entries = cpuid::for_vcpu(&supported, index, count, tsc_khz);
+            let entries = cpuid::for_vcpu(supported, index, count, tsc_khz);
             kvm_bindings::CpuId::from_entries(&entries)
                 .map_err(|error| MachineError::Cpuid(index, format!("{error:?}")))
                 .and_then(|cpuid| {
@@ -378,9 +424,39 @@ struct Assembly<'a> {
     platform: &'a Platform,
     workers: Workers,
     vsock: Option<vsock::VsockConnector>,
+    high_window: Range<u64>,
+    passed: Option<vfio::Joined>,
 }
 
 impl Assembly<'_> {
+    /// Puts functions of the host on the bus, and lets them reach guest memory.
+    fn pass(
+        &mut self,
+        container: Descriptor,
+        groups: Vec<Descriptor>,
+        functions: Vec<Descriptor>,
+        descriptors: &mut Descriptors,
+    ) -> Result<(), String> {
+        let text = |error: vfio::VfioError| error.to_string();
+        let mut take =
+            |which, what| descriptors.take(which, what).map_err(|error| error.to_string());
+        let container = take(container, "the VFIO container")?;
+        let groups = groups
+            .into_iter()
+            .map(|group| take(group, "a VFIO group"))
+            .collect::<Result<Vec<_>, _>>()?;
+        for function in functions {
+            let function = take(function, "a passed function")?;
+            let window = self.high_window.clone();
+            let function =
+                vfio::function(function, self.vm, &self.platform.pci, window).map_err(text)?;
+            let added = self.platform.pci.add(Arc::new(Mutex::new(function)));
+            added.map_err(|error| error.to_string())?;
+        }
+        self.passed = Some(vfio::join(container, groups, self.vm, self.ram).map_err(text)?);
+        Ok(())
+    }
+
     fn add(
         &mut self,
         number: usize,
@@ -389,6 +465,11 @@ impl Assembly<'_> {
         guest_connected: &mut Option<GuestConnected>,
     ) -> Result<(), MachineError> {
         let kind = kind(&config);
+        if let DeviceConfig::Passthrough { container, groups, functions } = config {
+            return self
+                .pass(container, groups, functions, descriptors)
+                .map_err(|reason| MachineError::Device { number, kind, reason });
+        }
         let device = self
             .device(config, descriptors, guest_connected)
             .map_err(|reason| MachineError::Device { number, kind, reason })?;
@@ -440,6 +521,7 @@ impl Assembly<'_> {
                 Box::new(block::Block::new(file, read_only, &serial).map_err(|e| text(&e))?)
             }
             DeviceConfig::Rng => Box::new(rng::Rng::new()),
+            DeviceConfig::Passthrough { .. } => return Err("it is no virtio device".into()),
         })
     }
 }
@@ -451,6 +533,7 @@ fn kind(config: &DeviceConfig) -> &'static str {
         DeviceConfig::Net { .. } => "net",
         DeviceConfig::Block { .. } => "block",
         DeviceConfig::Rng => "rng",
+        DeviceConfig::Passthrough { .. } => "passthrough",
     }
 }
 
@@ -472,10 +555,18 @@ mod tests {
         }
     }
 
+    fn passed(functions: usize) -> DeviceConfig {
+        DeviceConfig::Passthrough {
+            container: Descriptor(2),
+            groups: Vec::new(),
+            functions: vec![Descriptor(3); functions],
+        }
+    }
+
     #[test]
     fn machine_beyond_a_bound_is_refused_by_name() {
         type Change = fn(&mut VmConfig);
-        let cases: [(Change, &str); 9] = [
+        let cases: [(Change, &str); 11] = [
             (|c| c.version += 1, "version"),
             (|c| c.vcpus = 0, "vCPUs"),
             (|c| c.vcpus = 65, "vCPUs"),
@@ -490,6 +581,8 @@ mod tests {
                 },
                 "vsock",
             ),
+            (|c| c.devices = vec![passed(1), passed(1)], "two lists"),
+            (|c| c.devices = vec![passed(MAX_PASSED_FUNCTIONS + 1)], "passed functions"),
         ];
         check(&config()).unwrap();
         for (change, word) in cases {

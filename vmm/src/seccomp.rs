@@ -19,6 +19,8 @@ use seccompiler::{
 pub enum ThreadKind {
     /// Runs the guest on a vCPU.
     Vcpu,
+    /// The same, in a machine with functions of the host.
+    VcpuWithFunctions,
     /// Serves the devices that never block.
     Io,
     /// Serves files and disks.

@@ -27,6 +27,9 @@ pub const MAX_COMMAND_LINE_BYTES: usize = 1536;
 /// The most devices a VM can have: one PCI bus less the host bridge.
 pub const MAX_DEVICES: usize = 31;
 
+/// The most functions of the host that a VM can have.
+pub const MAX_PASSED_FUNCTIONS: usize = 16;
+
 /// An index into the descriptors attached to the message that holds it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Descriptor(pub u8);
@@ -255,6 +258,16 @@ pub enum DeviceConfig {
     },
     /// A source of random numbers (virtio 1.2, 5.4).
     Rng,
+    /// PCI functions of the host, which share an IOMMU address space. At most one entry, and no
+    /// guest memory that is copied on write. Each function has a device number on the bus.
+    Passthrough {
+        /// `/dev/vfio/vfio`, to which the groups were joined and whose IOMMU type is set.
+        container: Descriptor,
+        /// The groups of the functions.
+        groups: Vec<Descriptor>,
+        /// The functions (`VFIO_GROUP_GET_DEVICE_FD`), at most [`MAX_PASSED_FUNCTIONS`].
+        functions: Vec<Descriptor>,
+    },
 }
 
 /// Why a message could not be encoded or decoded.

@@ -1,5 +1,6 @@
 //! The virtio devices: a folder or file each. They know queues and descriptors of the host, and
-//! nothing of PCI, KVM or the machine that they are in.
+//! nothing of PCI, KVM or the machine that they are in. Functions of the host ([`vfio`]) are no
+//! virtio devices, and are on the bus by themselves.
 
 pub mod block;
 pub(crate) mod buffers;
@@ -9,4 +10,5 @@ mod one_queue;
 pub mod rng;
 #[cfg(test)]
 pub(crate) mod testing;
+pub mod vfio;
 pub mod vsock;

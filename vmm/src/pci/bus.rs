@@ -1,6 +1,7 @@
 //! The bus: which function answers at which address.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use super::config::{BarChange, ConfigSpace, Identity};
@@ -33,6 +34,8 @@ pub struct PciBus {
     slots: RwLock<[Option<SharedFunction>; DEVICES]>,
     bars: RwLock<BTreeMap<u64, Decoded>>,
     next_bar: Mutex<u64>,
+    /// What is left of the window above the guest's memory.
+    high: Mutex<Range<u64>>,
 }
 
 /// A panic in another thread ends the process, so a poisoned lock is as good as any.
@@ -56,7 +59,26 @@ impl PciBus {
             slots: RwLock::new(slots),
             bars: RwLock::new(BTreeMap::new()),
             next_bar: Mutex::new(PCI_MMIO_START),
+            high: Mutex::new(0..0),
         }
+    }
+
+    /// The same, with a window for 64-bit BARs above the guest's memory.
+    pub fn with_high_window(window: Range<u64>) -> Self {
+        Self { high: Mutex::new(window), ..Self::new() }
+    }
+
+    /// Takes a place for a 64-bit BAR of `size` bytes, aligned to its size.
+    ///
+    /// # Errors
+    /// [`BusError::NoWindow`].
+    pub fn allocate_wide_bar(&self, size: u64) -> Result<u64, BusError> {
+        let mut left = lock(&self.high);
+        let start = left.start.checked_next_multiple_of(size.max(1)).ok_or(BusError::NoWindow)?;
+        let end =
+            start.checked_add(size).filter(|end| *end <= left.end).ok_or(BusError::NoWindow)?;
+        left.start = end;
+        Ok(start)
     }
 
     /// Takes a place for a BAR of `size` bytes, aligned to its size.
@@ -90,7 +112,9 @@ impl PciBus {
     }
 
     fn decode(&self, address: u64, size: u64, bar: u8, function: &SharedFunction) {
-        let decoded = Decoded { end: address + size, function: function.clone(), bar };
+        // The guest may put a wide BAR to the very end of all addresses.
+        let end = address.saturating_add(size);
+        let decoded = Decoded { end, function: function.clone(), bar };
         self.bars.write().unwrap_or_else(PoisonError::into_inner).insert(address, decoded);
     }
 
@@ -286,5 +310,11 @@ mod tests {
         let bus = PciBus::new();
         bus.allocate_bar(PCI_MMIO_SIZE).unwrap();
         assert_eq!(bus.allocate_bar(16), Err(BusError::NoWindow));
+        assert_eq!(bus.allocate_wide_bar(16), Err(BusError::NoWindow));
+        let bus = PciBus::with_high_window(1 << 38..1 << 39);
+        assert_eq!(bus.allocate_wide_bar(0x1000), Ok(1 << 38));
+        assert_eq!(bus.allocate_wide_bar(1 << 37), Ok(3 << 37));
+        assert_eq!(bus.allocate_wide_bar(16), Err(BusError::NoWindow));
+        assert_eq!(bus.allocate_wide_bar(1 << 63), Err(BusError::NoWindow));
     }
 }

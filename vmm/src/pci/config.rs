@@ -18,6 +18,10 @@ const CAPABILITIES_POINTER: usize = 0x34;
 const FIRST_CAPABILITY: usize = 0x40;
 const BARS: usize = 6;
 
+// Of a BAR's low bits (6.2.5.1).
+const BAR_64_BITS: u64 = 1 << 2;
+const BAR_PREFETCHABLE: u64 = 1 << 3;
+
 const COMMAND_MEMORY: u16 = 1 << 1;
 const COMMAND_BUS_MASTER: u16 = 1 << 2;
 const COMMAND_INTX_DISABLE: u16 = 1 << 10;
@@ -72,8 +76,10 @@ pub enum ConfigError {
 pub struct ConfigSpace {
     bytes: [u8; SIZE],
     writable: [u8; SIZE],
-    /// Sizes of the 32-bit memory BARs; 0 where there is none.
+    /// Sizes of the memory BARs; 0 where there is none.
     bar_sizes: [u64; BARS],
+    /// Whether a BAR has 64 bits, and so the register behind its own.
+    wide: [bool; BARS],
     next_capability: usize,
     last_capability_pointer: usize,
 }
@@ -85,6 +91,7 @@ impl ConfigSpace {
             bytes: [0; SIZE],
             writable: [0; SIZE],
             bar_sizes: [0; BARS],
+            wide: [false; BARS],
             next_capability: FIRST_CAPABILITY,
             last_capability_pointer: CAPABILITIES_POINTER,
         };
@@ -107,13 +114,43 @@ impl ConfigSpace {
         if !size.is_power_of_two() || !(16..=1 << 31).contains(&size) {
             return Err(ConfigError::BarSize(size));
         }
+        let taken = usize::from(bar).checked_sub(1).is_some_and(|before| self.wide[before % BARS]);
         match self.bar_sizes.get_mut(usize::from(bar)) {
-            Some(slot) if *slot == 0 => *slot = size,
+            Some(slot) if *slot == 0 && !taken => *slot = size,
             _ => return Err(ConfigError::BarNumber(bar)),
         }
         let offset = BAR0 + 4 * usize::from(bar);
         self.put(offset, &address.to_le_bytes());
         self.allow(offset, &(!(size as u32 - 1)).to_le_bytes());
+        let command = self.command() | COMMAND_MEMORY;
+        self.put(COMMAND, &command.to_le_bytes());
+        Ok(())
+    }
+
+    /// Adds a 64-bit memory BAR that starts out at `address`, decoded. It takes the register behind
+    /// its own, too.
+    ///
+    /// # Errors
+    /// Its size or number is impossible.
+    pub fn add_wide_bar(
+        &mut self,
+        bar: u8,
+        size: u64,
+        address: u64,
+        prefetchable: bool,
+    ) -> Result<(), ConfigError> {
+        if !size.is_power_of_two() || !(16..=1 << 62).contains(&size) {
+            return Err(ConfigError::BarSize(size));
+        }
+        let at = usize::from(bar);
+        match self.bar_sizes.get(at..at + 2) {
+            Some([0, 0]) if at == 0 || !self.wide[at - 1] => {}
+            _ => return Err(ConfigError::BarNumber(bar)),
+        }
+        (self.bar_sizes[at], self.wide[at]) = (size, true);
+        let kind = BAR_64_BITS | if prefetchable { BAR_PREFETCHABLE } else { 0 };
+        self.put(BAR0 + 4 * at, &(address | kind).to_le_bytes());
+        self.allow(BAR0 + 4 * at, &(!(size - 1)).to_le_bytes());
         let command = self.command() | COMMAND_MEMORY;
         self.put(COMMAND, &command.to_le_bytes());
         Ok(())
@@ -198,8 +235,12 @@ impl ConfigSpace {
 
     fn bar_address(&self, bar: usize) -> u64 {
         let offset = BAR0 + 4 * bar;
-        let bytes = [0, 1, 2, 3].map(|index| self.bytes[offset + index]);
-        u64::from(u32::from_le_bytes(bytes) & !0xf)
+        let half = |from: usize| {
+            let bytes = [0, 1, 2, 3].map(|index| self.bytes[from + index]);
+            u64::from(u32::from_le_bytes(bytes))
+        };
+        let high = if self.wide[bar] { half(offset + 4) << 32 } else { 0 };
+        (high | half(offset)) & !0xf
     }
 
     fn command(&self) -> u16 {
@@ -274,6 +315,28 @@ mod tests {
         assert_eq!(space.u16_at(STATUS) & STATUS_CAPABILITIES, STATUS_CAPABILITIES);
         let full = space.add_capability(0x09, &[0; 250]);
         assert_eq!(full, Err(ConfigError::CapabilityRoom(250)));
+    }
+
+    #[test]
+    fn wide_bar_is_sized_and_moved_by_both_of_its_registers() {
+        let mut space = space();
+        let (size, address) = (1 << 33, 0x80_0000_0000);
+        space.add_wide_bar(2, size, address, true).unwrap();
+        assert_eq!(u32_at(&space, 0x18), 0xc);
+        assert_eq!(space.decoded_bars().last(), Some((2, address, size)));
+        space.write(0x04, &0u16.to_le_bytes());
+        space.write(0x18, &[0xff; 4]);
+        space.write(0x1c, &[0xff; 4]);
+        assert_eq!((u32_at(&space, 0x18), u32_at(&space, 0x1c)), (0xc, 0xffff_fffe));
+        space.write(0x18, &0u32.to_le_bytes());
+        space.write(0x1c, &0x90u32.to_le_bytes());
+        let on = space.write(0x04, &2u16.to_le_bytes());
+        assert_eq!(on.last(), Some(&BarChange { bar: 2, size, old: None, new: Some(0x90 << 32) }));
+        // The register behind it is taken.
+        assert_eq!(space.add_bar(3, 0x1000, 0), Err(ConfigError::BarNumber(3)));
+        assert_eq!(space.add_wide_bar(3, 0x1000, 0, false), Err(ConfigError::BarNumber(3)));
+        assert_eq!(space.add_wide_bar(5, 0x1000, 0, false), Err(ConfigError::BarNumber(5)));
+        assert_eq!(space.add_wide_bar(4, 0x3000, 0, false), Err(ConfigError::BarSize(0x3000)));
     }
 
     #[test]

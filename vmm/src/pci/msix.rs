@@ -112,6 +112,28 @@ impl MsixTable {
         body
     }
 
+    /// The same for a table and pending bits that lie where the function has them: BAR and offset.
+    pub fn capability_at(&self, table: (u8, u64), pending: (u8, u64)) -> [u8; 10] {
+        let mut body = self.capability(0, 0, 0);
+        for ((bar, offset), place) in [table, pending].into_iter().zip([2, 6]) {
+            // Offsets have 32 bits, of which the last three tell the BAR.
+            let word = offset as u32 & !7 | u32::from(bar & 7);
+            body[place..place + 4].copy_from_slice(&word.to_le_bytes());
+        }
+        body
+    }
+
+    /// How many vectors there are.
+    #[allow(clippy::len_without_is_empty)] // A table is never empty.
+    pub fn len(&self) -> usize {
+        self.vectors.len()
+    }
+
+    /// The events that trigger the vectors, in order.
+    pub fn events(&self) -> impl Iterator<Item = Arc<EventFd>> + '_ {
+        self.vectors.iter().map(|vector| vector.event.clone())
+    }
+
     /// The bits of the capability's control register that the guest may write.
     pub const WRITABLE_CONTROL: u16 = CONTROL_ENABLE | CONTROL_FUNCTION_MASK;
 
@@ -284,5 +306,7 @@ mod tests {
         let (_, table) = table(3);
         let body = table.capability(0, 0x4000, 0x5000);
         assert_eq!(body, [2, 0, 0, 0x40, 0, 0, 0, 0x50, 0, 0]);
+        let body = table.capability_at((3, 0), (4, 0x2000));
+        assert_eq!(body, [2, 0, 3, 0, 0, 0, 4, 0x20, 0, 0]);
     }
 }

@@ -73,6 +73,33 @@ const VCPU: &[Call] = &[
     (libc::SYS_fcntl, OneOf(1, &[libc::F_DUPFD_CLOEXEC as u64, libc::F_GETFD as u64])),
 ];
 
+const KVM_SET_USER_MEMORY_REGION: u64 = kvm(1, 32, 0x46);
+/// VFIO_DEVICE_SET_IRQS (linux/vfio.h).
+const VFIO_DEVICE_SET_IRQS: u64 = 0x3b << 8 | 110;
+
+/// The same, and what the driver of a passed function does: it moves BARs, turns interrupts on,
+/// and reaches what of the function is not mapped by reads and writes of its descriptor.
+const VCPU_WITH_FUNCTIONS: &[Call] = &[
+    (
+        libc::SYS_ioctl,
+        OneOf(
+            1,
+            &[
+                KVM_RUN,
+                KVM_GET_REGS,
+                KVM_SET_GSI_ROUTING,
+                KVM_IRQFD,
+                KVM_IOEVENTFD,
+                KVM_SET_USER_MEMORY_REGION,
+                VFIO_DEVICE_SET_IRQS,
+                libc::TUNSETOFFLOAD,
+            ],
+        ),
+    ),
+    (libc::SYS_pread64, Any),
+    (libc::SYS_pwrite64, Any),
+];
+
 /// An event loop.
 const EVENT_LOOP: &[Call] =
     &[(libc::SYS_epoll_ctl, Any), (libc::SYS_epoll_pwait, Any), (libc::SYS_epoll_wait, Any)];
@@ -183,6 +210,7 @@ pub(super) fn of(kind: ThreadKind) -> impl Iterator<Item = &'static Call> {
     const NOTHING: &[Call] = &[];
     let own = match kind {
         ThreadKind::Vcpu => [VCPU, NOTHING, NOTHING, NOTHING],
+        ThreadKind::VcpuWithFunctions => [VCPU, VCPU_WITH_FUNCTIONS, NOTHING, NOTHING],
         ThreadKind::Io => [EVENT_LOOP, IO, NOTHING, NOTHING],
         ThreadKind::FileServer => [EVENT_LOOP, FILES, IDENTITY, &[ASKING]],
         ThreadKind::Control => [CONTROL, NOTHING, NOTHING, NOTHING],

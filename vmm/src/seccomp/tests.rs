@@ -9,8 +9,13 @@ use super::*;
 const KIND: &str = "VIAL_TEST_THREAD_KIND";
 const CALL: &str = "VIAL_TEST_CALL";
 
-const KINDS: [ThreadKind; 4] =
-    [ThreadKind::Vcpu, ThreadKind::Io, ThreadKind::FileServer, ThreadKind::Control];
+const KINDS: [ThreadKind; 5] = [
+    ThreadKind::Vcpu,
+    ThreadKind::VcpuWithFunctions,
+    ThreadKind::Io,
+    ThreadKind::FileServer,
+    ThreadKind::Control,
+];
 
 /// A descriptor that is not open: what is allowed fails by it, and does nothing.
 const CLOSED: i64 = 1 << 20;
@@ -66,10 +71,21 @@ fn table(kind: ThreadKind) -> (&'static [Attempt], &'static [Attempt]) {
     const DUPLICATE: Attempt =
         ("duplicate", libc::SYS_fcntl, [CLOSED, libc::F_DUPFD_CLOEXEC as i64, 0, 0]);
     const OWNER: Attempt = ("signals by a file", libc::SYS_fcntl, [CLOSED, 8, 0, 0]);
+    const PASSED_INTERRUPT: Attempt =
+        ("a passed function's interrupts", libc::SYS_ioctl, [CLOSED, 0x3b6e, 0, 0]);
+    const PASSED_MEMORY: Attempt =
+        ("more of a container's memory", libc::SYS_ioctl, [CLOSED, 0x3b71, 0, 0]);
+    const SLOT: Attempt = ("a memory slot", libc::SYS_ioctl, [CLOSED, 0x4020_ae46, 0, 0]);
+    const READ_AT: Attempt = ("read at a place", libc::SYS_pread64, [CLOSED, 0, 0, 0]);
     match kind {
-        ThreadKind::Vcpu => {
-            (&[RUN, DUPLICATE], &[OPEN, PAIR, IDENTITY, POLL, EPOLL, RECEIVE, OWNER])
-        }
+        ThreadKind::Vcpu => (
+            &[RUN, DUPLICATE],
+            &[OPEN, PAIR, IDENTITY, POLL, EPOLL, RECEIVE, OWNER, PASSED_INTERRUPT, SLOT, READ_AT],
+        ),
+        ThreadKind::VcpuWithFunctions => (
+            &[RUN, DUPLICATE, PASSED_INTERRUPT, SLOT, READ_AT],
+            &[OPEN, PAIR, IDENTITY, POLL, EPOLL, RECEIVE, OWNER, PASSED_MEMORY],
+        ),
         ThreadKind::Io => {
             (&[PAIR, EPOLL, RECEIVE], &[OPEN, INTERNET_PAIR, IDENTITY, RUN, DUPLICATE, POLL])
         }
@@ -159,6 +175,11 @@ fn each_call_of(wanted: ThreadKind) {
             assert_eq!(status.signal(), Some(libc::SIGSYS), "{wanted:?}: {name}: {status}");
         }
     }
+}
+
+#[test]
+fn vcpu_with_functions_that_leaves_its_table_is_killed() {
+    each_call_of(ThreadKind::VcpuWithFunctions);
 }
 
 #[test]

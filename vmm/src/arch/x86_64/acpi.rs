@@ -52,6 +52,8 @@ pub struct Platform {
     pub vcpus: u8,
     /// Whether there is a serial console.
     pub serial: bool,
+    /// A window for 64-bit BARs, from its first byte to before its last and one.
+    pub high_window: Option<(u64, u64)>,
 }
 
 /// Writes the tables and returns where the root pointer lies.
@@ -134,7 +136,8 @@ fn dsdt(platform: Platform) -> Sdt {
     // _S5: what the guest writes as the sleep type of registers A and B.
     Name::new("_S5_".into(), &Package::new(vec![&SLEEP_TYPE_OFF, &SLEEP_TYPE_OFF]))
         .to_aml_bytes(&mut aml);
-    let (bridge, reserved, pvpanic) = (host_bridge(), reserved_for_ecam(), pvpanic());
+    let bridge = host_bridge(platform.high_window);
+    let (reserved, pvpanic) = (reserved_for_ecam(), pvpanic());
     let serial = platform.serial.then(serial);
     let mut devices: Vec<&dyn Aml> = vec![&bridge, &reserved, &pvpanic];
     devices.extend(serial.iter().map(|device| device as &dyn Aml));
@@ -161,7 +164,7 @@ fn device(name: &str, children: Vec<&dyn Aml>) -> Assembled {
     Assembled(aml)
 }
 
-fn host_bridge() -> Assembled {
+fn host_bridge(high_window: Option<(u64, u64)>) -> Assembled {
     let hid = Name::new("_HID".into(), &EISAName::new("PNP0A08"));
     let cid = Name::new("_CID".into(), &EISAName::new("PNP0A03"));
     let segment = Name::new("_SEG".into(), &0u8);
@@ -169,19 +172,14 @@ fn host_bridge() -> Assembled {
     // The guest must take the BARs as they are programmed.
     let coherent = Name::new("_CCA".into(), &1u8);
     let window_end = (PCI_MMIO_START + PCI_MMIO_SIZE - 1) as u32;
-    let resources = Name::new(
-        "_CRS".into(),
-        &ResourceTemplate::new(vec![
-            &AddressSpace::new_bus_number(0u16, 0u16),
-            &AddressSpace::new_memory(
-                AddressSpaceCacheable::NotCacheable,
-                true,
-                PCI_MMIO_START as u32,
-                window_end,
-                None,
-            ),
-        ]),
-    );
+    let buses = AddressSpace::new_bus_number(0u16, 0u16);
+    let uncached = AddressSpaceCacheable::NotCacheable;
+    let low = AddressSpace::new_memory(uncached, true, PCI_MMIO_START as u32, window_end, None);
+    let high = high_window
+        .map(|(start, end)| AddressSpace::new_memory(uncached, true, start, end - 1, None));
+    let mut windows: Vec<&dyn Aml> = vec![&buses, &low];
+    windows.extend(high.iter().map(|window| window as &dyn Aml));
+    let resources = Name::new("_CRS".into(), &ResourceTemplate::new(windows));
     device("PCI0", vec![&hid, &cid, &segment, &bus, &coherent, &resources])
 }
 
@@ -245,7 +243,8 @@ mod tests {
     #[test]
     fn every_table_is_reached_from_the_root_and_sums_to_zero() {
         let ram = map_ram(32 << 20).unwrap();
-        let root = write_tables(&ram, Platform { vcpus: 64, serial: true }).unwrap();
+        let platform = Platform { vcpus: 64, serial: true, high_window: Some((1 << 39, 1 << 40)) };
+        let root = write_tables(&ram, platform).unwrap();
         let rsdp = read(&ram, root.0, 36);
         assert_eq!(&rsdp[..8], b"RSD PTR ");
         assert_eq!(sum(&rsdp), 0);

@@ -26,6 +26,13 @@ fn core_bits(vcpus: u8) -> u32 {
     u32::from(vcpus).next_power_of_two().trailing_zeros()
 }
 
+/// How many bits a physical address has (leaf 0x80000008, EAX).
+pub fn physical_address_bits(supported: &CpuId) -> u8 {
+    let sizes = supported.as_slice().iter().find(|entry| entry.function == 0x8000_0008);
+    // Processors without that leaf have 36 (Intel SDM volume 3, 4.1.4).
+    sizes.map_or(36, |entry| entry.eax as u8)
+}
+
 /// The answers for vCPU number `index` of `vcpus`, from those that KVM supports. `tsc_khz` is the
 /// guest's time stamp counter's frequency, where the host knows it.
 pub fn for_vcpu(

@@ -7,6 +7,7 @@
 //! 0xe000_0000    PCI configuration space (ECAM), one bus
 //! 0xfec0_0000    I/O APIC, local APIC, pages that KVM keeps for itself
 //! 0x1_0000_0000  RAM that does not fit below the hole
+//! upper half     64-bit BARs of passed functions, in a machine that has any
 //! ```
 
 /// End of RAM below 4 GiB, and start of the 32-bit hole.
@@ -22,6 +23,16 @@ pub const PCI_MMIO_SIZE: u64 = 0x2000_0000;
 pub const ECAM_START: u64 = 0xe000_0000;
 /// One bus: 32 devices, 8 functions, 4 KiB each.
 pub const ECAM_SIZE: u64 = 1 << 20;
+
+/// The window for 64-bit BARs: the upper half of what a processor with that many bits of physical
+/// address can name, memory being far below. Bits beyond 46 are left alone, which not every
+/// processor's nested paging translates.
+pub fn high_window(address_bits: u8) -> std::ops::Range<u64> {
+    let bits = address_bits.clamp(HIGH_WINDOW_BITS_MIN, 46);
+    1 << (bits - 1)..1 << bits
+}
+/// With fewer bits, the window would begin in the largest memory that a VM can have.
+const HIGH_WINDOW_BITS_MIN: u8 = 38;
 
 /// The I/O APIC's registers.
 pub const IO_APIC_START: u32 = 0xfec0_0000;
