@@ -12,6 +12,7 @@ use rustix::{
 
 use crate::{
     config::Config,
+    devices::{DeviceError, binding, pci::Sysfs},
     jail, network, share,
     spec::{Role, Spec},
     state_dir::{ProcessIdentity, State, StateDir, StateDirError},
@@ -32,6 +33,9 @@ pub enum CleanupError {
     /// See [`network::NetworkError`].
     #[error(transparent)]
     Network(#[from] network::NetworkError),
+    /// See [`DeviceError`].
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// See [`jail::RecordError`].
     #[error(transparent)]
     Jail(#[from] jail::RecordError),
@@ -77,6 +81,10 @@ pub fn clean(
         Some(attachment) => network::detach(attachment),
         None => Ok(()),
     };
+    let given_back = match &state {
+        Some(state) => binding::give_back(&Sysfs::default(), &state.devices),
+        None => Ok(()),
+    };
     share::unmount_below(dir.path())?;
     let released = match state.as_ref().and_then(|state| state.jail.as_ref()) {
         Some(record) => jail::release(&config.state_directory, namespace, id, record),
@@ -89,6 +97,7 @@ pub fn clean(
     }
     killed?;
     detached?;
+    given_back?;
     released?;
     Ok(vmm.map_or(0, |vmm| vmm.pid))
 }
@@ -164,6 +173,7 @@ mod tests {
             shim: ProcessIdentity { pid: 1, start_ticks: u64::MAX },
             vmm: ProcessIdentity::of(child.id()),
             network: None,
+            devices: Vec::new(),
             jail: Some(jail::Record { user_id, cgroup: "vial-test/absent".into() }),
             socket: socket.clone(),
             vcpus: 1,

@@ -5,6 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::devices::{DeviceError, address::Address};
 use crate::jail::user_ids::Range;
 use serde::Deserialize;
 use vial_vmm_api::{MAX_COMMAND_LINE_BYTES, MEMORY_MIB, VCPUS};
@@ -56,6 +57,8 @@ pub struct File {
     pub jail_uid_count: Option<u32>,
     /// What a VM may cost beside its memory, in MiB.
     pub memory_overhead_mib: Option<u32>,
+    /// PCI functions that pods may name by address.
+    pub pci_devices: Option<Vec<String>>,
 }
 
 /// The configuration that the program uses.
@@ -86,6 +89,8 @@ pub struct Config {
     /// What a VM may cost the host beside its guest's memory, in MiB. See
     /// [`crate::jail::cgroup::Limits`].
     pub memory_overhead_mib: u32,
+    /// PCI functions that pods may name by address, see [`crate::devices`].
+    pub pci_devices: Vec<Address>,
 }
 
 /// Why a configuration cannot be used.
@@ -171,6 +176,12 @@ impl Config {
         let (base, count) =
             (file.jail_uid_base.unwrap_or(1_900_000_000), file.jail_uid_count.unwrap_or(65_536));
         let overhead = file.memory_overhead_mib.unwrap_or(128);
+        let listed = file.pci_devices.unwrap_or_default();
+        let listed: Result<Vec<Address>, _> = listed.iter().map(|text| text.parse()).collect();
+        let pci_devices = listed.map_err(|error: DeviceError| {
+            let expected = "a list of addresses such as \"0000:3b:02.0\"".into();
+            wrong(path, "pci_devices", error.to_string(), expected)
+        })?;
         let arguments = file.kernel_arguments.unwrap_or_default();
         // Half of the room is left to the shim's own words.
         let most = MAX_COMMAND_LINE_BYTES / 2;
@@ -196,6 +207,7 @@ impl Config {
                 count: within(path, "jail_uid_count", count, 1..=u32::MAX - 1 - base)?,
             },
             memory_overhead_mib: within(path, "memory_overhead_mib", overhead, OVERHEAD_MIB)?,
+            pci_devices,
         })
     }
 
@@ -294,6 +306,7 @@ mod tests {
             ("jail_uid_base = 4000000000\njail_uid_count = 300000000", "to 294967294"),
             ("memory_overhead_mib = 1", "32 to 65536"),
             ("kernel = \"vmlinux\"", "absolute"),
+            ("pci_devices = [\"3b:02.0\"]", "0000:3b:02.0"),
         ] {
             let error = parse(text).unwrap_err();
             assert!(error.contains(bounds), "{text}: {error}");

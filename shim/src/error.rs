@@ -3,10 +3,10 @@
 use ttrpc::Code;
 
 use crate::{
-    agent::AgentError, jail::RecordError, life::NoSuchStep, metrics::MetricsError,
-    network::NetworkError, plan::PlanError, pod_files::PodFileError, share::ShareError,
-    spec::SpecError, state_dir::StateDirError, stdio::StdioError, vmm_client::VmmError,
-    vmm_process::VmmProcessError,
+    agent::AgentError, devices::DeviceError, jail::RecordError, life::NoSuchStep,
+    metrics::MetricsError, network::NetworkError, plan::PlanError, pod_files::PodFileError,
+    share::ShareError, spec::SpecError, state_dir::StateDirError, stdio::StdioError,
+    vmm_client::VmmError, vmm_process::VmmProcessError,
 };
 
 /// Why a request to the shim failed.
@@ -88,6 +88,9 @@ pub enum ServiceError {
     /// See [`NetworkError`].
     #[error(transparent)]
     Network(#[from] NetworkError),
+    /// See [`DeviceError`].
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// See [`ShareError`].
     #[error(transparent)]
     Share(#[from] ShareError),
@@ -119,7 +122,8 @@ impl ServiceError {
                 SpecError::TooLarge { .. }
                 | SpecError::Parse { .. }
                 | SpecError::Role(_)
-                | SpecError::OfTheHost(_),
+                | SpecError::OfTheHost(_)
+                | SpecError::Annotation(_),
             )
             | Self::Plan(PlanError::Spec(_) | PlanError::Options(_) | PlanError::Decode(_))
             | Self::StateDir(StateDirError::Name(_))
@@ -131,7 +135,8 @@ impl ServiceError {
                 | ShareError::Device { .. }
                 | ShareError::Source { .. },
             ) => Code::INVALID_ARGUMENT,
-            Self::State(_) | Self::Precondition(_) => Code::FAILED_PRECONDITION,
+            Self::Device(error) if error.is_of_the_pod() => Code::INVALID_ARGUMENT,
+            Self::State(_) | Self::Precondition(_) | Self::Device(_) => Code::FAILED_PRECONDITION,
             Self::Unimplemented(_) => Code::UNIMPLEMENTED,
             Self::VmEnded(_) | Self::BootTimeout(..) => Code::UNAVAILABLE,
             Self::Agent(AgentError::Status(status)) => {

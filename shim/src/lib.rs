@@ -17,6 +17,7 @@
 //! - [`jail`] is what the VMM is started in, whatever program it is.
 //! - [`share`] and [`spec`] put a container's files where the guest can see them; [`stdio`]
 //!   copies its streams. [`network`] joins the pod's network namespace with the VM.
+//! - [`devices`] gives a pod functions of the host, and takes them back.
 //! - [`life`] holds the states as pure functions; [`state_dir`], [`timeline`] and [`cleanup`]
 //!   what is kept on disk, and how it goes away after a crash.
 //! - [`config`] is the operator's file; [`check`] and [`ps`] are behind the `vial` command.
@@ -26,6 +27,7 @@ pub mod check;
 pub mod cleanup;
 pub mod config;
 pub mod container;
+pub mod devices;
 pub mod error;
 pub mod events;
 pub mod jail;

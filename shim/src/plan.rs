@@ -20,10 +20,11 @@ use vial_agent_protocol::agent::ConfigurePodRequest;
 
 use crate::{
     config::Config,
+    devices::wanted::Wanted,
     pod_files::PodFiles,
     sandbox::Plan,
     size::{self, Limits},
-    spec::{Role, Spec, SpecError},
+    spec::{Role, Spec, SpecError, check_annotations},
     timeline::Timeline,
 };
 
@@ -71,9 +72,11 @@ impl Place {
         let (_, spec) = Spec::read(bundle)?;
         let network = spec.network_namespace().map(Path::to_path_buf);
         let cgroups_path = spec.linux.cgroups_path.clone();
+        let config = self.config.as_ref().map_err(|error| PlanError::Config(error.clone()))?;
+        let devices = spec.wanted_devices(&config.pci_devices)?;
         if spec.role()? != Role::Sandbox {
             let plan = self.plan(Limits::default(), network, ConfigurePodRequest::default())?;
-            return Ok(Plan { cgroups_path, ..plan });
+            return Ok(Plan { cgroups_path, devices, ..plan });
         }
         spec.check_sandbox()?;
         let pod = ConfigurePodRequest {
@@ -82,7 +85,7 @@ impl Place {
             ..Default::default()
         };
         let plan = self.plan(Limits::of_annotations(&spec.annotations), network, pod)?;
-        Ok(Plan { cgroups_path, ..plan })
+        Ok(Plan { cgroups_path, devices, ..plan })
     }
 
     /// The plan for a sandbox that is asked for by the Sandbox API.
@@ -99,7 +102,20 @@ impl Place {
             Some(options) => cgroup_of(options, &self.id)?,
             None => None,
         };
-        Ok(Plan { files: Some(files), cgroups_path, ..self.plan(limits, network, pod)? })
+        let devices = match request.options.as_ref() {
+            Some(options) => self.devices_of(options)?,
+            None => Wanted::default(),
+        };
+        Ok(Plan { files: Some(files), cgroups_path, devices, ..self.plan(limits, network, pod)? })
+    }
+
+    /// What the pod's annotations ask for.
+    fn devices_of(&self, options: &Any) -> Result<Wanted, PlanError> {
+        let config = self.config.as_ref().map_err(|error| PlanError::Config(error.clone()))?;
+        let annotations = Fields::read(&options.value)?.map(field::CONFIG_ANNOTATIONS)?;
+        check_annotations(&annotations)?;
+        Wanted::new(&annotations, std::iter::empty(), &config.pci_devices)
+            .map_err(|error| SpecError::from(error).into())
     }
 
     fn plan(
@@ -117,6 +133,7 @@ impl Place {
             socket: self.socket.clone(),
             network_namespace,
             cgroups_path: None,
+            devices: Wanted::default(),
             pod,
             files: None,
             timeline: self.timeline.clone(),
@@ -128,6 +145,7 @@ impl Place {
 mod field {
     pub(super) const CONFIG_HOSTNAME: u32 = 2;
     pub(super) const CONFIG_DNS: u32 = 4;
+    pub(super) const CONFIG_ANNOTATIONS: u32 = 7;
     pub(super) const CONFIG_LINUX: u32 = 8;
     pub(super) const DNS_SERVERS: u32 = 1;
     pub(super) const DNS_SEARCHES: u32 = 2;

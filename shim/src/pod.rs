@@ -227,6 +227,8 @@ impl Pod {
             return Err(error);
         }
         let sandbox = running(&mut slot, plan).await?;
+        let devices = spec.wanted_devices(&plan.config.pci_devices)?;
+        sandbox.check_devices(&devices)?;
         let made = match role {
             Role::Sandbox => {
                 Ok(Container::new(new.id.clone(), new.bundle.clone(), false, pause(&new)))

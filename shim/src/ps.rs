@@ -140,6 +140,7 @@ mod tests {
             shim: me,
             vmm: Some(me),
             network: None,
+            devices: Vec::new(),
             jail: None,
             socket: "/s".into(),
             vcpus: 2,

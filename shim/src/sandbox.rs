@@ -1,10 +1,11 @@
 //! One VM: started as a chain of steps, stopped by taking them back.
 //!
-//! state directory → network → shared tree → VMM process → boot → guest ready → agent greeted →
+//! state directory → network → devices → shared tree → VMM process → boot → guest ready → agent greeted →
 //! pod and network configured. Each step pushes its undo; a failure takes all back, and stopping does the
 //! same.
 
 use std::{
+    collections::BTreeSet,
     fs::File,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
@@ -30,6 +31,12 @@ use vial_vmm_api::{API_VERSION, Action, Descriptor, DeviceConfig, Reply, VmConfi
 use crate::{
     agent::Agent,
     config::Config,
+    devices::{
+        DeviceError, binding,
+        handles::{self, Handles},
+        pci::Sysfs,
+        wanted::Wanted,
+    },
     error::ServiceError,
     jail::{
         self, Confinement,
@@ -76,6 +83,8 @@ pub struct Plan {
     pub files: Option<PodFiles>,
     /// The cgroup that containerd has for it, as the OCI spec says it.
     pub cgroups_path: Option<String>,
+    /// The functions of the host that it asks for.
+    pub devices: Wanted,
     /// Where the phases are marked.
     pub timeline: Arc<Timeline>,
 }
@@ -93,6 +102,8 @@ pub struct Sandbox {
     pub agent: Agent,
     /// The number of the next stream in the guest.
     pub next_stream: AtomicU64,
+    /// IOMMU groups whose functions the VM has.
+    groups: BTreeSet<u32>,
     process: Arc<VmmProcess>,
     ended: watch::Receiver<Option<String>>,
     undo: Mutex<Option<UndoStack>>,
@@ -139,6 +150,8 @@ impl Sandbox {
         };
         timeline.mark("network joined");
 
+        let passed = pass_devices(plan, &dir, &mut state, undo)?;
+
         let mounted = dir.path().to_path_buf();
         undo.push("mount the shared tree", || async move {
             share::unmount_below(&mounted).map_err(|error| error.to_string())
@@ -159,6 +172,9 @@ impl Sandbox {
         undo.push("start the VMM", || async move {
             killed.kill(KILL_PATIENCE).await.map_err(|error| error.to_string())
         });
+        if passed.is_some() {
+            process.allow_locked_memory(config.memory_mib).map_err(ServiceError::from)?;
+        }
         state.vmm = ProcessIdentity::of(process.pid());
         dir.write_state(&state)?;
         timeline.mark("VMM spawned");
@@ -176,7 +192,8 @@ impl Sandbox {
         });
 
         let console = if config.debug_console { Some(open_console(&dir)?) } else { None };
-        let handed = Handed { files: &files, console: console.as_ref(), share: &share, taps };
+        let handed =
+            Handed { files: &files, console: console.as_ref(), share: &share, taps, passed };
         let boot = async {
             let ready = boot(plan, handed, &process, &client, &mut events).await?;
             timeline.mark("guest ready");
@@ -215,6 +232,7 @@ impl Sandbox {
             vmm: client,
             agent,
             next_stream: AtomicU64::new(1),
+            groups: state.devices.iter().map(|record| record.group).collect(),
             process,
             ended,
             undo: Mutex::new(None),
@@ -226,6 +244,17 @@ impl Sandbox {
     /// somebody looks up by it should be those of the VM.
     pub fn pid(&self) -> u32 {
         self.process.pid()
+    }
+
+    /// Whether the VM has the functions that a container's devices stand for.
+    ///
+    /// # Errors
+    /// [`DeviceError::Late`].
+    pub fn check_devices(&self, wanted: &Wanted) -> Result<(), DeviceError> {
+        match wanted.groups.iter().find(|group| !self.groups.contains(group)) {
+            Some(group) => Err(DeviceError::Late(*group)),
+            None => Ok(()),
+        }
     }
 
     /// Why the VM has ended, if it has.
@@ -275,6 +304,7 @@ fn first_state(plan: &Plan) -> State {
         shim: ProcessIdentity::of(pid).unwrap_or(ProcessIdentity { pid, start_ticks: 0 }),
         vmm: None,
         network: None,
+        devices: Vec::new(),
         jail: None,
         socket: plan.socket.clone(),
         vcpus: plan.config.vcpus,
@@ -337,6 +367,35 @@ fn attach_network(
     Ok((taps, found.request))
 }
 
+/// Binds the functions that the pod asks for, and opens them. What is about to be bound is written
+/// down first.
+fn pass_devices(
+    plan: &Plan,
+    dir: &StateDir,
+    state: &mut State,
+    undo: &mut UndoStack,
+) -> Result<Option<Handles>, ServiceError> {
+    if plan.devices.is_empty() {
+        return Ok(None);
+    }
+    let sysfs = Sysfs::default();
+    let records = binding::check(&sysfs, &plan.devices)?;
+    state.devices.clone_from(&records);
+    dir.write_state(state)?;
+    // Before the step: it may come half of its way.
+    undo.push("bind the pod's PCI functions", || async move {
+        // Their driver lets go of them when the last descriptor is closed, with the VMM.
+        let given = tokio::task::spawn_blocking(move || {
+            binding::give_back(&Sysfs::default(), &records).map_err(|error| error.to_string())
+        });
+        given.await.unwrap_or_else(|error| Err(error.to_string()))
+    });
+    binding::bind(&sysfs, &state.devices)?;
+    let handles = handles::open_all(&state.devices)?;
+    plan.timeline.mark("PCI functions opened");
+    Ok(Some(handles))
+}
+
 /// What the VMM is handed and exists before the sandbox does.
 struct Files {
     kvm: File,
@@ -350,6 +409,7 @@ struct Handed<'a> {
     console: Option<&'a File>,
     share: &'a Share,
     taps: Vec<Tap>,
+    passed: Option<Handles>,
 }
 
 impl Files {
@@ -421,7 +481,7 @@ fn console_tail(console: Option<&File>) -> String {
 /// its end is the agent's end.
 async fn boot(
     plan: &Plan,
-    Handed { files, console, share, taps }: Handed<'_>,
+    Handed { files, console, share, taps, passed }: Handed<'_>,
     process: &VmmProcess,
     client: &VmmClient,
     events: &mut mpsc::Receiver<VmmEvent>,
@@ -448,6 +508,13 @@ async fn boot(
     for Tap { descriptor, mac, mtu } in &taps {
         devices.push(DeviceConfig::Net { tap: given.add(descriptor), mac: *mac, mtu: *mtu });
     }
+    if let Some(Handles { container, groups, functions }) = &passed {
+        devices.push(DeviceConfig::Passthrough {
+            container: given.add(container),
+            groups: groups.iter().map(|group| given.add(group)).collect(),
+            functions: functions.iter().map(|function| given.add(function)).collect(),
+        });
+    }
     let config = VmConfig {
         version: API_VERSION,
         kvm: given.add(&files.kvm),
@@ -463,7 +530,7 @@ async fn boot(
     let answer = client.request(action, &given.0).await;
     // The VMM alone holds them from here on: they go when it goes.
     drop(given);
-    drop(taps);
+    drop((taps, passed));
     match answer {
         Ok(Reply::Booted(report)) => {
             for (name, at_ns) in report.marks {

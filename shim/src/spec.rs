@@ -11,7 +11,11 @@ use std::{
 use serde::Deserialize;
 use vial_agent_protocol::MAX_SPEC_BYTES;
 
+use crate::devices::{self, DeviceError, address::Address, wanted::Wanted};
+
 const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
+/// How annotations begin that are for Vial.
+const OURS: &str = "io.vial/";
 const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 /// Where a container has memory to share, and where CRI gives it the pod's.
 const SHARED_MEMORY: &str = "/dev/shm";
@@ -51,6 +55,16 @@ pub struct Linux {
     /// Where its processes are accounted for.
     #[serde(default, rename = "cgroupsPath")]
     pub cgroups_path: Option<String>,
+    /// The device nodes that it gets.
+    #[serde(default)]
+    pub devices: Vec<Device>,
+}
+
+/// One of a spec's `linux.devices`.
+#[derive(Debug, Deserialize)]
+pub struct Device {
+    /// Where it is; on the host, as a rule.
+    pub path: PathBuf,
 }
 
 /// One of a spec's `linux.namespaces`.
@@ -148,6 +162,12 @@ pub enum SpecError {
          another runtimeClassName"
     )]
     OfTheHost(&'static str),
+    /// An annotation of ours that there is not.
+    #[error("the annotation {0} is none of Vial's; it knows {known}", known = devices::ANNOTATION)]
+    Annotation(String),
+    /// The devices that are asked for.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
 }
 
 impl Spec {
@@ -192,6 +212,16 @@ impl Spec {
         Ok(())
     }
 
+    /// What the container, or the pod whose sandbox this is, asks for of the host's functions.
+    ///
+    /// # Errors
+    /// [`SpecError::Annotation`] and [`SpecError::Device`].
+    pub fn wanted_devices(&self, listed: &[Address]) -> Result<Wanted, SpecError> {
+        check_annotations(&self.annotations)?;
+        let nodes = self.linux.devices.iter().map(|device| device.path.as_path());
+        Ok(Wanted::new(&self.annotations, nodes, listed)?)
+    }
+
     /// Whether the container joins a PID namespace.
     pub fn joins_pids(&self) -> bool {
         let is = |namespace: &Namespace| {
@@ -232,6 +262,18 @@ impl Spec {
     }
 }
 
+/// Whether there is no annotation that looks like one of ours and is not.
+///
+/// # Errors
+/// [`SpecError::Annotation`].
+pub fn check_annotations(annotations: &HashMap<String, String>) -> Result<(), SpecError> {
+    let unknown = |key: &&String| key.starts_with(OURS) && *key != devices::ANNOTATION;
+    match annotations.keys().find(unknown) {
+        Some(key) => Err(SpecError::Annotation(key.chars().take(64).collect())),
+        None => Ok(()),
+    }
+}
+
 /// The size of the tmpfs at `path`; none when it is none, or without a size.
 fn tmpfs_bytes(path: &Path) -> Option<u64> {
     // linux/magic.h
@@ -262,6 +304,23 @@ mod tests {
         assert_eq!(spec(member).role().unwrap(), Role::Member("pod".into()));
         let orphan = r#"{"annotations": {"io.kubernetes.cri.container-type": "container"}}"#;
         assert!(spec(orphan).role().is_err());
+    }
+
+    #[test]
+    fn annotation_that_only_looks_like_ours_is_refused() {
+        let with = |key: &str| check_annotations(&HashMap::from([(key.into(), "x".into())]));
+        with("io.vial/pci-devices").unwrap();
+        with("example.org/io.vial/else").unwrap();
+        let error = with("io.vial/pci-device").unwrap_err().to_string();
+        assert!(error.contains("io.vial/pci-device ") && error.contains("-devices"), "{error}");
+    }
+
+    #[test]
+    fn devices_are_read_by_their_paths() {
+        let json = r#"{"linux": {"devices": [{"path": "/dev/vfio/7", "type": "c", "major": 243,
+                       "minor": 0}, {"path": "/dev/fuse", "type": "c"}]}}"#;
+        let wanted = spec(json).wanted_devices(&[]).unwrap();
+        assert!(wanted.groups.contains(&7) && wanted.groups.len() == 1);
     }
 
     #[test]

@@ -32,6 +32,9 @@ pub struct State {
     /// What was, or is about to be, changed in the pod's network namespace.
     #[serde(default)]
     pub network: Option<crate::network::Attachment>,
+    /// The functions of the host that it has, or is about to get.
+    #[serde(default)]
+    pub devices: Vec<crate::devices::binding::Record>,
     /// What its VMM's jail holds on the host.
     #[serde(default)]
     pub jail: Option<crate::jail::Record>,
@@ -276,6 +279,7 @@ mod tests {
             shim: ProcessIdentity::of(std::process::id()).unwrap(),
             vmm: None,
             network: None,
+            devices: Vec::new(),
             jail: Some(crate::jail::Record { user_id: 1, cgroup: "a/b".into() }),
             socket: "/run/containerd/s/0".into(),
             vcpus: 1,

@@ -12,7 +12,7 @@ use std::{
 
 use rustix::{
     fs::{Mode, OFlags},
-    process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions},
+    process::{Pid, PidfdFlags, Resource, Rlimit, Signal, WaitId, WaitIdOptions, prlimit},
 };
 use tokio::{
     io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader, Interest, unix::AsyncFd},
@@ -22,6 +22,8 @@ use vial_vmm_api::ExitReason;
 
 use crate::jail::{self, Confinement, JailError};
 
+/// Memory that a VMM with functions of the host may lock beside its guest's, in MiB.
+const OTHER_LOCKED_MIB: u64 = 16;
 /// Lines of the VMM that are kept to explain its end.
 const KEPT_LINES: usize = 8;
 /// The longest line that is taken whole, in bytes; the rest comes as a line of its own.
@@ -122,6 +124,20 @@ impl VmmProcess {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let path = format!("/proc/{}/root", self.pid);
         Ok(rustix::fs::open(path, flags, Mode::empty())?)
+    }
+
+    /// Lets it lock a guest's memory of that many MiB, and some for its own: what the host's PCI
+    /// functions may write to has to stay where it is.
+    ///
+    /// # Errors
+    /// The process is gone, or the shim may not raise a limit.
+    pub fn allow_locked_memory(&self, memory_mib: u32) -> Result<(), VmmProcessError> {
+        let most = Some((u64::from(memory_mib) + OTHER_LOCKED_MIB) << 20);
+        let pid = i32::try_from(self.pid).ok().and_then(Pid::from_raw);
+        let limit = Rlimit { current: most, maximum: most };
+        prlimit(pid, Resource::Memlock, limit)
+            .map(drop)
+            .map_err(process("raise the limit of locked memory of"))
     }
 
     /// Waits until it has ended. `None` when nobody will ever know how.

@@ -2,7 +2,8 @@
 //!
 //! A privileged container gets every device of the guest in their place. Another one gets those
 //! that the guest has under the same numbers: what the kernel numbers alike everywhere, such as
-//! /dev/fuse and /dev/net/tun.
+//! /dev/fuse and /dev/net/tun. VFIO's are left out: the functions that they stand for on the host
+//! are the guest's, on its own bus, with its own drivers.
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -14,6 +15,8 @@ use oci_spec::runtime::{
 
 use super::SpecError;
 
+/// Where VFIO's devices are.
+const VFIO: &str = "/dev/vfio";
 /// Devices of the guest that are looked at.
 const MAX_DEVICES: usize = 1024;
 /// How deep they lie below /dev.
@@ -81,6 +84,7 @@ pub(super) fn rewrite(linux: &mut Linux, guest: &[LinuxDevice]) -> Result<(), Sp
         linux.set_devices(Some(guest.to_vec()));
         return Ok(());
     }
+    leave_out_vfio(linux);
     for device in linux.devices().iter().flatten() {
         let is_same = |other: &LinuxDevice| {
             is_character(device.typ())
@@ -92,6 +96,22 @@ pub(super) fn rewrite(linux: &mut Linux, guest: &[LinuxDevice]) -> Result<(), Sp
         }
     }
     Ok(())
+}
+
+/// Takes VFIO's devices out, and the rules for their numbers, which mean something else here.
+fn leave_out_vfio(linux: &mut Linux) {
+    let Some(devices) = linux.devices_mut() else { return };
+    let (vfio, kept): (Vec<_>, Vec<_>) =
+        std::mem::take(devices).into_iter().partition(|device| device.path().starts_with(VFIO));
+    *devices = kept;
+    let rules =
+        linux.resources_mut().as_mut().and_then(|resources| resources.devices_mut().as_mut());
+    let is_for = |rule: &LinuxDeviceCgroup, device: &LinuxDevice| {
+        (rule.major(), rule.minor()) == (Some(device.major()), Some(device.minor()))
+    };
+    if let Some(rules) = rules {
+        rules.retain(|rule| !rule.allow() || !vfio.iter().any(|device| is_for(rule, device)));
+    }
 }
 
 /// Those in [`LEFT_OUT`] that are devices, by their numbers (Documentation/admin-guide/devices.txt).
@@ -165,6 +185,27 @@ mod tests {
             let error = rewrite(&mut linux(json!([refused]), deny.clone()), &guest()).unwrap_err();
             assert_eq!(error, SpecError::Device(refused["path"].as_str().unwrap().into()));
         }
+    }
+
+    #[test]
+    fn devices_of_vfio_are_left_out_with_their_rules() {
+        let rules = json!([
+            {"allow": false, "access": "rwm"},
+            {"allow": true, "type": "c", "major": 243, "minor": 0, "access": "rwm"},
+            {"allow": true, "type": "c", "major": 10, "minor": 229, "access": "rwm"}
+        ]);
+        let devices = json!([
+            device("/dev/vfio/7", "c", 243, 0),
+            device("/dev/vfio/vfio", "c", 10, 196),
+            device("/dev/fuse", "c", 10, 229)
+        ]);
+        let mut linux = linux(devices, rules);
+        rewrite(&mut linux, &guest()).unwrap();
+        let paths: Vec<_> = linux.devices().iter().flatten().map(LinuxDevice::path).collect();
+        assert_eq!(paths, [Path::new("/dev/fuse")]);
+        let rules = linux.resources().as_ref().unwrap().devices().as_ref().unwrap();
+        let majors: Vec<_> = rules.iter().map(LinuxDeviceCgroup::major).collect();
+        assert_eq!(majors, [None, Some(10)]);
     }
 
     #[test]

@@ -162,6 +162,12 @@ const KVMIO: u64 = 0xae00;
 /// Requests to others than KVM.
 const IOCTL: &[u64] = &[libc::FIONBIO, libc::TUNGETIFF, libc::TUNSETVNETHDRSZ, libc::TUNSETOFFLOAD];
 
+/// What is asked of functions of the host by their descriptors, and of their container to let them
+/// reach memory (linux/vfio.h): information, interrupts, reset, mapping. Opening and joining is the
+/// shim's.
+const VFIO: std::ops::RangeInclusive<u64> = 0x3b00 + 107..=0x3b00 + 111;
+const VFIO_MAP_DMA: u64 = 0x3b00 + 113;
+
 /// How glibc starts a thread (pthread_create(3)).
 const THREAD_FLAGS: i32 = libc::CLONE_VM
     | libc::CLONE_FS
@@ -201,7 +207,7 @@ fn rules() -> Result<Rules, BackendError> {
     }
     rules.insert(libc::SYS_prctl, one_of(0, prctl)?);
     rules.insert(libc::SYS_fcntl, one_of(1, fcntl)?);
-    let mut ioctl = one_of(1, IOCTL.iter().copied())?;
+    let mut ioctl = one_of(1, IOCTL.iter().copied().chain(VFIO).chain([VFIO_MAP_DMA]))?;
     ioctl.push(when(1, SeccompCmpOp::MaskedEq(0xff00), KVMIO)?);
     rules.insert(libc::SYS_ioctl, ioctl);
     rules.insert(libc::SYS_socketpair, one_of(0, [libc::AF_UNIX as u64])?);

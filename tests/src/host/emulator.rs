@@ -11,6 +11,7 @@ use std::process::{Child, Command, Stdio};
 use anyhow::{Context, Result, bail};
 use tempfile::TempDir;
 
+use super::devices;
 use super::options::Machine;
 use super::process;
 
@@ -191,7 +192,7 @@ pub(crate) fn shell_quote(word: &str) -> String {
 }
 
 /// A path inside a comma-separated QEMU option.
-fn in_option(path: &Path) -> OsString {
+pub(crate) fn in_option(path: &Path) -> OsString {
     // A comma ends an option's value unless it is doubled.
     path.to_string_lossy().replace(',', ",,").into()
 }
@@ -227,7 +228,12 @@ fn arguments(
 ) -> Result<Vec<OsString>> {
     let mut all: Vec<OsString> = Vec::new();
     let mut add = |words: &[&str]| all.extend(words.iter().map(OsString::from));
-    add(&["-name", "vial-host", "-M", "q35,vmport=off"]);
+    let (board, words) = match machine.devices {
+        // Interrupts are remapped, too.
+        true => ("q35,vmport=off,kernel-irqchip=split", devices::APPEND),
+        false => ("q35,vmport=off", ""),
+    };
+    add(&["-name", "vial-host", "-M", board]);
     // mttcg is fast and has two CPUs; counting instructions needs one thread and one CPU.
     if machine.icount {
         add(&["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-smp", "1"]);
@@ -237,8 +243,10 @@ fn arguments(
     add(&["-cpu", "max,+svm", "-m", &machine.memory.to_string(), "-nodefaults"]);
     // A panicking kernel reboots at once, and a reboot ends QEMU: a dead host is seen without a wait.
     add(&["-no-user-config", "-display", "none", "-no-reboot"]);
-    let append =
-        format!("console=ttyS0 loglevel=4 mitigations=off panic=-1 oops=panic {}", machine.append);
+    let append = format!(
+        "console=ttyS0 loglevel=4 mitigations=off panic=-1 oops=panic {words} {}",
+        machine.append
+    );
     add(&["-append", append.trim_end()]);
     add(&["-device", "virtio-blk-pci,drive=root"]);
     add(&["-device", "virtio-serial-pci"]);
@@ -274,6 +282,9 @@ fn arguments(
         fs::create_dir_all(out).with_context(|| format!("cannot make {}", out.display()))?;
         let path = existing_directory(out, "--out")?;
         all.extend(share_arguments("out", &path, false));
+    }
+    if machine.devices {
+        all.extend(devices::arguments(machine.cpus, machine.memory, directory)?);
     }
     all.extend(machine.qemu.iter().map(OsString::from));
     Ok(all)

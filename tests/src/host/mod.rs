@@ -5,6 +5,7 @@
 //! that need unsafe code. The init script itself is `tests/host/init`, the disk is built by `tests/host/build`.
 
 pub(crate) mod control;
+mod devices;
 pub(crate) mod emulator;
 pub(crate) mod options;
 pub(crate) mod process;

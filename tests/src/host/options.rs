@@ -71,6 +71,11 @@ pub(crate) struct Machine {
     #[arg(long, conflicts_with = "cpus")]
     pub(crate) icount: bool,
 
+    /// Give it an IOMMU, two NUMA nodes, and on the second a network card with SR-IOV and an NVMe disk, none of whose
+    /// drivers is loaded
+    #[arg(long, conflicts_with = "icount")]
+    pub(crate) devices: bool,
+
     /// Do not start containerd
     #[arg(long)]
     pub(crate) no_containerd: bool,

@@ -1,0 +1,123 @@
+//! Opens container, groups and functions, and joins them, for the VMM to be handed: it opens
+//! nothing, and none of the requests here can be made by it.
+#![allow(unsafe_code)]
+
+use std::{
+    collections::BTreeSet,
+    ffi::{CString, c_ulong},
+    fs::File,
+    io,
+    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use super::{DeviceError, binding::Record};
+use crate::jail::descriptors;
+
+// linux/vfio.h: requests have no direction and no size.
+const GET_API_VERSION: c_ulong = 0x3b << 8 | 100;
+const CHECK_EXTENSION: c_ulong = 0x3b << 8 | 101;
+const SET_IOMMU: c_ulong = 0x3b << 8 | 102;
+const GROUP_GET_STATUS: c_ulong = 0x3b << 8 | 103;
+const GROUP_SET_CONTAINER: c_ulong = 0x3b << 8 | 104;
+const GROUP_GET_DEVICE_FD: c_ulong = 0x3b << 8 | 106;
+const API_VERSION: i32 = 0;
+const TYPE1_V2_IOMMU: c_ulong = 3;
+const GROUP_FLAGS_VIABLE: u32 = 1;
+
+/// What the VMM is handed of functions of the host.
+#[derive(Debug)]
+pub struct Handles {
+    /// The groups' IOMMU address space.
+    pub container: File,
+    /// The groups.
+    pub groups: Vec<File>,
+    /// The functions, in the order of the records.
+    pub functions: Vec<OwnedFd>,
+}
+
+fn request(action: &'static str, result: i32) -> Result<i32, DeviceError> {
+    match result {
+        0.. => Ok(result),
+        _ => Err(DeviceError::Request { action, error: io::Error::last_os_error() }),
+    }
+}
+
+fn open(path: &Path) -> Result<File, DeviceError> {
+    descriptors::open_device(path).map_err(|error| {
+        let path = PathBuf::from(path);
+        DeviceError::Io { action: "open", path, error }
+    })
+}
+
+/// Opens what the records name, all of it bound to vfio-pci.
+///
+/// # Errors
+/// [`DeviceError`]. Nothing stays open then.
+pub fn open_all(records: &[Record]) -> Result<Handles, DeviceError> {
+    let container = open(Path::new("/dev/vfio/vfio"))?;
+    let fd = container.as_raw_fd();
+    // SAFETY: no argument is looked at.
+    let version = unsafe { libc::ioctl(fd, GET_API_VERSION, 0) };
+    // SAFETY: the argument is a number.
+    let has_type = unsafe { libc::ioctl(fd, CHECK_EXTENSION, TYPE1_V2_IOMMU) };
+    if version != API_VERSION || has_type <= 0 {
+        return Err(DeviceError::Type);
+    }
+    let numbers: BTreeSet<u32> = records.iter().map(|record| record.group).collect();
+    let mut groups = Vec::new();
+    for number in numbers {
+        groups.push((number, join(&container, number)?));
+    }
+    // The type can be set once a group is there.
+    // SAFETY: the argument is a number.
+    request("set the IOMMU's type", unsafe { libc::ioctl(fd, SET_IOMMU, TYPE1_V2_IOMMU) })?;
+    let functions = records
+        .iter()
+        .map(|record| {
+            // Every record's group was opened above.
+            let group = groups.iter().find(|(number, _)| *number == record.group);
+            let (_, group) = group.ok_or(DeviceError::NoGroup(record.group))?;
+            function(group, record)
+        })
+        .collect::<Result<_, _>>()?;
+    Ok(Handles {
+        container,
+        groups: groups.into_iter().map(|(_, group)| group).collect(),
+        functions,
+    })
+}
+
+/// Opens a group and joins it to the container.
+fn join(container: &File, number: u32) -> Result<File, DeviceError> {
+    let group = match open(Path::new(&format!("/dev/vfio/{number}"))) {
+        Err(DeviceError::Io { error, .. }) if error.raw_os_error() == Some(libc::EBUSY) => {
+            return Err(DeviceError::Busy(number));
+        }
+        result => result?,
+    };
+    // `struct vfio_group_status`: its size and the flags.
+    let mut status = [8u32, 0];
+    // SAFETY: the array has the structure's layout, and is as large as its first field says.
+    let result = unsafe { libc::ioctl(group.as_raw_fd(), GROUP_GET_STATUS, &raw mut status) };
+    request("ask for the state of an IOMMU group", result)?;
+    if status[1] & GROUP_FLAGS_VIABLE == 0 {
+        return Err(DeviceError::NotViable(number));
+    }
+    let fd = container.as_raw_fd();
+    // SAFETY: the kernel reads a number.
+    let result = unsafe { libc::ioctl(group.as_raw_fd(), GROUP_SET_CONTAINER, &raw const fd) };
+    request("join an IOMMU group to its container", result)?;
+    Ok(group)
+}
+
+fn function(group: &File, record: &Record) -> Result<OwnedFd, DeviceError> {
+    let action = "open a PCI function by its IOMMU group";
+    let name = CString::new(record.address.to_string())
+        .map_err(|error| DeviceError::Request { action, error: error.into() })?;
+    // SAFETY: the name ends with a NUL, and lives until the call returns.
+    let result = unsafe { libc::ioctl(group.as_raw_fd(), GROUP_GET_DEVICE_FD, name.as_ptr()) };
+    let fd = request(action, result)?;
+    // SAFETY: the kernel has just made the descriptor, for us alone; it is close-on-exec.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
