@@ -10,10 +10,12 @@
 //! - [`wanted`]: what a pod asks for. Pure.
 //! - [`binding`]: checks, binds, gives back.
 //! - [`handles`]: opens what the VMM is handed.
+//! - [`list`]: what of this node can be given, behind `vial devices`.
 
 pub mod address;
 pub mod binding;
 pub mod handles;
+pub mod list;
 pub mod pci;
 pub mod wanted;
 

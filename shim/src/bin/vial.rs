@@ -3,7 +3,12 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use vial_shim::{check, config::Config, ps};
+use vial_shim::{
+    check,
+    config::Config,
+    devices::{list, pci::Sysfs},
+    ps,
+};
 
 /// Looks at this machine and at the Vial sandboxes on it.
 #[derive(Debug, Parser)]
@@ -17,6 +22,15 @@ struct Arguments {
 enum Command {
     /// Tells whether this machine can run microVMs behind containerd, and what to do if not.
     Check,
+    /// Lists the PCI functions that pods can be given, and who has them.
+    Devices {
+        /// Print JSON instead of a table.
+        #[arg(long)]
+        json: bool,
+        /// Show every function that is no bridge.
+        #[arg(long)]
+        all: bool,
+    },
     /// Lists the sandboxes that run here.
     Ps {
         /// Print JSON instead of a table.
@@ -48,6 +62,16 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             }
             let ready = findings.iter().all(|finding| !finding.stands_in_the_way());
             Ok(if ready { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
+        Command::Devices { json, all } => {
+            let config = Config::load()?;
+            let sandboxes = ps::list(&config.state_directory)?;
+            let found = list::list(&Sysfs::default(), &config.pci_devices, &sandboxes, all)?;
+            match json {
+                true => println!("{}", serde_json::to_string_pretty(&found)?),
+                false => print!("{}", list::table(&found)),
+            }
+            Ok(ExitCode::SUCCESS)
         }
         Command::Ps { json, timeline } => {
             let config = Config::load()?;

@@ -88,7 +88,8 @@ impl Sysfs {
         Ok(members)
     }
 
-    fn is_bridge(&self, address: Address) -> bool {
+    /// Whether it has a bus behind it.
+    pub fn is_bridge(&self, address: Address) -> bool {
         let class = self.number(address, "class").unwrap_or_default() >> 8;
         class >> 8 == CLASS_BRIDGE && SUBCLASSES_PCI.contains(&(class & 0xff))
     }

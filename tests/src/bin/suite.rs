@@ -30,6 +30,9 @@ struct Cli {
     /// Lists the cases and runs none
     #[arg(long)]
     list: bool,
+    /// Runs the cases of passed functions instead, on a host that has some: `vial-host run --devices`
+    #[arg(long)]
+    devices: bool,
     /// Archives to import first, each for `ctr image import`
     #[arg(long, value_name = "FILE")]
     import: Vec<std::path::PathBuf>,
@@ -53,12 +56,9 @@ fn main() -> ExitCode {
     let wanted = |name: &str| cli.filter.split(',').any(|word| name.contains(word));
     let (part, parts) = cli.part;
     // Every so many, since cases of a kind stand together and take equally long.
-    let cases: Vec<_> = suite::cases()
-        .into_iter()
-        .filter(|case| wanted(case.name))
-        .skip(part - 1)
-        .step_by(parts)
-        .collect();
+    let all = if cli.devices { suite::cases_of_devices() } else { suite::cases() };
+    let cases: Vec<_> =
+        all.into_iter().filter(|case| wanted(case.name)).skip(part - 1).step_by(parts).collect();
     if cli.list {
         cases.iter().for_each(|case| println!("{}", case.name));
         return ExitCode::SUCCESS;
@@ -68,7 +68,7 @@ fn main() -> ExitCode {
         return ExitCode::from(2);
     }
     cri::pod::use_handler(cli.handler);
-    match suite::run(&cases, &cli.image, &cli.import) {
+    match suite::run(&cases, &cli.image, &cli.import, cli.devices) {
         true => ExitCode::SUCCESS,
         false => ExitCode::FAILURE,
     }

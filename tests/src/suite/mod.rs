@@ -4,6 +4,7 @@ pub(crate) mod bed;
 mod compare;
 mod configuration;
 mod control;
+mod devices;
 pub(crate) mod faults;
 mod input;
 mod isolation;
@@ -80,6 +81,18 @@ pub(crate) fn cases() -> Vec<Case> {
     cases
 }
 
+/// The cases of passed functions, which need a host with some.
+pub(crate) fn cases_of_devices() -> Vec<Case> {
+    cases![
+        devices::virtual_function_of_a_device_plugin_works,
+        devices::virtual_function_that_a_pod_names_works_and_is_given_back,
+        devices::nvme_disk_holds_what_the_guest_wrote,
+        devices::function_is_given_back_when_vmm_or_shim_is_killed,
+        devices::function_that_cannot_be_given_is_refused_and_left_alone,
+        devices::group_with_a_function_of_another_driver_is_refused,
+    ]
+}
+
 /// How many cases may be run again in one run of the suite. A host that fails more often is none to
 /// test on.
 const MOST_AGAIN: u32 = 1;
@@ -89,11 +102,15 @@ const MOST_AGAIN: u32 = 1;
 /// What a case leaves behind on the host is a failure of that case. A case that failed while the
 /// host lost a VM (see [`Bed::vm_was_lost`]) is run again, once, and that is told: nested
 /// virtualisation under emulation loses a VM now and then. No other failure is.
-pub(crate) fn run(cases: &[Case], image: &str, archives: &[PathBuf]) -> bool {
+pub(crate) fn run(cases: &[Case], image: &str, archives: &[PathBuf], of_devices: bool) -> bool {
     let of_pods = cases.iter().any(|case| case.name.starts_with(cri::PREFIX));
     let begun = Bed::new(image, archives).and_then(|mut bed| {
         if of_pods {
             cri::begin(archives)?;
+            bed.look_anew()?;
+        }
+        if of_devices {
+            devices::begin()?;
             bed.look_anew()?;
         }
         Ok(bed)

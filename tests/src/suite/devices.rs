@@ -1,0 +1,371 @@
+//! PCI functions of the host in containers. The host has to have what `vial-host run --devices` gives it: a card with
+//! SR-IOV, an NVMe disk, an IOMMU.
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::bed::{Bed, Detached, Outcome, Runtime, run};
+use super::configuration::Configuration;
+use super::faults;
+
+/// Where functions are.
+const FUNCTIONS: &str = "/sys/bus/pci/devices";
+/// The card's physical function, and its virtual ones, as vendor and device.
+const PHYSICAL: &str = "0x8086 0x10c9";
+const VIRTUAL: &str = "0x8086 0x10ca";
+/// Classes: Ethernet, NVMe, a bridge to ISA.
+const CLASS_NVME: &str = "0x010802";
+const CLASS_ISA: &str = "0x060100";
+/// The host's address on the card, and a guest's.
+const HOST: &str = "10.99.0.1";
+const GUEST: &str = "10.99.0.2";
+const PORT: u16 = 7099;
+/// How long a driver may take to have bound a function.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn text(function: &str, name: &str) -> Result<String> {
+    let path = Path::new(FUNCTIONS).join(function).join(name);
+    let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+    Ok(text.trim().to_owned())
+}
+
+fn link(function: &str, name: &str) -> Option<String> {
+    let target = fs::read_link(Path::new(FUNCTIONS).join(function).join(name)).ok()?;
+    Some(target.file_name()?.to_str()?.to_owned())
+}
+
+fn driver(function: &str) -> Option<String> {
+    link(function, "driver")
+}
+
+fn group(function: &str) -> Result<String> {
+    link(function, "iommu_group").with_context(|| format!("{function} has no IOMMU group"))
+}
+
+fn write(path: impl AsRef<Path>, words: &str) -> Result<()> {
+    let path = path.as_ref();
+    fs::write(path, words).with_context(|| format!("write {words:?} to {}", path.display()))
+}
+
+/// The functions for which `is` holds, in order.
+fn functions(is: impl Fn(&str) -> Result<bool>) -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(FUNCTIONS)? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        if is(&name)? {
+            found.push(name);
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+fn with_ids(ids: &str) -> Result<Vec<String>> {
+    functions(|name| Ok(format!("{} {}", text(name, "vendor")?, text(name, "device")?) == ids))
+}
+
+fn with_class(class: &str) -> Result<String> {
+    let found = functions(|name| Ok(text(name, "class")? == class))?;
+    found.into_iter().next().with_context(|| format!("there is no function of class {class}"))
+}
+
+fn virtual_function(number: usize) -> Result<String> {
+    with_ids(VIRTUAL)?.into_iter().nth(number).context("the card has too few virtual functions")
+}
+
+fn reaches_driver(function: &str, wanted: Option<&str>) -> Result<()> {
+    let start = Instant::now();
+    while driver(function).as_deref() != wanted {
+        ensure!(
+            start.elapsed() < PATIENCE,
+            "{function} has the driver {:?} and not {wanted:?}",
+            driver(function)
+        );
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    Ok(())
+}
+
+/// Loads the drivers, makes two virtual functions and gives the card an address. Once.
+pub(crate) fn begin() -> Result<()> {
+    run(Command::new("modprobe").args(["-a", "igb", "igbvf", "nvme", "vfio-pci"]))?.expect(0)?;
+    let card = with_ids(PHYSICAL)?.into_iter().next().context("there is no SR-IOV card")?;
+    reaches_driver(&card, Some("igb"))?;
+    write(Path::new(FUNCTIONS).join(&card).join("sriov_numvfs"), "2")?;
+    for number in 0..2 {
+        reaches_driver(&virtual_function(number)?, Some("igbvf"))?;
+    }
+    let interfaces = fs::read_dir(Path::new(FUNCTIONS).join(&card).join("net"))?;
+    let interface = interfaces.flatten().next().context("the card has no interface")?;
+    let name = interface.file_name().to_string_lossy().into_owned();
+    for line in [format!("address add {HOST}/24 dev {name}"), format!("link set {name} up")] {
+        run(Command::new("ip").args(line.split(' ')))?.expect(0)?;
+    }
+    Ok(())
+}
+
+/// A function with vfio-pci in place of its driver, as a device plugin would have bound it, until dropped.
+struct Bound {
+    function: String,
+    driver: Option<String>,
+}
+
+impl Bound {
+    fn new(function: String) -> Result<Self> {
+        let bound = Self { driver: driver(&function), function };
+        bound.give_to(Some("vfio-pci"))?;
+        reaches_driver(&bound.function, Some("vfio-pci"))?;
+        Ok(bound)
+    }
+
+    fn give_to(&self, wanted: Option<&str>) -> Result<()> {
+        let at = Path::new(FUNCTIONS).join(&self.function);
+        write(at.join("driver_override"), wanted.unwrap_or("\n"))?;
+        if driver(&self.function).is_some() {
+            write(at.join("driver/unbind"), &self.function)?;
+        }
+        match wanted.or(self.driver.as_deref()) {
+            Some(_) => write("/sys/bus/pci/drivers_probe", &self.function),
+            None => Ok(()),
+        }
+    }
+
+    fn node(&self) -> Result<String> {
+        Ok(format!("/dev/vfio/{}", group(&self.function)?))
+    }
+}
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        if let Err(error) = self.give_to(None) {
+            println!("    | {error:#}");
+        }
+    }
+}
+
+/// Sends back what comes, once all of it has.
+fn echo() -> Result<std::thread::JoinHandle<std::io::Result<()>>> {
+    let listener = TcpListener::bind((HOST, PORT))?;
+    Ok(std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept()?;
+        let mut bytes = Vec::new();
+        stream.read_to_end(&mut bytes)?;
+        stream.write_all(&bytes)
+    }))
+}
+
+/// What a container does with a virtual function: tells its driver, and exchanges data with the host through it.
+fn script() -> String {
+    format!(
+        "for at in /sys/bus/pci/devices/*; do \
+           [ $(cat $at/vendor) = 0x8086 ] && [ $(cat $at/device) = 0x10ca ] && function=$at; done; \
+         echo driver $(basename $(readlink $function/driver)); \
+         link=$(ls $function/net); \
+         ip address add {GUEST}/24 dev $link && ip link set $link up; \
+         until [ $(cat /sys/class/net/$link/carrier) = 1 ]; do sleep 0.1; done; \
+         data() {{ yes 'packets of a function' | head -c 3000000; }}; \
+         data | sha256sum; data | nc {HOST} {PORT} | sha256sum; \
+         grep $link /proc/interrupts"
+    )
+}
+
+fn checks_out(outcome: &Outcome) -> Result<()> {
+    ensure!(outcome.stdout.contains("driver igbvf"), "no driver: {outcome:?}");
+    let sums: Vec<&str> = outcome.stdout.lines().filter(|line| line.ends_with("  -")).collect();
+    ensure!(sums.len() == 2 && sums[0] == sums[1], "the data has changed: {outcome:?}");
+    // A number for the CPU, after the line's own number.
+    let count =
+        |line: &str| line.split_whitespace().nth(1).and_then(|word| word.parse::<u64>().ok());
+    let interrupts: u64 =
+        outcome.stdout.lines().filter(|line| line.contains("MSI")).filter_map(count).sum();
+    ensure!(interrupts > 100, "{interrupts} interrupts: {outcome:?}");
+    Ok(())
+}
+
+/// Options of `ctr run` for a container in the guest's own network that may change it.
+const NETWORK: [&str; 3] = ["--net-host", "--cap-add", "CAP_NET_ADMIN"];
+
+pub(crate) fn virtual_function_of_a_device_plugin_works(bed: &Bed) -> Result<()> {
+    let bound = Bound::new(virtual_function(0)?)?;
+    let node = bound.node()?;
+    for round in 0..2 {
+        let server = echo()?;
+        let options = [&["--device", &node, "--device", "/dev/vfio/vfio"], &NETWORK[..]].concat();
+        let outcome = bed.run(Runtime::Vial, &options, &["sh", "-c", &script()])?.expect(0)?;
+        ensure!(server.is_finished(), "the host was not reached in round {round}: {outcome:?}");
+        checks_out(&outcome).with_context(|| format!("round {round}"))?;
+    }
+    // It was not bound by Vial, and so it is not given back.
+    ensure!(driver(&bound.function).as_deref() == Some("vfio-pci"), "it was unbound");
+    Ok(())
+}
+
+/// The node's configuration with functions that pods may name, until dropped.
+fn listed(functions: &[&str]) -> Result<Configuration> {
+    let configuration = Configuration::keep();
+    let text = format!("{}\npci_devices = {functions:?}\n", configuration.text());
+    configuration.write(&text)?;
+    Ok(configuration)
+}
+
+fn annotation(functions: &[&str]) -> String {
+    format!("io.vial/pci-devices={}", functions.join(","))
+}
+
+pub(crate) fn virtual_function_that_a_pod_names_works_and_is_given_back(bed: &Bed) -> Result<()> {
+    let function = virtual_function(1)?;
+    let _configuration = listed(&[&function])?;
+    let server = echo()?;
+    let annotation = annotation(&[&function]);
+    let options = [&["--annotation", annotation.as_str()], &NETWORK[..]].concat();
+    let outcome = bed.run(Runtime::Vial, &options, &["sh", "-c", &script()])?.expect(0)?;
+    ensure!(server.is_finished(), "the host was not reached: {outcome:?}");
+    checks_out(&outcome)?;
+    reaches_driver(&function, Some("igbvf"))
+}
+
+fn detached(bed: &Bed, options: &[&str]) -> Result<Detached> {
+    let name = bed.name();
+    let options = [&["-d", "--null-io"], options].concat();
+    run(&mut bed.command(Runtime::Vial, &options, &name, &["sleep", "1000"]))?.expect(0)?;
+    let container = Detached { name };
+    container.reaches("RUNNING")?;
+    Ok(container)
+}
+
+pub(crate) fn function_is_given_back_when_vmm_or_shim_is_killed(bed: &Bed) -> Result<()> {
+    let function = virtual_function(1)?;
+    let _configuration = listed(&[&function])?;
+    for (process, word) in [("vial-vmm", ""), ("containerd-shim", "vial")] {
+        let container = detached(bed, &["--annotation", &annotation(&[&function])])?;
+        reaches_driver(&function, Some("vfio-pci"))?;
+        faults::kill(faults::process(process, word)?)?;
+        if process == "vial-vmm" {
+            container.reaches("STOPPED")?;
+        }
+        drop(container);
+        bed.clear();
+        reaches_driver(&function, Some("igbvf")).with_context(|| process)?;
+        let word = text(&function, "driver_override")?;
+        ensure!(word == "(null)", "its driver is still overridden by {word}");
+        bed.nothing_left().with_context(|| process)?;
+    }
+    Ok(())
+}
+
+/// Runs a container that has to be refused with these words.
+fn refused(bed: &Bed, options: &[&str], words: &[&str]) -> Result<()> {
+    let outcome = bed.run(Runtime::Vial, options, &["true"])?;
+    let told = words.iter().all(|word| outcome.stderr.contains(word));
+    ensure!(outcome.status != 0 && told, "{words:?} were due: {outcome:?}");
+    bed.clear();
+    bed.nothing_left().with_context(|| format!("{options:?}"))
+}
+
+pub(crate) fn function_that_cannot_be_given_is_refused_and_left_alone(bed: &Bed) -> Result<()> {
+    let (first, second) = (virtual_function(0)?, virtual_function(1)?);
+    // Of several functions in one group.
+    let bridge = with_class(CLASS_ISA)?;
+    let before = (driver(&second), driver(&bridge));
+    let configuration = listed(&[&first, &bridge, "0000:7f:1f.7"])?;
+    let by_name = |function: &str| annotation(&[function]);
+    refused(bed, &["--annotation", &by_name(&second)], &[&second, "pci_devices"])?;
+    refused(
+        bed,
+        &["--annotation", &by_name("0000:7f:1f.7")],
+        &["0000:7f:1f.7", "no PCI function"],
+    )?;
+    refused(bed, &["--annotation", &by_name("/etc/passwd")], &["lspci"])?;
+    refused(
+        bed,
+        &["--annotation", &by_name(&bridge)],
+        &["IOMMU group", "which the pod does not get"],
+    )?;
+    refused(
+        bed,
+        &["--annotation", "io.vial/devices=x"],
+        &["io.vial/devices", "io.vial/pci-devices"],
+    )?;
+    ensure!(before == (driver(&second), driver(&bridge)), "drivers have changed");
+
+    // One that another pod has.
+    let container = detached(bed, &["--annotation", &by_name(&first)])?;
+    let outcome = bed.run(Runtime::Vial, &["--annotation", &by_name(&first)], &["true"])?;
+    ensure!(outcome.status != 0 && outcome.stderr.contains("in use by another"), "{outcome:?}");
+    container.exec(&[], &["true"])?.expect(0).context("the pod that has it")?;
+    drop(container);
+    bed.clear();
+    reaches_driver(&first, Some("igbvf"))?;
+    drop(configuration);
+    Ok(())
+}
+
+pub(crate) fn group_with_a_function_of_another_driver_is_refused(bed: &Bed) -> Result<()> {
+    let members = {
+        let group = group(&with_class(CLASS_ISA)?)?;
+        let at = format!("/sys/kernel/iommu_groups/{group}/devices");
+        let names = fs::read_dir(at)?.flatten().map(|entry| entry.file_name());
+        let mut names: Vec<String> =
+            names.map(|name| name.to_string_lossy().into_owned()).collect();
+        names.sort();
+        names
+    };
+    ensure!(members.len() > 1, "{members:?} is a group of one");
+    let bound = Bound::new(members[members.len() - 1].clone())?;
+    let node = bound.node()?;
+    refused(bed, &["--device", &node], &[&members[0], "not bound to vfio-pci"])
+}
+
+/// The only disk of the NVMe function, once its driver has made it.
+fn disk(function: &str) -> Result<PathBuf> {
+    let start = Instant::now();
+    let at = Path::new(FUNCTIONS).join(function).join("nvme");
+    while start.elapsed() < PATIENCE {
+        let controllers = fs::read_dir(&at).into_iter().flatten().flatten();
+        let names = controllers
+            .flat_map(|entry| fs::read_dir(entry.path()).into_iter().flatten().flatten());
+        let mut names = names.map(|entry| entry.file_name().to_string_lossy().into_owned());
+        if let Some(name) = names.find(|name| name.starts_with("nvme") && name.ends_with("n1")) {
+            let node = Path::new("/dev").join(name);
+            if node.exists() {
+                return Ok(node);
+            }
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    bail!("{function} has no disk after {PATIENCE:?}");
+}
+
+pub(crate) fn nvme_disk_holds_what_the_guest_wrote(bed: &Bed) -> Result<()> {
+    let function = with_class(CLASS_NVME)?;
+    reaches_driver(&function, Some("nvme"))?;
+    let data =
+        |number: u8| -> Vec<u8> { (0..4 << 20).map(|at: u32| (at / 7) as u8 ^ number).collect() };
+    let place = 1 << 20;
+    File::options().write(true).open(disk(&function)?)?.write_all_at(&data(1), place)?;
+    run(&mut Command::new("sync"))?.expect(0)?;
+    let _configuration = listed(&[&function])?;
+    let script = "until [ -b /dev/nvme0n1 ]; do sleep 0.1; done; \
+         dd if=/dev/nvme0n1 bs=1M skip=1 count=4 2>/dev/null | sha256sum; \
+         dd if=/dev/nvme0n1 of=/dev/nvme0n1 bs=1M skip=1 seek=20 count=4 conv=notrunc,fsync 2>/dev/null && echo copied; \
+         cat /sys/block/nvme0n1/device/serial";
+    let annotation = annotation(&[&function]);
+    let options = ["--annotation", annotation.as_str(), "--privileged"];
+    let outcome = bed.run(Runtime::Vial, &options, &["sh", "-c", script])?.expect(0)?;
+    ensure!(
+        outcome.stdout.contains("copied") && outcome.stdout.contains("vial-nvme"),
+        "the disk did not work: {outcome:?}"
+    );
+    reaches_driver(&function, Some("nvme"))?;
+    let mut found = vec![0; 4 << 20];
+    File::open(disk(&function)?)?.read_exact_at(&mut found, 20 << 20)?;
+    ensure!(found == data(1), "the copy on the disk is not what was written");
+    Ok(())
+}
