@@ -9,6 +9,9 @@ use anyhow::{Context, Result};
 
 /// Words for the host kernel's command line: the IOMMU translates for all devices.
 pub(crate) const APPEND: &str = "intel_iommu=on iommu=nopt";
+/// The most memory that such a host can have, in MiB. With more, the firmware puts the window for virtual functions
+/// above 4 GiB, and QEMU 10.0 loses the upper half of their addresses: their registers then answer nowhere.
+pub(crate) const MEMORY_MIB_MAX: u32 = 2048;
 /// The disk's size.
 const DISK_BYTES: u64 = 64 << 20;
 

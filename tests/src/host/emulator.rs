@@ -240,7 +240,11 @@ fn arguments(
     } else {
         add(&["-accel", "tcg,thread=multi", "-smp", &machine.cpus.to_string()]);
     }
-    add(&["-cpu", "max,+svm", "-m", &machine.memory.to_string(), "-nodefaults"]);
+    let memory_mib = match machine.devices {
+        true => machine.memory.min(devices::MEMORY_MIB_MAX),
+        false => machine.memory,
+    };
+    add(&["-cpu", "max,+svm", "-m", &memory_mib.to_string(), "-nodefaults"]);
     // A panicking kernel reboots at once, and a reboot ends QEMU: a dead host is seen without a wait.
     add(&["-no-user-config", "-display", "none", "-no-reboot"]);
     let append = format!(
@@ -284,7 +288,7 @@ fn arguments(
         all.extend(share_arguments("out", &path, false));
     }
     if machine.devices {
-        all.extend(devices::arguments(machine.cpus, machine.memory, directory)?);
+        all.extend(devices::arguments(machine.cpus, memory_mib, directory)?);
     }
     all.extend(machine.qemu.iter().map(OsString::from));
     Ok(all)

@@ -72,7 +72,7 @@ pub(crate) struct Machine {
     pub(crate) icount: bool,
 
     /// Give it an IOMMU, two NUMA nodes, and on the second a network card with SR-IOV and an NVMe disk, none of whose
-    /// drivers is loaded
+    /// drivers is loaded; at most 2048 MiB of memory then
     #[arg(long, conflicts_with = "icount")]
     pub(crate) devices: bool,
 

@@ -139,8 +139,11 @@ mod tests {
     use super::*;
     use crate::pci::config::Identity;
 
+    /// A line, and what was attached to it, if anything.
+    type Wired = (u32, Option<MsiMessage>);
+
     #[derive(Default)]
-    struct Recorder(Mutex<(u32, Vec<(u32, Option<MsiMessage>)>)>);
+    struct Recorder(Mutex<(u32, Vec<Wired>)>);
 
     impl MsiRouter for Recorder {
         fn allocate(&self) -> Result<u32, MsiError> {

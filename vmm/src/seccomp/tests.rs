@@ -145,9 +145,9 @@ fn allocating_child() {
 
 #[test]
 fn confined_threads_can_free_what_they_allocate() {
-    for kind in 0..KINDS.len() {
-        let status = run_child("allocating_child", &[(KIND, kind.to_string())]);
-        assert_eq!(status.code(), Some(0), "{:?}: {status}", KINDS[kind]);
+    for (number, kind) in KINDS.iter().enumerate() {
+        let status = run_child("allocating_child", &[(KIND, number.to_string())]);
+        assert_eq!(status.code(), Some(0), "{kind:?}: {status}");
     }
 }
 
