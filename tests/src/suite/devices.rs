@@ -328,14 +328,12 @@ fn disk(function: &str) -> Result<PathBuf> {
     let start = Instant::now();
     let at = Path::new(FUNCTIONS).join(function).join("nvme");
     while start.elapsed() < PATIENCE {
-        let controllers = fs::read_dir(&at).into_iter().flatten().flatten();
-        let names = controllers
-            .flat_map(|entry| fs::read_dir(entry.path()).into_iter().flatten().flatten());
-        let mut names = names.map(|entry| entry.file_name().to_string_lossy().into_owned());
-        if let Some(name) = names.find(|name| name.starts_with("nvme") && name.ends_with("n1")) {
-            let node = Path::new("/dev").join(name);
-            if node.exists() {
-                return Ok(node);
+        // The controller's only namespace; where several paths can lead to it, it is not below the controller.
+        let controller = fs::read_dir(&at).into_iter().flatten().flatten().next();
+        if let Some(controller) = controller {
+            let node = format!("/dev/{}n1", controller.file_name().to_string_lossy());
+            if Path::new(&node).exists() {
+                return Ok(node.into());
             }
         }
         std::thread::sleep(Duration::from_millis(100));
