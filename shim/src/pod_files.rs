@@ -11,7 +11,7 @@ use std::{
 
 use serde_json::{Value, json};
 
-use crate::spec::Spec;
+use crate::spec::{SHARED_MEMORY, Spec};
 
 /// Where containers find them, and what they are called here.
 const FILES: [(&str, &str); 3] =
@@ -64,7 +64,8 @@ fn of_host(path: &str) -> String {
     std::fs::read_to_string(path).unwrap_or_default()
 }
 
-/// Binds the files in `directory` where the spec, whose text is `json`, binds none. Both change.
+/// Binds the files in `directory` where the spec, whose text is `json`, binds none, and the pod's
+/// shared memory where a container would have its own. Both change.
 ///
 /// # Errors
 /// The text is no JSON.
@@ -88,7 +89,10 @@ pub fn substitute(
         spec.mounts.iter().any(|mount| mount.destination == Path::new(destination))
     };
     let absent: Vec<_> = FILES.iter().filter(|(destination, _)| !has(destination)).collect();
-    if absent.is_empty() {
+    let own_memory = spec.mounts.iter().position(|mount| {
+        mount.destination == Path::new(SHARED_MEMORY) && mount.kind.as_deref() == Some("tmpfs")
+    });
+    if absent.is_empty() && own_memory.is_none() {
         return Ok(());
     }
     let mut text: Value = serde_json::from_slice(json)?;
@@ -100,6 +104,17 @@ pub fn substitute(
         Value::Array(mounts) => mounts,
         _ => Vec::new(),
     };
+    if let Some(index) = own_memory {
+        // Its source is not there: it stands for the pod's, which is in the guest.
+        let mount = json!({
+            "destination": SHARED_MEMORY,
+            "type": "bind",
+            "source": directory.join("shm"),
+            "options": ["rbind", "nosuid", "noexec", "nodev"],
+        });
+        spec.mounts[index] = serde_json::from_value(mount.clone())?;
+        mounts[index] = mount;
+    }
     for (destination, name) in absent {
         let mount = json!({
             "destination": destination,
@@ -153,6 +168,7 @@ mod tests {
         for (root, access) in [("", "rw"), (r#""root": {"path": "r", "readonly": true},"#, "ro")] {
             let json = format!(
                 r#"{{{root} "mounts": [{{"destination": "/proc", "type": "proc", "source": "proc"}},
+                    {{"destination": "/dev/shm", "type": "tmpfs", "source": "shm"}},
                     {{"destination": "/etc/hosts", "type": "bind", "source": "/bin/sh"}}]}}"#
             );
             let mut spec: Spec = serde_json::from_str(&json).unwrap();
@@ -160,10 +176,12 @@ mod tests {
             substitute(&mut spec, &mut text, Path::new("/files")).unwrap();
             let text: Value = serde_json::from_slice(&text).unwrap();
             let bound = json!(["rbind", "rprivate", access]);
-            assert_eq!(text["mounts"].as_array().unwrap().len(), 4);
-            assert_eq!(text["mounts"][2]["destination"], "/etc/hostname");
-            assert_eq!(text["mounts"][3]["source"], "/files/resolv.conf");
-            assert_eq!(text["mounts"][3]["options"], bound);
+            assert_eq!(text["mounts"].as_array().unwrap().len(), 5);
+            assert_eq!(text["mounts"][1]["type"], "bind");
+            assert_eq!(text["mounts"][3]["destination"], "/etc/hostname");
+            assert_eq!(text["mounts"][4]["source"], "/files/resolv.conf");
+            assert_eq!(text["mounts"][4]["options"], bound);
+            assert_eq!(spec.take_shared_memory(), [(1, 64 << 20)]);
             // The two are the same, for mounts are named by their index.
             let seen = spec.mounts.iter().map(|mount| mount.destination.to_str().unwrap());
             let told = text["mounts"].as_array().unwrap().iter();

@@ -18,7 +18,7 @@ const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
 const OURS: &str = "io.vial/";
 const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 /// Where a container has memory to share, and where CRI gives it the pod's.
-const SHARED_MEMORY: &str = "/dev/shm";
+pub(crate) const SHARED_MEMORY: &str = "/dev/shm";
 /// What a pod's shared memory holds unless something else is known, in bytes: as with runc.
 pub const DEFAULT_SHARED_MEMORY_BYTES: u64 = 64 << 20;
 /// The type of a mount that the agent makes the pod's shared memory.

@@ -25,11 +25,11 @@ pub(super) async fn make(
     (mut bytes, spec): (Vec<u8>, &mut Spec),
     pids: Option<Joined>,
 ) -> Result<Container, ServiceError> {
-    let shared_memory = spec.take_shared_memory();
     if plan.files.is_some() {
         pod_files::substitute(spec, &mut bytes, &sandbox.dir.pod_files())
             .map_err(|error| SpecError::Parse { path: new.bundle.join("config.json"), error })?;
     }
+    let shared_memory = spec.take_shared_memory();
     let made = async {
         let shared =
             sandbox.share.add_container(&new.id, &new.bundle, &new.root_mounts, spec).await?;

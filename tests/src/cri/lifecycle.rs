@@ -81,8 +81,10 @@ pub(crate) fn pod_of_the_sandbox_api_goes_through_its_states(bed: &Bed) -> Resul
     ensure!(seen.contains("nameserver 192.0.2.7\n"), "names are asked for by {seen}");
     let seen = first.exec("ip -o address show eth0")?;
     ensure!(!address.is_empty() && seen.contains(&address), "no {address} in {seen}");
-    let second = pod.run(sh("echo second; exit 3"))?;
-    ensure!(second.exit_code == 3 && second.stdout == "second\n", "the second is {second:?}");
+    first.exec("echo of the first >/dev/shm/file")?;
+    let second = pod.run(sh("cat /dev/shm/file; exit 3"))?;
+    let (status, printed) = (second.exit_code, second.stdout.as_str());
+    ensure!(status == 3 && printed == "of the first\n", "the second is {second:?}");
     first.stop(30)?;
     ensure!(pod.status()?.state() == SandboxState::Ready, "the pod ended with its container");
     pod.cri.stop_pod(&pod.id)?;
