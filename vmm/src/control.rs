@@ -1,6 +1,7 @@
 //! The VMM's side of its socket: it takes requests one after the other, and tells of what happens
 //! meanwhile, until the VM ends.
 
+use std::fs::File;
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -13,10 +14,10 @@ use rustix::net::{
 };
 use vial_vmm_api::{
     Action, CodecError, Descriptor, Event, ExitReason, Failure, FailureKind, MAX_DESCRIPTORS,
-    MAX_MESSAGE_BYTES, Message, Reply, Request, VmConfig, VmState, decode, encode,
+    MAX_MESSAGE_BYTES, Message, Reply, Request, VmState, decode, encode,
 };
 
-use crate::machine::{Descriptors, Machine, RunningMachine};
+use crate::machine::{Descriptors, GuestConnected, Machine, MachineError, Purpose, RunningMachine};
 use crate::vcpu::EndOfVm;
 use crate::vm_state::{self, VmEvent};
 use crate::wake::Wake;
@@ -141,7 +142,23 @@ impl Control {
         let Request { id, action } = decode(&bytes)?;
         let mut end = None;
         let result = match action {
-            Action::Boot(config) => self.boot(*config, descriptors),
+            Action::Boot(config) => {
+                self.boot(|connected| Machine::build(*config, descriptors, connected, Purpose::Run))
+            }
+            Action::BootTemplate(config) => self.boot(|connected| {
+                Machine::build(*config, descriptors, connected, Purpose::Template)
+            }),
+            Action::Restore(config) => {
+                self.boot(|connected| Machine::restore(*config, descriptors, connected))
+            }
+            Action::Save { memory, state } => {
+                let (result, stops) = self.save(memory, state, descriptors);
+                end = stops.then_some(match result {
+                    Ok(_) => ExitReason::Stopped,
+                    Err(_) => ExitReason::Failed,
+                });
+                result
+            }
             Action::VsockConnect { port, socket } => self.connect(port, socket, descriptors),
             Action::Status => Ok(Reply::Status(self.state)),
             Action::Stop => {
@@ -161,7 +178,10 @@ impl Control {
             .map_err(|error| Failure { kind: FailureKind::State, message: error.to_string() })
     }
 
-    fn boot(&mut self, config: VmConfig, descriptors: Descriptors) -> Result<Reply, Failure> {
+    fn boot(
+        &mut self,
+        build: impl FnOnce(GuestConnected) -> Result<Machine, MachineError>,
+    ) -> Result<Reply, Failure> {
         let next = self.advance(VmEvent::Boot)?;
         let (notifier, wake) = (self.notifier.clone(), self.wake.clone());
         let connected = Box::new(move |port, socket| {
@@ -169,7 +189,7 @@ impl Control {
             let _ = notifier.try_send(Notice::GuestConnected(port, socket));
             wake.ring();
         });
-        let (machine, report) = Machine::build(config, descriptors, connected)
+        let (machine, report) = build(connected)
             .and_then(|machine| machine.start(&self.end))
             .map_err(|error| Failure {
                 kind: match error.is_invalid_request() {
@@ -181,6 +201,39 @@ impl Control {
         self.machine = Some(machine);
         self.state = next;
         Ok(Reply::Booted(report))
+    }
+
+    /// Saves the machine; tells whether the VM is at its end by that.
+    fn save(
+        &mut self,
+        memory: Descriptor,
+        state: Descriptor,
+        mut descriptors: Descriptors,
+    ) -> (Result<Reply, Failure>, bool) {
+        let failure = |kind, error: &dyn std::fmt::Display| {
+            (Err(Failure { kind, message: error.to_string() }), false)
+        };
+        if let Err(error) = self.advance(VmEvent::Save) {
+            return (Err(error), false);
+        }
+        let Some(machine) = &self.machine else {
+            return failure(FailureKind::State, &"no VM runs; boot one first");
+        };
+        let mut take = |which, what| descriptors.take(which, what).map(File::from);
+        let files =
+            take(memory, "the memory").and_then(|file| Ok((file, take(state, "the state")?)));
+        let (memory, state) = match files {
+            Ok(files) => files,
+            Err(error) => return failure(FailureKind::Invalid, &error),
+        };
+        match machine.save(&memory, state) {
+            Ok(()) => {
+                self.state = self.advance(VmEvent::Saved).unwrap_or(VmState::Ended);
+                (Ok(Reply::Done), true)
+            }
+            Err(error) if error.is_harmless() => failure(FailureKind::State, &error),
+            Err(error) => (failure(FailureKind::Host, &error).0, true),
+        }
     }
 
     fn connect(

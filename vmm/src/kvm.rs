@@ -9,10 +9,10 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_DEV_VFIO_GROUP, KVM_DEV_VFIO_GROUP_ADD, KVM_IRQ_ROUTING_IRQCHIP,
-    KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_MAX_CPUID_ENTRIES, KvmIrqRouting,
+    KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_MAX_CPUID_ENTRIES, KvmIrqRouting, kvm_clock_data,
     kvm_create_device, kvm_device_attr, kvm_device_type_KVM_DEV_TYPE_VFIO, kvm_irq_routing_entry,
     kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_irqchip, kvm_irq_routing_msi,
-    kvm_irq_routing_msi__bindgen_ty_1, kvm_userspace_memory_region,
+    kvm_irq_routing_msi__bindgen_ty_1, kvm_irqchip, kvm_userspace_memory_region, kvm_xsave,
 };
 use kvm_ioctls::{Cap, DeviceFd, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vm_memory::{GuestMemory, GuestMemoryRegion};
@@ -25,9 +25,12 @@ use crate::memory::GuestRam;
 use crate::pci::bus::lock;
 use crate::pci::msix::{MsiError, MsiMessage, MsiRouter};
 use crate::virtio::pci::{Doorbells, TransportError};
+use serde::{Deserialize, Serialize};
 
 /// The memory slots before it are those of guest memory.
 const FIRST_WINDOW_SLOT: u32 = 64;
+/// PIC, second PIC, I/O APIC: their numbers from 0.
+const INTERRUPT_CONTROLLERS: u32 = 3;
 /// KVM's own limit of lines (KVM_MAX_IRQ_ROUTES).
 const MAX_GSI: u32 = 4096;
 
@@ -98,6 +101,35 @@ pub fn internal_error(vcpu: &mut VcpuFd) -> String {
 /// KVM refuses.
 pub fn supported_cpuid(kvm: &Kvm) -> Result<CpuId, KvmError> {
     kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(refused("tell what CPUID it supports"))
+}
+
+/// The numbers of the model-specific registers that make up a vCPU's state on this host.
+///
+/// # Errors
+/// KVM refuses.
+pub fn state_registers(kvm: &Kvm) -> Result<Vec<u32>, KvmError> {
+    let list = kvm.get_msr_index_list().map_err(refused("list the model-specific registers"))?;
+    Ok(list.as_slice().to_vec())
+}
+
+/// Sets floating point and vector registers.
+///
+/// # Errors
+/// KVM refuses.
+pub fn set_extended_state(vcpu: &VcpuFd, state: &kvm_xsave) -> Result<(), kvm_ioctls::Error> {
+    // SAFETY: KVM reads 4096 bytes, the size of the structure, unless the process has asked for
+    // features of the processor that are off by default (arch_prctl(2),
+    // ARCH_REQ_XCOMP_GUEST_PERM), which nothing here does.
+    unsafe { vcpu.set_xsave(state) }
+}
+
+/// What a machine holds besides its vCPUs, as far as KVM keeps it.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct VmState {
+    /// The two PICs and the I/O APIC.
+    interrupt_controllers: Vec<kvm_irqchip>,
+    /// The paravirtual clock, in nanoseconds.
+    clock_ns: u64,
 }
 
 /// A virtual machine.
@@ -205,6 +237,36 @@ impl Vm {
     /// KVM refuses.
     pub fn create_vcpu(&self, index: u8) -> Result<VcpuFd, KvmError> {
         self.fd.create_vcpu(index.into()).map_err(refused("create a vCPU"))
+    }
+
+    /// What the machine holds besides its vCPUs. None of those may be in the guest.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn state(&self) -> Result<VmState, KvmError> {
+        let controller = |chip_id| {
+            let mut chip = kvm_irqchip { chip_id, ..Default::default() };
+            self.fd.get_irqchip(&mut chip).map(|()| chip)
+        };
+        let interrupt_controllers = (0..INTERRUPT_CONTROLLERS)
+            .map(controller)
+            .collect::<Result<_, _>>()
+            .map_err(refused("read an interrupt controller"))?;
+        let clock = self.fd.get_clock().map_err(refused("read the guest's clock"))?;
+        Ok(VmState { interrupt_controllers, clock_ns: clock.clock })
+    }
+
+    /// Gives the machine, whose vCPUs were never run, what another one held.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn apply(&self, state: &VmState) -> Result<(), KvmError> {
+        for chip in state.interrupt_controllers.iter().take(INTERRUPT_CONTROLLERS as usize) {
+            self.fd.set_irqchip(chip).map_err(refused("set an interrupt controller"))?;
+        }
+        // Without flags: the clock goes on from there, whatever time has passed meanwhile.
+        let clock = kvm_clock_data { clock: state.clock_ns, ..Default::default() };
+        self.fd.set_clock(&clock).map_err(refused("set the guest's clock"))
     }
 
     /// Lets each write to `event` raise the edge-triggered pin `gsi` of the I/O APIC.

@@ -5,7 +5,7 @@
 //! a request. It never hears the word container.
 //!
 //! ```text
-//! control ──> machine ──> kvm, memory, arch     what is built once
+//! control ──> machine ──> kvm, memory, arch     what is built once, saved, and built again
 //!                └──────> pci ──> virtio::pci ──> devices
 //! vcpu ──exit──> ports, pci                     what the guest reaches
 //! event_loop ──> devices' workers               what serves the guest's queues
@@ -28,6 +28,7 @@ pub mod ports;
 pub mod privileges;
 pub mod probe;
 pub mod seccomp;
+pub mod snapshot;
 pub mod vcpu;
 pub mod virtio;
 pub mod vm_state;

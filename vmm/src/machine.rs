@@ -2,10 +2,14 @@
 //! after are two types: a [`Machine`] that was not started has no threads in the guest, and a
 //! [`RunningMachine`] cannot be given another kernel.
 
+mod restore;
+mod save;
+mod vcpus;
+
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
-use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex};
 
 use kvm_ioctls::VcpuFd;
@@ -15,7 +19,9 @@ use vial_vmm_api::{
 };
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::arch::{acpi, boot, cpuid, layout, registers};
+pub use self::save::SaveError;
+use self::save::Saving;
+use crate::arch::{acpi, boot, generation, layout, registers, vcpu_state};
 use crate::clock::monotonic_ns;
 use crate::devices::{block, fs, net, rng, vfio, vsock};
 use crate::event_loop::{EventLoop, EventLoopError};
@@ -25,9 +31,10 @@ use crate::pci::PciBus;
 use crate::ports::{Console, Ports};
 use crate::privileges::{self, PrivilegeError};
 use crate::seccomp::{self, SeccompError, ThreadKind};
-use crate::vcpu::{self, EndOfVm, Platform};
+use crate::snapshot::SnapshotError;
+use crate::vcpu::{self, EndOfVm, Parking, Platform};
 use crate::virtio::VirtioDevice;
-use crate::virtio::pci::{TransportError, VirtioPci, Workers};
+use crate::virtio::pci::{DeviceState, RestoreError, TransportError, VirtioPci, Workers};
 
 /// Why a machine could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +70,39 @@ pub enum MachineError {
     /// A vCPU's CPUID.
     #[error("set CPUID of vCPU {0}: {1}")]
     Cpuid(u8, String),
+    /// The VM generation identifier.
+    #[error(transparent)]
+    Generation(#[from] generation::GenerationError),
+    /// The saved machine.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// A vCPU of the saved machine.
+    #[error(transparent)]
+    VcpuState(#[from] vcpu_state::VcpuStateError),
+    /// The saved machine had another processor.
+    #[error(
+        "the saved machine saw another processor, KVM or VMM (CPUID leaf {leaf:#x}, {subleaf}); \
+         make it again on this host"
+    )]
+    Processor {
+        /// The first leaf that differs.
+        leaf: u32,
+        /// Its sub-leaf.
+        subleaf: u32,
+    },
+    /// A device of the saved machine.
+    #[error("device {number} ({kind}) of the saved machine: {error}; make it again")]
+    Restore {
+        /// Its place in the configuration, from 0.
+        number: usize,
+        /// What it is.
+        kind: &'static str,
+        /// What is wrong.
+        error: RestoreError,
+    },
+    /// What takes vCPUs out of the guest.
+    #[error("prepare the machine to be saved: {0}")]
+    Signal(String),
     /// A device's place on the bus.
     #[error(transparent)]
     Transport(#[from] TransportError),
@@ -86,7 +126,16 @@ pub enum MachineError {
 impl MachineError {
     /// Whether the request is at fault, rather than the host.
     pub fn is_invalid_request(&self) -> bool {
-        matches!(self, Self::Config(_) | Self::Device { .. } | Self::Boot(_))
+        matches!(
+            self,
+            Self::Config(_)
+                | Self::Device { .. }
+                | Self::Boot(_)
+                | Self::Snapshot(_)
+                | Self::Processor { .. }
+                | Self::Memory(crate::memory::MemoryError::Short { .. })
+                | Self::Restore { .. }
+        )
     }
 }
 
@@ -119,22 +168,8 @@ impl Descriptors {
 /// # Errors
 /// [`MachineError::Config`].
 pub fn check(config: &VmConfig) -> Result<(), MachineError> {
+    check_common(config.version, config.vcpus, config.memory_mib, &config.devices)?;
     let wrong = |text: String| Err(MachineError::Config(text));
-    if config.version != API_VERSION {
-        return wrong(format!(
-            "the request speaks version {}, this VMM version {API_VERSION}; install shim and VMM \
-             of one release",
-            config.version
-        ));
-    }
-    if !VCPUS.contains(&config.vcpus) {
-        let (least, most) = (VCPUS.start(), VCPUS.end());
-        return wrong(format!("{} vCPUs: give {least} to {most}", config.vcpus));
-    }
-    if !MEMORY_MIB.contains(&config.memory_mib) {
-        let (least, most) = (MEMORY_MIB.start(), MEMORY_MIB.end());
-        return wrong(format!("{} MiB of memory: give {least} to {most}", config.memory_mib));
-    }
     if config.command_line.len() > MAX_COMMAND_LINE_BYTES {
         return wrong(format!(
             "the kernel command line has {} bytes: give at most {MAX_COMMAND_LINE_BYTES}",
@@ -144,14 +179,39 @@ pub fn check(config: &VmConfig) -> Result<(), MachineError> {
     if config.command_line.contains(|c: char| c.is_control()) {
         return wrong("the kernel command line holds control characters; take them out".into());
     }
-    if config.devices.len() > MAX_DEVICES {
-        return wrong(format!("{} devices: give at most {MAX_DEVICES}", config.devices.len()));
+    Ok(())
+}
+
+/// Checks what booted and restored machines have in common.
+fn check_common(
+    version: u32,
+    vcpus: u8,
+    memory_mib: u32,
+    devices: &[DeviceConfig],
+) -> Result<(), MachineError> {
+    let wrong = |text: String| Err(MachineError::Config(text));
+    if version != API_VERSION {
+        return wrong(format!(
+            "the request speaks version {version}, this VMM version {API_VERSION}; install shim \
+             and VMM of one release"
+        ));
     }
-    let sockets = config.devices.iter().filter(|d| matches!(d, DeviceConfig::Vsock { .. }));
+    if !VCPUS.contains(&vcpus) {
+        let (least, most) = (VCPUS.start(), VCPUS.end());
+        return wrong(format!("{vcpus} vCPUs: give {least} to {most}"));
+    }
+    if !MEMORY_MIB.contains(&memory_mib) {
+        let (least, most) = (MEMORY_MIB.start(), MEMORY_MIB.end());
+        return wrong(format!("{memory_mib} MiB of memory: give {least} to {most}"));
+    }
+    if devices.len() > MAX_DEVICES {
+        return wrong(format!("{} devices: give at most {MAX_DEVICES}", devices.len()));
+    }
+    let sockets = devices.iter().filter(|d| matches!(d, DeviceConfig::Vsock { .. }));
     if sockets.count() > 1 {
         return wrong("two vsock devices: give one".into());
     }
-    let passed: Vec<usize> = config.devices.iter().filter_map(passed_functions).collect();
+    let passed: Vec<usize> = devices.iter().filter_map(passed_functions).collect();
     if passed.len() > 1 {
         return wrong("two lists of passed functions: give one with all of them".into());
     }
@@ -169,6 +229,32 @@ fn passed_functions(device: &DeviceConfig) -> Option<usize> {
     }
 }
 
+/// What becomes of a machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// It runs a guest to its end.
+    Run,
+    /// It is saved before.
+    Template,
+}
+
+impl Purpose {
+    /// What is kept of a machine that runs or waits is not saved.
+    fn check(self, config: &VmConfig) -> Result<(), MachineError> {
+        let kept = |device: &DeviceConfig| match device {
+            DeviceConfig::Vsock { .. } | DeviceConfig::Fs { .. } | DeviceConfig::Rng => None,
+            other => Some(kind(other)),
+        };
+        let console = config.console.map(|_| "console");
+        match config.devices.iter().find_map(kept).or(console) {
+            Some(what) if self == Self::Template => Err(MachineError::Config(format!(
+                "a machine with a {what} device cannot be saved; leave it out of the template"
+            ))),
+            _ => Ok(()),
+        }
+    }
+}
+
 /// What a guest connects by: called on a device thread with the host's port and the stream.
 pub type GuestConnected = Box<dyn Fn(u32, OwnedFd) + Send + Sync>;
 
@@ -180,6 +266,7 @@ pub struct Machine {
     vm: Arc<Vm>,
     passed: Option<vfio::Joined>,
     marks: Vec<(String, u64)>,
+    saving: Option<Saving>,
 }
 
 /// A machine that runs.
@@ -187,9 +274,10 @@ pub struct RunningMachine {
     platform: Arc<Platform>,
     vsock: Option<vsock::VsockConnector>,
     /// Keeps KVM's side of the machine for as long as the guest's memory is mapped.
-    _vm: Arc<Vm>,
+    vm: Arc<Vm>,
     /// Keeps passed functions joined.
     _passed: Option<vfio::Joined>,
+    saving: Option<Saving>,
 }
 
 impl Machine {
@@ -202,8 +290,10 @@ impl Machine {
         config: VmConfig,
         mut descriptors: Descriptors,
         guest_connected: GuestConnected,
+        purpose: Purpose,
     ) -> Result<Self, MachineError> {
         check(&config)?;
+        purpose.check(&config)?;
         let mut marks = Vec::new();
         let mut mark = |name: &str| marks.push((name.to_owned(), monotonic_ns()));
         let kvm = kvm::adopt(descriptors.take(config.kvm, "/dev/kvm")?)?;
@@ -223,29 +313,40 @@ impl Machine {
             Some(which) => Some(console(descriptors.take(which, "the console")?, &vm)?),
             None => None,
         };
-        let workers = start_workers(&config, console.as_ref())?;
+        let workers = start_workers(&config.devices, console.as_ref())?;
         let high_window = high_window.unwrap_or_default();
         let pci = PciBus::with_high_window(high_window.clone());
         let platform = Arc::new(Platform { ports: Ports::new(console), pci });
-        let mut assembly = Assembly {
-            vm: &vm,
-            ram: &ram,
-            platform: &platform,
-            workers,
-            vsock: None,
-            high_window,
-            passed: None,
-        };
+        let mut assembly = Assembly::new(&vm, &ram, &platform, workers);
+        assembly.high_window = high_window;
         let mut guest_connected = Some(guest_connected);
         for (number, device) in config.devices.into_iter().enumerate() {
-            assembly.add(number, device, &mut descriptors, &mut guest_connected)?;
+            assembly.add(number, device, None, &mut descriptors, &mut guest_connected)?;
         }
-        let Assembly { vsock, passed, .. } = assembly;
+        let Assembly { vsock, functions, passed, .. } = assembly;
         mark("devices added");
 
-        let vcpus = create_vcpus(&supported, &vm, config.vcpus, entry)?;
+        let made = vcpus::create(&supported, &vm, config.vcpus)?;
+        vcpus::set_boot_state(&made.vcpus, entry)?;
+        let saving = match purpose {
+            Purpose::Run => None,
+            Purpose::Template => {
+                let (arrived, parked) = sync_channel(made.vcpus.len());
+                vcpu::prepare_parking().map_err(MachineError::Signal)?;
+                Some(Saving {
+                    ram,
+                    memory_mib: config.memory_mib,
+                    devices: functions,
+                    cpuid: made.cpuid,
+                    registers: kvm::state_registers(&kvm)?,
+                    parking: Arc::new(Parking::new(arrived)),
+                    parked,
+                    threads: Vec::new(),
+                })
+            }
+        };
         mark("vcpus created");
-        Ok(Self { platform, vcpus, vsock, vm, passed, marks })
+        Ok(Self { platform, vcpus: made.vcpus, vsock, vm, passed, marks, saving })
     }
 
     /// Lets the guest run. How it ends is told by `end`.
@@ -259,10 +360,18 @@ impl Machine {
             Some(_) => ThreadKind::VcpuWithFunctions,
             None => ThreadKind::Vcpu,
         };
-        let gates = spawn_vcpus(self.vcpus, kind, &self.platform, end)?;
+        let mut saving = self.saving;
+        let parking = saving.as_ref().map(|saving| saving.parking.clone());
+        let started = vcpus::start(self.vcpus, kind, &self.platform, end, parking.as_ref())?;
         // Nobody starts a thread from here on.
-        seccomp::confine(ThreadKind::Control)?;
-        for gate in gates {
+        match &mut saving {
+            None => seccomp::confine(ThreadKind::Control)?,
+            Some(saving) => {
+                saving.threads = started.threads;
+                seccomp::confine(ThreadKind::Saver)?;
+            }
+        }
+        for gate in started.gates {
             // A thread that has ended has told why.
             let _ = gate.send(());
         }
@@ -271,50 +380,13 @@ impl Machine {
         let running = RunningMachine {
             platform: self.platform,
             vsock: self.vsock,
-            _vm: self.vm,
+            vm: self.vm,
             _passed: self.passed,
+            saving,
         };
         Ok((running, BootReport { marks }))
     }
 }
-
-/// Starts a thread for each vCPU, which enters the guest when its gate is opened. All have their
-/// filters when this returns.
-fn spawn_vcpus(
-    vcpus: Vec<VcpuFd>,
-    kind: ThreadKind,
-    platform: &Arc<Platform>,
-    end: &EndOfVm,
-) -> Result<Vec<SyncSender<()>>, MachineError> {
-    let (confined, answers) = sync_channel(vcpus.len());
-    let mut gates = Vec::new();
-    for (index, vcpu) in (0u8..).zip(vcpus) {
-        let (platform, end, confined) = (platform.clone(), end.clone(), confined.clone());
-        let (gate, opened) = sync_channel(1);
-        gates.push(gate);
-        std::thread::Builder::new()
-            .name(format!("vcpu{index}"))
-            .stack_size(VCPU_STACK_BYTES)
-            .spawn(move || {
-                let result = seccomp::confine(kind);
-                let goes_on = result.is_ok();
-                // There is room for an answer of each.
-                let _ = confined.send(result);
-                if goes_on && opened.recv().is_ok() {
-                    vcpu::run(vcpu, index, &platform, &end);
-                }
-            })
-            .map_err(|error| MachineError::Thread(index, error))?;
-    }
-    // Each answers once; the one here keeps the channel from ending before.
-    for answer in answers.iter().take(gates.len()) {
-        answer?;
-    }
-    Ok(gates)
-}
-
-/// A vCPU's thread calls devices' register functions and nothing deep.
-const VCPU_STACK_BYTES: usize = 256 << 10;
 
 impl RunningMachine {
     /// Connects a stream to a port of the guest.
@@ -324,6 +396,15 @@ impl RunningMachine {
     pub fn connect(&self, port: u32, socket: OwnedFd) -> Result<(), String> {
         let vsock = self.vsock.as_ref().ok_or("the VM has no vsock device; configure one")?;
         vsock.connect(port, socket).map_err(|error| error.to_string())
+    }
+
+    /// Stops the machine and writes it to two files, its memory and all else.
+    ///
+    /// # Errors
+    /// [`SaveError`]. The machine stands still then, unless the error is harmless.
+    pub fn save(&self, memory: &File, state: File) -> Result<(), SaveError> {
+        let saving = self.saving.as_ref().ok_or(SaveError::NotATemplate)?;
+        saving.save(&self.vm, self.vsock.as_ref(), memory, state)
     }
 
     /// Writes out what the guest's console still holds.
@@ -349,6 +430,7 @@ fn load_guest(
         None => None,
     };
     registers::write_boot_tables(ram)?;
+    generation::renew(ram)?;
     let platform = acpi::Platform {
         vcpus: config.vcpus,
         serial: config.console.is_some(),
@@ -366,13 +448,13 @@ fn console(file: OwnedFd, vm: &Vm) -> Result<Arc<Mutex<Console>>, MachineError> 
 }
 
 fn start_workers(
-    config: &VmConfig,
+    devices: &[DeviceConfig],
     console: Option<&Arc<Mutex<Console>>>,
 ) -> Result<Workers, MachineError> {
     let files = |device: &DeviceConfig| {
         matches!(device, DeviceConfig::Fs { .. } | DeviceConfig::Block { .. })
     };
-    let blocks = config.devices.iter().any(files);
+    let blocks = devices.iter().any(files);
     let io = EventLoop::start("io", || {
         privileges::give_up_capabilities().map_err(|error| error.to_string())?;
         seccomp::confine(ThreadKind::Io).map_err(|error| error.to_string())
@@ -390,33 +472,6 @@ fn start_workers(
     Ok(Workers { io, file_server })
 }
 
-fn create_vcpus(
-    supported: &kvm_bindings::CpuId,
-    vm: &Vm,
-    count: u8,
-    entry: vm_memory::GuestAddress,
-) -> Result<Vec<VcpuFd>, MachineError> {
-    (0..count)
-        .map(|index| {
-            let vcpu = vm.create_vcpu(index)?;
-            let tsc_khz = vcpu.get_tsc_khz().ok();
-            let entries = cpuid::for_vcpu(supported, index, count, tsc_khz);
-            kvm_bindings::CpuId::from_entries(&entries)
-                .map_err(|error| MachineError::Cpuid(index, format!("{error:?}")))
-                .and_then(|cpuid| {
-                    vcpu.set_cpuid2(&cpuid)
-                        .map_err(|error| MachineError::Cpuid(index, error.to_string()))
-                })?;
-            registers::set_model_specific_registers(&vcpu)?;
-            registers::set_local_apic(&vcpu)?;
-            if index == 0 {
-                registers::set_boot_state(&vcpu, entry)?;
-            }
-            Ok(vcpu)
-        })
-        .collect()
-}
-
 /// What devices are put together with.
 struct Assembly<'a> {
     vm: &'a Arc<Vm>,
@@ -424,11 +479,25 @@ struct Assembly<'a> {
     platform: &'a Platform,
     workers: Workers,
     vsock: Option<vsock::VsockConnector>,
+    functions: Vec<Arc<Mutex<VirtioPci>>>,
     high_window: Range<u64>,
     passed: Option<vfio::Joined>,
 }
 
-impl Assembly<'_> {
+impl<'a> Assembly<'a> {
+    fn new(vm: &'a Arc<Vm>, ram: &'a GuestRam, platform: &'a Platform, workers: Workers) -> Self {
+        Self {
+            vm,
+            ram,
+            platform,
+            workers,
+            vsock: None,
+            functions: Vec::new(),
+            high_window: 0..0,
+            passed: None,
+        }
+    }
+
     /// Puts functions of the host on the bus, and lets them reach guest memory.
     fn pass(
         &mut self,
@@ -457,10 +526,12 @@ impl Assembly<'_> {
         Ok(())
     }
 
+    /// Adds a device, in the state that it had in another machine, if it had one.
     fn add(
         &mut self,
         number: usize,
         config: DeviceConfig,
+        saved: Option<&DeviceState>,
         descriptors: &mut Descriptors,
         guest_connected: &mut Option<GuestConnected>,
     ) -> Result<(), MachineError> {
@@ -473,7 +544,7 @@ impl Assembly<'_> {
         let device = self
             .device(config, descriptors, guest_connected)
             .map_err(|reason| MachineError::Device { number, kind, reason })?;
-        let function = VirtioPci::new(
+        let mut function = VirtioPci::new(
             device,
             &self.platform.pci,
             self.ram.clone(),
@@ -481,10 +552,20 @@ impl Assembly<'_> {
             self.vm.clone(),
             self.workers.clone(),
         )?;
-        self.platform
-            .pci
-            .add(Arc::new(Mutex::new(function)))
-            .map_err(|error| MachineError::Device { number, kind, reason: error.to_string() })?;
+        if let Some(saved) = saved {
+            function.restore(saved).map_err(|error| MachineError::Restore {
+                number,
+                kind,
+                error,
+            })?;
+        }
+        let function = Arc::new(Mutex::new(function));
+        self.functions.push(function.clone());
+        self.platform.pci.add(function).map_err(|error| MachineError::Device {
+            number,
+            kind,
+            reason: error.to_string(),
+        })?;
         Ok(())
     }
 

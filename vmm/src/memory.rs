@@ -1,6 +1,9 @@
 //! The guest's memory: where it lies in the guest's physical address space, and its mapping.
 
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use std::fs::File;
+use std::sync::Arc;
+
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 use crate::arch::layout::{HIGH_RAM_START, LOW_RAM_END};
 
@@ -20,6 +23,17 @@ pub enum MemoryError {
         /// What the host said.
         reason: String,
     },
+    /// The file ends before the memory does.
+    #[error("map {bytes} bytes of saved guest memory: the file has {file_bytes}; make it again")]
+    Short {
+        /// What is needed.
+        bytes: u64,
+        /// What there is.
+        file_bytes: u64,
+    },
+    /// The file cannot be asked.
+    #[error("map saved guest memory: {0}")]
+    File(std::io::Error),
     /// The ranges overlap, which means the layout is wrong.
     #[error("lay out guest memory: {0}")]
     Layout(String),
@@ -42,16 +56,39 @@ pub fn ram_ranges(bytes: u64) -> Vec<(GuestAddress, u64)> {
 /// # Errors
 /// The host refuses the mapping.
 pub fn map_ram(bytes: u64) -> Result<GuestRam, MemoryError> {
+    map(bytes, None)
+}
+
+/// Maps `file`, which holds the ranges one behind the other, for this machine alone: what the
+/// guest does not write, it shares with all others that have mapped the file. The file is as long
+/// as the guest's memory, or longer, and has to stay so.
+///
+/// # Errors
+/// The file is too short, or the host refuses the mapping.
+pub fn map_saved_ram(bytes: u64, file: File) -> Result<GuestRam, MemoryError> {
+    // A page behind the file's end would end the VMM when the guest touches it.
+    let file_bytes = file.metadata().map_err(MemoryError::File)?.len();
+    if file_bytes < bytes {
+        return Err(MemoryError::Short { bytes, file_bytes });
+    }
+    map(bytes, Some(Arc::new(file)))
+}
+
+fn map(bytes: u64, file: Option<Arc<File>>) -> Result<GuestRam, MemoryError> {
+    let kind = if file.is_some() { 0 } else { libc::MAP_ANONYMOUS };
+    let mut offset = 0;
     let regions = ram_ranges(bytes)
         .into_iter()
         .map(|(start, length)| {
+            let file = file.as_ref().map(|file| FileOffset::from_arc(file.clone(), offset));
+            offset += length;
             let refused = |reason: String| MemoryError::Map { bytes: length, reason };
             let size = usize::try_from(length).map_err(|error| refused(error.to_string()))?;
             let mapping = MmapRegion::build(
-                None,
+                file,
                 size,
                 libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                libc::MAP_PRIVATE | libc::MAP_NORESERVE | kind,
             )
             .map_err(|error| refused(error.to_string()))?;
             GuestRegionMmap::new(mapping, start)

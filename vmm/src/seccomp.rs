@@ -27,6 +27,8 @@ pub enum ThreadKind {
     FileServer,
     /// Serves the shim's socket, once the VM runs.
     Control,
+    /// As [`ThreadKind::Control`], of a VM that is to be saved.
+    Saver,
 }
 
 /// Why a filter could not be put on.

@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::{Sender, SyncSender};
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vial_vmm_api::ExitReason;
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use crate::arch::layout::{ECAM_SIZE, ECAM_START};
 use crate::kvm;
@@ -65,10 +66,59 @@ impl EndOfVm {
     }
 }
 
-/// Runs the guest on this vCPU until something ends the VM.
-pub fn run(mut vcpu: VcpuFd, index: u8, platform: &Platform, end: &EndOfVm) {
+/// Where vCPUs go that leave the guest for good, to be saved.
+#[derive(Debug)]
+pub struct Parking {
+    asked: AtomicBool,
+    arrived: SyncSender<(u8, VcpuFd)>,
+}
+
+impl Parking {
+    /// Each vCPU is sent to `arrived`, with its number, after [`Parking::ask`].
+    pub fn new(arrived: SyncSender<(u8, VcpuFd)>) -> Self {
+        Self { asked: AtomicBool::new(false), arrived }
+    }
+
+    /// Asks all vCPUs to come. One that is in the guest notices with the next signal to its
+    /// thread (SIGRTMIN, see [`prepare_parking`]).
+    pub fn ask(&self) {
+        self.asked.store(true, Ordering::Release);
+    }
+
+    fn is_asked(&self) -> bool {
+        self.asked.load(Ordering::Acquire)
+    }
+}
+
+/// Lets SIGRTMIN take a vCPU out of the guest, and do nothing else.
+///
+/// # Errors
+/// The host refuses.
+pub fn prepare_parking() -> Result<(), String> {
+    extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+    register_signal_handler(SIGRTMIN(), nothing).map_err(|error| error.to_string())
+}
+
+/// Runs the guest on this vCPU until something ends the VM, or it is asked to park.
+pub fn run(
+    mut vcpu: VcpuFd,
+    index: u8,
+    platform: &Platform,
+    end: &EndOfVm,
+    parking: Option<&Parking>,
+) {
     loop {
+        let asked = parking.filter(|parking| parking.is_asked());
+        if asked.is_some() {
+            // KVM then ends the access that was served last, and does not enter the guest.
+            vcpu.set_kvm_immediate_exit(1);
+        }
         let served = match vcpu.run() {
+            Err(error) if let (Some(parking), libc::EINTR) = (asked, error.errno()) => {
+                // Nobody waits for it when saving was given up.
+                let _ = parking.arrived.send((index, vcpu));
+                return;
+            }
             Ok(exit) => serve(exit, platform),
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Served::GoOn,
             Err(error) => Served::Stuck(format!("KVM could not run it: {error}")),

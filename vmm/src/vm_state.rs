@@ -1,8 +1,8 @@
 //! The life of a VM, as its owner sees it.
 //!
 //! ```text
-//! Empty ──boot──> Running ──end──> Ended
-//!   └──────────────end─────────────>┘
+//! Empty ──boot──> Running ──end, saved──> Ended
+//!   └─────────────────end─────────────────>┘
 //! ```
 
 use vial_vmm_api::VmState;
@@ -12,6 +12,10 @@ use vial_vmm_api::VmState;
 pub enum VmEvent {
     /// The owner asks for a boot.
     Boot,
+    /// The owner asks for it to be saved.
+    Save,
+    /// It was saved: nothing of it is left to run.
+    Saved,
     /// The owner connects to a port of the guest.
     Connect,
     /// The guest ended, or is ended.
@@ -35,11 +39,15 @@ pub struct WrongState {
 pub fn next(state: VmState, event: VmEvent) -> Result<VmState, WrongState> {
     match (state, event) {
         (VmState::Empty, VmEvent::Boot) => Ok(VmState::Running),
-        (VmState::Running, VmEvent::Connect) => Ok(VmState::Running),
+        (VmState::Running, VmEvent::Connect | VmEvent::Save) => Ok(VmState::Running),
         (VmState::Empty | VmState::Running, VmEvent::End) => Ok(VmState::Ended),
+        (VmState::Running, VmEvent::Saved) => Ok(VmState::Ended),
         (_, VmEvent::Boot) => Err(WrongState { state, what: "boot; a VM boots once" }),
         (_, VmEvent::Connect) => {
             Err(WrongState { state, what: "take a connection; it has to run" })
+        }
+        (_, VmEvent::Save | VmEvent::Saved) => {
+            Err(WrongState { state, what: "be saved; it has to run" })
         }
         (VmState::Ended, VmEvent::End) => Err(WrongState { state, what: "end again" }),
     }
@@ -55,7 +63,9 @@ mod tests {
         #[test]
         fn vm_boots_at_most_once_and_stays_ended(
             events in proptest::collection::vec(
-                proptest::sample::select(vec![VmEvent::Boot, VmEvent::Connect, VmEvent::End]), 0..20)
+                proptest::sample::select(vec![
+                    VmEvent::Boot, VmEvent::Connect, VmEvent::Save, VmEvent::Saved, VmEvent::End,
+                ]), 0..20)
         ) {
             let mut state = VmState::Empty;
             let (mut boots, mut ended) = (0, false);
@@ -64,6 +74,7 @@ mod tests {
                     prop_assert!(!ended);
                     boots += u32::from(event == VmEvent::Boot);
                     ended = next == VmState::Ended;
+                    prop_assert!(event != VmEvent::Saved || boots == 1);
                     state = next;
                 }
                 prop_assert!(boots <= 1);

@@ -98,6 +98,10 @@ impl Vmm {
                     self.connect(port, stream.into());
                     reply(Ok(Reply::Done));
                 }
+                Action::BootTemplate(_) | Action::Save { .. } | Action::Restore(_) => {
+                    let message = "nothing that was saved fits this VMM".into();
+                    reply(Err(Failure { kind: FailureKind::Invalid, message }));
+                }
                 Action::Status => reply(Ok(Reply::Status(VmState::Running))),
                 Action::Stop => {
                     reply(Ok(Reply::Done));

@@ -11,7 +11,7 @@
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// The version of these types. The first message names it; another version is refused.
-pub const API_VERSION: u32 = 1;
+pub const API_VERSION: u32 = 2;
 
 /// The largest encoded message, in bytes.
 pub const MAX_MESSAGE_BYTES: usize = 64 << 10;
@@ -60,6 +60,21 @@ pub enum Action {
     Status,
     /// Ends the VM at once, as if its power was cut.
     Stop,
+    /// As [`Action::Boot`], but the VM can be saved. It has neither console nor network, and its
+    /// guest is one that nobody but the operator has put anything into: while it runs, the VMM
+    /// keeps the right to read it out.
+    BootTemplate(Box<VmConfig>),
+    /// Saves a VM that [`Action::BootTemplate`] started, and ends it. Answered by a failure of the
+    /// kind [`FailureKind::State`], and the VM goes on, while vsock connections are open.
+    Save {
+        /// An empty file, open for writing, for the guest's memory. Pages of zeros become holes.
+        memory: Descriptor,
+        /// An empty file, open for writing, for all else.
+        state: Descriptor,
+    },
+    /// Builds the machine that was saved and lets it run on. In place of [`Action::Boot`]; after a
+    /// failure that may still follow.
+    Restore(Box<RestoreConfig>),
 }
 
 /// What the VMM sends.
@@ -83,7 +98,7 @@ pub enum Reply {
     Done,
     /// The answer to [`Action::Status`].
     Status(VmState),
-    /// The answer to [`Action::Boot`].
+    /// The answer to [`Action::Boot`], [`Action::BootTemplate`] and [`Action::Restore`].
     Booted(BootReport),
 }
 
@@ -215,6 +230,27 @@ pub struct VmConfig {
     /// serial port.
     pub console: Option<Descriptor>,
     /// See [`MAX_DEVICES`]. The order decides the devices' numbers on the PCI bus.
+    pub devices: Vec<DeviceConfig>,
+}
+
+/// A machine that was saved. Every descriptor is open, of the right kind, and given to the VMM.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RestoreConfig {
+    /// [`API_VERSION`] of the sender.
+    pub version: u32,
+    /// `/dev/kvm`, open for reading and writing.
+    pub kvm: Descriptor,
+    /// What [`Action::Save`] left of the memory, open for reading. It is mapped, and must not
+    /// change for as long as the VM lives.
+    pub memory: Descriptor,
+    /// What [`Action::Save`] left of all else, open for reading.
+    pub state: Descriptor,
+    /// See [`VCPUS`]. As it was saved.
+    pub vcpus: u8,
+    /// See [`MEMORY_MIB`]. As it was saved.
+    pub memory_mib: u32,
+    /// First those that were saved, in their order, then others, which the guest finds when it
+    /// looks for new ones.
     pub devices: Vec<DeviceConfig>,
 }
 

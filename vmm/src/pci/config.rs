@@ -211,6 +211,21 @@ impl ConfigSpace {
             .collect()
     }
 
+    /// All registers, to be given to [`ConfigSpace::restore`].
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Takes over what the guest had written to the same registers of the same function. Returns
+    /// which BARs are decoded elsewhere since; nothing when the function is another.
+    pub fn restore(&mut self, saved: &[u8]) -> Option<Vec<BarChange>> {
+        let fixed = |bytes: &[u8]| -> Vec<u8> {
+            bytes.iter().zip(&self.writable).map(|(byte, mask)| byte & !mask).collect()
+        };
+        let same = saved.len() == SIZE && fixed(saved) == fixed(&self.bytes);
+        same.then(|| self.write(0, saved))
+    }
+
     /// The BARs as they are decoded now: number, address and size.
     pub fn decoded_bars(&self) -> impl Iterator<Item = (u8, u64, u64)> + '_ {
         (0u8..)

@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// The capability's id.
@@ -18,7 +19,7 @@ const CONTROL_ENABLE: u16 = 1 << 15;
 const VECTOR_MASKED: u32 = 1;
 
 /// A message-signalled interrupt: what is written, and where to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct MsiMessage {
     /// The address.
     pub address: u64,
@@ -67,6 +68,14 @@ struct Vector {
     event: Arc<EventFd>,
     /// The message that the event sends now, when it is attached.
     attached: Option<MsiMessage>,
+}
+
+/// What the guest has written to a function's vectors.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MsixState {
+    control: u16,
+    /// Message, and whether it is masked.
+    vectors: Vec<(MsiMessage, bool)>,
 }
 
 /// The vectors of a function.
@@ -189,6 +198,31 @@ impl MsixTable {
         }
     }
 
+    /// What the guest has written.
+    pub fn state(&self) -> MsixState {
+        let vectors = self.vectors.iter().map(|vector| (vector.message, vector.masked)).collect();
+        MsixState { control: self.control, vectors }
+    }
+
+    /// Takes over what a guest had written to a table of the same size. Each vector is triggered
+    /// once: an interrupt that was under way when the state was taken is not in it, and drivers
+    /// bear one that has no reason.
+    ///
+    /// Returns false when the table is of another size.
+    pub fn restore(&mut self, state: &MsixState) -> bool {
+        if state.vectors.len() != self.vectors.len() {
+            return false;
+        }
+        for (vector, (message, masked)) in self.vectors.iter_mut().zip(&state.vectors) {
+            (vector.message, vector.masked) = (*message, *masked);
+        }
+        self.set_control(state.control);
+        for vector in &self.vectors {
+            let _ = vector.event.write(1); // Full means pending.
+        }
+        true
+    }
+
     /// Masks every vector and turns MSI-X off, as a reset does.
     pub fn reset(&mut self) {
         self.control = 0;
@@ -298,6 +332,21 @@ mod tests {
                 assert_eq!(data[..length], [0xff; 8][..length], "{offset} {length}");
             }
         }
+        assert!(recorder.0.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn state_wires_the_same_vectors_of_another_table_and_triggers_them() {
+        let (_, mut first) = table(2);
+        program(&mut first, 1);
+        first.set_control(CONTROL_ENABLE);
+        let (recorder, mut second) = table(2);
+        assert!(second.restore(&first.state()));
+        assert_eq!(*recorder.0.lock().unwrap(), [(24, Some(MESSAGE))]);
+        assert_eq!(second.state(), first.state());
+        assert_eq!(second.event(1).unwrap().read().unwrap(), 1);
+        let (recorder, mut third) = table(3);
+        assert!(!third.restore(&first.state()));
         assert!(recorder.0.lock().unwrap().is_empty());
     }
 

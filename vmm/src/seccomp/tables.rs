@@ -1,6 +1,11 @@
 //! What each kind of thread may call, and with what. Each list is to be read as a claim: nothing
 //! in it reaches further than the descriptors that the VMM was handed.
 
+use kvm_bindings::{
+    kvm_clock_data, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msrs, kvm_sregs,
+    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+};
+
 use super::Check::{self, Any, OneOf, Without};
 use super::ThreadKind;
 
@@ -205,6 +210,32 @@ const CONTROL: &[Call] = &[
     (libc::SYS_fsync, Any),
 ];
 
+/// Reading a machine out of KVM, and writing it to two files that the shim has opened.
+const SAVER: &[Call] = &[
+    (
+        libc::SYS_ioctl,
+        OneOf(
+            1,
+            &[
+                KVM_GET_REGS,
+                kvm(2, size_of::<kvm_sregs>() as u64, 0x83),
+                // Of model-specific registers only the head of the list is counted.
+                kvm(3, size_of::<kvm_msrs>() as u64, 0x88),
+                kvm(2, size_of::<kvm_lapic_state>() as u64, 0x8e),
+                kvm(2, size_of::<kvm_mp_state>() as u64, 0x98),
+                kvm(2, size_of::<kvm_vcpu_events>() as u64, 0x9f),
+                kvm(2, size_of::<kvm_debugregs>() as u64, 0xa1),
+                kvm(2, size_of::<kvm_xsave>() as u64, 0xa4),
+                kvm(2, size_of::<kvm_xcrs>() as u64, 0xa6),
+                kvm(3, size_of::<kvm_irqchip>() as u64, 0x62),
+                kvm(2, size_of::<kvm_clock_data>() as u64, 0x7c),
+            ],
+        ),
+    ),
+    (libc::SYS_ftruncate, Any),
+    (libc::SYS_pwrite64, Any),
+];
+
 /// What a thread of that kind may call. A call that comes twice is as it comes last.
 pub(super) fn of(kind: ThreadKind) -> impl Iterator<Item = &'static Call> {
     const NOTHING: &[Call] = &[];
@@ -214,6 +245,7 @@ pub(super) fn of(kind: ThreadKind) -> impl Iterator<Item = &'static Call> {
         ThreadKind::Io => [EVENT_LOOP, IO, NOTHING, NOTHING],
         ThreadKind::FileServer => [EVENT_LOOP, FILES, IDENTITY, &[ASKING]],
         ThreadKind::Control => [CONTROL, NOTHING, NOTHING, NOTHING],
+        ThreadKind::Saver => [CONTROL, SAVER, NOTHING, NOTHING],
     };
     EVERY_THREAD.iter().chain(own.into_iter().flatten())
 }

@@ -15,6 +15,7 @@ const KINDS: [ThreadKind; 5] = [
     ThreadKind::Io,
     ThreadKind::FileServer,
     ThreadKind::Control,
+    ThreadKind::Saver,
 ];
 
 /// A descriptor that is not open: what is allowed fails by it, and does nothing.
@@ -70,6 +71,10 @@ fn table(kind: ThreadKind) -> (&'static [Attempt], &'static [Attempt]) {
     const RECEIVE: Attempt = ("receive", libc::SYS_recvmsg, [CLOSED, 0, 0, 0]);
     const DUPLICATE: Attempt =
         ("duplicate", libc::SYS_fcntl, [CLOSED, libc::F_DUPFD_CLOEXEC as i64, 0, 0]);
+    // KVM_GET_LAPIC, KVM_SET_LAPIC.
+    const READ_OUT: Attempt = ("read a vCPU", libc::SYS_ioctl, [CLOSED, 0x8400_ae8e, 0, 0]);
+    const WRITE_INTO: Attempt = ("change a vCPU", libc::SYS_ioctl, [CLOSED, 0x4400_ae8f, 0, 0]);
+    const WRITE_AT: Attempt = ("write at a place", libc::SYS_pwrite64, [CLOSED, 0, 0, 0]);
     const OWNER: Attempt = ("signals by a file", libc::SYS_fcntl, [CLOSED, 8, 0, 0]);
     const PASSED_INTERRUPT: Attempt =
         ("a passed function's interrupts", libc::SYS_ioctl, [CLOSED, 0x3b6e, 0, 0]);
@@ -92,7 +97,13 @@ fn table(kind: ThreadKind) -> (&'static [Attempt], &'static [Attempt]) {
         ThreadKind::FileServer => {
             (&[OPEN, IDENTITY, EPOLL, DUPLICATE], &[PAIR, RUN, RECEIVE, OWNER, POLL])
         }
-        ThreadKind::Control => (&[POLL, RECEIVE], &[OPEN, PAIR, IDENTITY, RUN, EPOLL, DUPLICATE]),
+        ThreadKind::Control => {
+            (&[POLL, RECEIVE], &[OPEN, PAIR, IDENTITY, RUN, EPOLL, DUPLICATE, READ_OUT, WRITE_AT])
+        }
+        ThreadKind::Saver => (
+            &[POLL, RECEIVE, READ_OUT, WRITE_AT],
+            &[OPEN, PAIR, IDENTITY, RUN, EPOLL, DUPLICATE, WRITE_INTO],
+        ),
     }
 }
 
@@ -200,4 +211,9 @@ fn file_server_that_leaves_its_table_is_killed() {
 #[test]
 fn control_thread_that_leaves_its_table_is_killed() {
     each_call_of(ThreadKind::Control);
+}
+
+#[test]
+fn saver_that_leaves_its_table_is_killed() {
+    each_call_of(ThreadKind::Saver);
 }

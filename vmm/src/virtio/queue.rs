@@ -1,6 +1,7 @@
 //! A virtqueue in the hands of its device: nobody else can touch it any more.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use virtio_queue::{DescriptorChain, Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
@@ -20,6 +21,24 @@ pub enum QueueError {
     Chain(String),
 }
 
+/// How far a queue was served, which is in no register. It outlives the [`ActiveQueue`], which
+/// leaves its last position here.
+#[derive(Debug, Default)]
+pub struct Position(AtomicU32);
+
+impl Position {
+    /// The next entry of the available ring, and that of the used ring.
+    pub fn get(&self) -> (u16, u16) {
+        let both = self.0.load(Ordering::Acquire);
+        ((both >> 16) as u16, both as u16)
+    }
+
+    /// See [`Position::get`].
+    pub fn set(&self, available: u16, used: u16) {
+        self.0.store(u32::from(available) << 16 | u32::from(used), Ordering::Release);
+    }
+}
+
 /// A descriptor chain out of an [`ActiveQueue`].
 pub type Chain = DescriptorChain<Arc<GuestRam>>;
 
@@ -32,12 +51,29 @@ pub struct ActiveQueue {
     interrupt: Interrupt,
     /// The next [`ActiveQueue::notify`] interrupts whatever the driver asked for.
     must_notify: bool,
+    position: Arc<Position>,
+}
+
+impl Drop for ActiveQueue {
+    fn drop(&mut self) {
+        self.position.set(self.queue.next_avail(), self.queue.next_used());
+    }
 }
 
 impl ActiveQueue {
     /// A queue whose registers the driver has written, `ready` and valid.
     pub fn new(queue: Queue, ram: GuestRam, kick: Arc<EventFd>, interrupt: Interrupt) -> Self {
-        Self { queue, ram: Arc::new(ram), kick, interrupt, must_notify: false }
+        let position = Arc::default();
+        Self { queue, ram: Arc::new(ram), kick, interrupt, must_notify: false, position }
+    }
+
+    /// Goes on from `position`, and leaves there how far it came when it is dropped.
+    pub fn starting_at(mut self, position: Arc<Position>) -> Self {
+        let (available, used) = position.get();
+        self.queue.set_next_avail(available);
+        self.queue.set_next_used(used);
+        self.position = position;
+        self
     }
 
     /// What becomes readable when the driver has something: the worker waits for it.
@@ -61,7 +97,7 @@ impl ActiveQueue {
     /// # Errors
     /// The driver's index claims more chains than the queue has.
     pub fn pop(&mut self) -> Result<Option<Chain>, QueueError> {
-        let available = self.queue.avail_idx(&*self.ram, std::sync::atomic::Ordering::Acquire)?;
+        let available = self.queue.avail_idx(&*self.ram, Ordering::Acquire)?;
         let pending = available.0.wrapping_sub(self.queue.next_avail());
         if pending > self.queue.size() {
             return Err(QueueError::Ring(virtio_queue::Error::InvalidAvailRingIndex));

@@ -1,11 +1,11 @@
 //! The ACPI tables (ACPI 6.5, 5.2): hardware-reduced, so that the guest looks for none of a PC's
 //! old devices. They tell it of its processors, of PCI configuration space, of the registers that
-//! power it off and reset it, and of pvpanic. Hot-plug is not theirs: the agent does that.
+//! power it off and reset it, of pvpanic, and of the VM generation identifier. Hot-plug is not theirs: the agent does that.
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name,
-    Package, Path, ResourceTemplate, Scope,
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Method,
+    Name, Notify, Package, Path, ResourceTemplate, Scope,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace as GasSpace, GAS};
@@ -19,9 +19,9 @@ use acpi_tables::xsdt::XSDT;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::layout::{
-    ACPI_END, ACPI_START, ECAM_SIZE, ECAM_START, IO_APIC_START, LOCAL_APIC_START, PCI_MMIO_SIZE,
-    PCI_MMIO_START, PVPANIC_PORT, RESET_PORT, SERIAL_GSI, SERIAL_PORT, SLEEP_CONTROL_PORT,
-    SLEEP_STATUS_PORT,
+    ACPI_END, ACPI_START, ECAM_SIZE, ECAM_START, GENERATION_GSI, GENERATION_START, IO_APIC_START,
+    LOCAL_APIC_START, PCI_MMIO_SIZE, PCI_MMIO_START, PVPANIC_PORT, RESET_PORT, SERIAL_GSI,
+    SERIAL_PORT, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT,
 };
 use crate::memory::GuestRam;
 
@@ -138,8 +138,9 @@ fn dsdt(platform: Platform) -> Sdt {
         .to_aml_bytes(&mut aml);
     let bridge = host_bridge(platform.high_window);
     let (reserved, pvpanic) = (reserved_for_ecam(), pvpanic());
+    let (generation, events) = (generation_identifier(), generic_events());
     let serial = platform.serial.then(serial);
-    let mut devices: Vec<&dyn Aml> = vec![&bridge, &reserved, &pvpanic];
+    let mut devices: Vec<&dyn Aml> = vec![&bridge, &reserved, &pvpanic, &generation, &events];
     devices.extend(serial.iter().map(|device| device as &dyn Aml));
     Scope::new("_SB_".into(), devices).to_aml_bytes(&mut aml);
 
@@ -205,6 +206,29 @@ fn pvpanic() -> Assembled {
         &ResourceTemplate::new(vec![&IO::new(PVPANIC_PORT, PVPANIC_PORT, 1, 1)]),
     );
     device("PEVT", vec![&hid, &status, &resources])
+}
+
+/// Where 16 bytes lie that are others in each machine that goes on from the same saved one
+/// ("Virtual Machine Generation ID", Microsoft 2012).
+fn generation_identifier() -> Assembled {
+    let hid = Name::new("_HID".into(), &"VIAL0001");
+    let cid = Name::new("_CID".into(), &"VMGENCTR");
+    let description = Name::new("_DDN".into(), &"VM_Gen_Counter");
+    let address = Package::new(vec![&GENERATION_START, &0u32]);
+    let address = Name::new("ADDR".into(), &address);
+    device("VGEN", vec![&hid, &cid, &description, &address])
+}
+
+/// The generic event device (ACPI 6.5, 5.6.9), whose only interrupt tells of a new generation.
+fn generic_events() -> Assembled {
+    let hid = Name::new("_HID".into(), &"ACPI0013");
+    let interrupt = Interrupt::new(true, true, false, false, GENERATION_GSI);
+    let resources = Name::new("_CRS".into(), &ResourceTemplate::new(vec![&interrupt]));
+    // 0x80: the identifier has changed.
+    let (target, changed) = (Path::new("\\_SB_.VGEN"), 0x80u8);
+    let notify = Notify::new(&target, &changed);
+    let handler = Method::new("_EVT".into(), 1, true, vec![&notify]);
+    device("GED_", vec![&hid, &resources, &handler])
 }
 
 fn serial() -> Assembled {

@@ -11,7 +11,7 @@ use vm_memory::{
 };
 
 use super::layout::{
-    ACPI_END, ACPI_START, BASE_RAM_END, COMMAND_LINE_MAX, COMMAND_LINE_START, ECAM_SIZE,
+    ACPI_REGION_END, ACPI_START, BASE_RAM_END, COMMAND_LINE_MAX, COMMAND_LINE_START, ECAM_SIZE,
     ECAM_START, HIGH_RAM_START, KERNEL_START, LOW_RAM_END, ZERO_PAGE_START,
 };
 use crate::memory::GuestRam;
@@ -154,7 +154,7 @@ fn memory_map(ram: &GuestRam) -> Vec<boot_e820_entry> {
     let entry = |addr, end, type_| boot_e820_entry { addr, size: end - addr, type_ };
     let mut map = vec![
         entry(0, BASE_RAM_END, E820_RAM),
-        entry(ACPI_START, ACPI_END, E820_ACPI),
+        entry(ACPI_START, ACPI_REGION_END, E820_ACPI),
         entry(KERNEL_START, low_ram_end(ram), E820_RAM),
         entry(ECAM_START, ECAM_START + ECAM_SIZE, E820_RESERVED),
     ];

@@ -66,7 +66,11 @@ pub const BASE_RAM_END: u64 = 0x9_fc00;
 /// The ACPI tables.
 pub const ACPI_START: u64 = 0xe_0000;
 /// End of the ACPI tables.
-pub const ACPI_END: u64 = 0x10_0000;
+pub const ACPI_END: u64 = GENERATION_START;
+/// The VM generation identifier: a page that is memory of ACPI's to the guest.
+pub const GENERATION_START: u64 = 0xf_f000;
+/// End of what ACPI has.
+pub const ACPI_REGION_END: u64 = 0x10_0000;
 /// Start of the RAM above 1 MiB; the kernel is loaded no lower.
 pub const KERNEL_START: u64 = 0x10_0000;
 
@@ -74,6 +78,8 @@ pub const KERNEL_START: u64 = 0x10_0000;
 pub const SERIAL_PORT: u16 = 0x3f8;
 /// Its interrupt.
 pub const SERIAL_GSI: u32 = 4;
+/// The interrupt that tells of another VM generation.
+pub const GENERATION_GSI: u32 = 5;
 /// The pvpanic device: one port.
 pub const PVPANIC_PORT: u16 = 0x505;
 /// The ACPI sleep control register (ACPI 6.5, 4.8.3.7.1): one port.

@@ -4,5 +4,7 @@
 pub mod acpi;
 pub mod boot;
 pub mod cpuid;
+pub mod generation;
 pub mod layout;
 pub mod registers;
+pub mod vcpu_state;

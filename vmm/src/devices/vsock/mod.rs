@@ -14,6 +14,7 @@ mod worker;
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -73,6 +74,8 @@ pub enum ConnectError {
 struct Shared {
     queued: Mutex<VecDeque<(u32, OwnedFd)>>,
     wake: EventFd,
+    /// What the worker has open, or is still to tell the guest of.
+    open: AtomicUsize,
 }
 
 impl Shared {
@@ -94,6 +97,12 @@ pub struct VsockConnector {
 }
 
 impl VsockConnector {
+    /// The connections that there are or are about to be, the ends included that the guest has
+    /// not heard of yet.
+    pub fn connections(&self) -> usize {
+        self.shared.queued().len() + self.shared.open.load(Ordering::Acquire)
+    }
+
     /// Connects `socket`, one end of a pair of Unix stream sockets, to a port of the guest. It
     /// may be called before the guest's driver is there: the connection waits. When the guest
     /// refuses, the other end of the pair sees the end of the stream.
@@ -137,7 +146,7 @@ impl Vsock {
             return Err(VsockError::ReservedCid(guest_cid));
         }
         let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(VsockError::Event)?;
-        let shared = Arc::new(Shared { queued: Mutex::new(VecDeque::new()), wake });
+        let shared = Arc::new(Shared { queued: Mutex::default(), wake, open: AtomicUsize::new(0) });
         let device = Self {
             guest_cid,
             config: u64::from(guest_cid).to_le_bytes(),

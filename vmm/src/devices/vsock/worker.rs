@@ -9,6 +9,7 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap, VecDeque};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -540,6 +541,8 @@ impl MutEventSubscriber for VsockWorker {
         }
         self.run();
         self.update_watches(ops);
+        let open = self.entries.len() - self.free.len() + self.resets.len();
+        self.parts.shared.open.store(open, Ordering::Release);
     }
 }
 

@@ -12,4 +12,6 @@
 pub mod registers;
 mod transport;
 
-pub use transport::{Doorbells, TransportError, VirtioPci, Workers};
+pub use transport::{
+    DeviceState, Doorbells, RestoreError, SaveError, TransportError, VirtioPci, Workers,
+};

@@ -2,6 +2,8 @@
 //! (3.1): a pure state machine. What the driver may still write depends on how far it has come:
 //! after `FEATURES_OK` no features, after a queue is enabled nothing of that queue.
 
+use serde::{Deserialize, Serialize};
+
 use crate::virtio::FEATURE_VERSION_1;
 
 /// `ACKNOWLEDGE` (virtio 1.2, 2.1).
@@ -21,7 +23,7 @@ pub const STATUS_FAILED: u8 = 128;
 pub const NO_VECTOR: u16 = 0xffff;
 
 /// What a queue's registers hold.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueueRegisters {
     /// The largest size, as offered.
     pub max_size: u16,
@@ -65,7 +67,7 @@ pub enum Action {
 }
 
 /// The common configuration structure.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Registers {
     offered: u64,
     accepted: u64,
@@ -118,6 +120,28 @@ impl Registers {
     /// The queues' registers.
     pub fn queues(&self) -> &[QueueRegisters] {
         &self.queues
+    }
+
+    /// Takes over the registers of the same device in another machine. Returns false, and changes
+    /// nothing, when the device is another or a driver could not have brought them there.
+    pub fn restore(&mut self, saved: &Self) -> bool {
+        let queue_fits = |(own, saved): (&QueueRegisters, &QueueRegisters)| {
+            own.max_size == saved.max_size
+                && saved.size.is_power_of_two()
+                && saved.size <= saved.max_size
+                && self.valid_vector(saved.vector) == saved.vector
+        };
+        let fits = self.offered == saved.offered
+            && self.vectors == saved.vectors
+            && self.queues.len() == saved.queues.len()
+            && self.queues.iter().zip(&saved.queues).all(queue_fits)
+            && saved.accepted & !saved.offered == 0
+            && self.valid_vector(saved.config_vector) == saved.config_vector
+            && saved.status & (STATUS_NEEDS_RESET | STATUS_FAILED) == 0;
+        if fits {
+            *self = saved.clone();
+        }
+        fits
     }
 
     /// Tells the driver that the device is broken.
@@ -375,6 +399,34 @@ mod tests {
         assert_eq!(status(&mut registers, 0), Action::Reset);
         assert_eq!((registers.status(), registers.features()), (0, 0));
         assert!(!registers.queues()[0].enabled);
+    }
+
+    #[test]
+    fn registers_that_no_driver_can_write_are_not_taken_over() {
+        let mut saved = registers();
+        negotiate(&mut saved);
+        status(&mut saved, 15);
+        let mut fresh = registers();
+        assert!(fresh.restore(&saved));
+        assert_eq!(fresh, saved);
+        let spoils: [fn(&mut Registers); 9] = [
+            |r| r.offered |= 1,
+            |r| r.vectors += 1,
+            |r| r.accepted |= 1 << 60,
+            |r| r.config_vector = 3,
+            |r| r.status |= STATUS_NEEDS_RESET,
+            |r| r.queues[0].max_size = 512,
+            |r| r.queues[0].size = 512,
+            |r| r.queues[1].vector = 3,
+            |r| r.queues.truncate(1),
+        ];
+        for spoil in spoils {
+            let mut spoilt = saved.clone();
+            spoil(&mut spoilt);
+            let mut fresh = registers();
+            assert!(!fresh.restore(&spoilt), "{spoilt:?}");
+            assert_eq!(fresh, registers());
+        }
     }
 
     proptest! {

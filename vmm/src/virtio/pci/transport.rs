@@ -1,12 +1,15 @@
 //! A virtio device as a PCI function: its BAR, its interrupts, and the moment when its queues go
 //! over to the device.
 
+mod saved;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+pub use self::saved::{DeviceState, RestoreError, SaveError};
 use super::registers::{Action, QueueRegisters, Registers};
 use crate::event_loop::{EventLoop, EventLoopError, WorkerId};
 use crate::memory::GuestRam;
@@ -14,6 +17,7 @@ use crate::pci::PciFunction;
 use crate::pci::bus::{BusError, PciBus};
 use crate::pci::config::{BarChange, ConfigError, ConfigSpace, Identity};
 use crate::pci::msix::{self, MsiError, MsiRouter, MsixTable};
+use crate::virtio::queue::Position;
 use crate::virtio::{
     ActivateError, Activation, ActiveQueue, Fault, Interrupt, VirtioDevice, WorkerThread,
 };
@@ -104,6 +108,8 @@ pub struct VirtioPci {
     msix_control: u16,
     needs_reset: Arc<AtomicBool>,
     kicks: Vec<Arc<EventFd>>,
+    /// Where each queue is to begin, and where it was when its worker was dropped.
+    positions: Vec<Arc<Position>>,
     doorbells: Arc<dyn Doorbells>,
     workers: Workers,
     worker: Option<(WorkerThread, WorkerId)>,
@@ -146,6 +152,7 @@ impl VirtioPci {
             msix_control,
             needs_reset: Arc::new(AtomicBool::new(false)),
             kicks,
+            positions: (0..queues).map(|_| Arc::default()).collect(),
             doorbells,
             workers,
             worker: None,
@@ -203,12 +210,14 @@ impl VirtioPci {
         fault: Fault,
     ) -> Result<(), ActivateError> {
         let mut queues = Vec::with_capacity(self.kicks.len());
-        for (registers, kick) in self.registers.queues().iter().zip(&self.kicks) {
+        let events = self.kicks.iter().zip(&self.positions);
+        for (registers, (kick, position)) in self.registers.queues().iter().zip(events) {
             let queue = match registers.enabled {
                 true => {
                     let queue = self.build_queue(registers)?;
                     let interrupt = self.interrupt(registers.vector);
-                    Some(ActiveQueue::new(queue, self.ram.clone(), kick.clone(), interrupt))
+                    let queue = ActiveQueue::new(queue, self.ram.clone(), kick.clone(), interrupt);
+                    Some(queue.starting_at(position.clone()))
                 }
                 false => None,
             };
@@ -252,15 +261,18 @@ impl VirtioPci {
         }
     }
 
+    fn stop(&mut self) -> Result<(), EventLoopError> {
+        self.worker.take().map_or(Ok(()), |(thread, id)| self.workers.of(thread).remove(id))
+    }
+
     fn reset(&mut self) {
-        if let Some((thread, id)) = self.worker.take()
-            && let Err(error) = self.workers.of(thread).remove(id)
-        {
+        if let Err(error) = self.stop() {
             tracing::error!(%error, "a device's worker cannot be stopped");
         }
         for kick in &self.kicks {
             let _ = kick.read(); // Non-blocking: empty already is fine.
         }
+        self.positions.iter().for_each(|position| position.set(0, 0));
         self.needs_reset.store(false, Ordering::Release);
     }
 

@@ -1,0 +1,121 @@
+//! Builds a machine from what another one left.
+//!
+//! The order matters: registers and interrupt controllers before the devices, which may interrupt
+//! at once, and the new generation before the guest runs.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use kvm_bindings::kvm_cpuid_entry2;
+use vial_vmm_api::{API_VERSION, RestoreConfig};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{
+    Assembly, Descriptors, GuestConnected, Machine, MachineError, passed_functions, vcpus,
+};
+use crate::arch::vcpu_state::differing_leaf;
+use crate::arch::{generation, layout};
+use crate::clock::monotonic_ns;
+use crate::kvm::{self, Vm};
+use crate::memory::map_saved_ram;
+use crate::pci::PciBus;
+use crate::ports::Ports;
+use crate::snapshot::Snapshot;
+use crate::vcpu::Platform;
+
+fn check(config: &RestoreConfig, snapshot: &Snapshot) -> Result<(), MachineError> {
+    let has = (snapshot.vcpus.len(), snapshot.memory_mib);
+    let wanted = (usize::from(config.vcpus), config.memory_mib);
+    if has != wanted {
+        return Err(MachineError::Config(format!(
+            "the saved machine has {} vCPUs and {} MiB of memory, and {} and {} are wanted; make \
+             one of that size",
+            has.0, has.1, wanted.0, wanted.1
+        )));
+    }
+    if config.devices.len() < snapshot.devices.len() {
+        return Err(MachineError::Config(format!(
+            "the saved machine has {} devices, and {} are given; give all of them",
+            snapshot.devices.len(),
+            config.devices.len()
+        )));
+    }
+    if config.devices.iter().any(|device| passed_functions(device).is_some()) {
+        return Err(MachineError::Config(
+            "a restored machine cannot have functions of the host, which do not see memory that is \
+             mapped privately; boot it"
+                .into(),
+        ));
+    }
+    Ok(())
+}
+
+/// A guest that has looked at its processor once counts on what it saw.
+fn check_processor(
+    own: &[Vec<kvm_cpuid_entry2>],
+    saved: &[Vec<kvm_cpuid_entry2>],
+) -> Result<(), MachineError> {
+    match own.iter().zip(saved).find_map(|(own, saved)| differing_leaf(own, saved)) {
+        None => Ok(()),
+        Some((leaf, subleaf)) => Err(MachineError::Processor { leaf, subleaf }),
+    }
+}
+
+impl Machine {
+    /// Builds the machine that was saved.
+    ///
+    /// # Errors
+    /// The state is none of this machine's, or the host does not allow it. Nothing is left behind
+    /// but what ends with the process.
+    pub fn restore(
+        config: RestoreConfig,
+        mut descriptors: Descriptors,
+        guest_connected: GuestConnected,
+    ) -> Result<Self, MachineError> {
+        super::check_common(config.version, config.vcpus, config.memory_mib, &config.devices)?;
+        debug_assert_eq!(config.version, API_VERSION);
+        let mut marks = Vec::new();
+        let mut mark = |name: &str| marks.push((name.to_owned(), monotonic_ns()));
+        let mut state = File::from(descriptors.take(config.state, "the saved state")?);
+        let snapshot = Snapshot::read(&mut state)?;
+        check(&config, &snapshot)?;
+        mark("state read");
+
+        let kvm = kvm::adopt(descriptors.take(config.kvm, "/dev/kvm")?)?;
+        let vm = Vm::new(&kvm)?;
+        let memory = File::from(descriptors.take(config.memory, "the saved memory")?);
+        let ram = map_saved_ram(u64::from(config.memory_mib) << 20, memory)?;
+        vm.set_memory(&ram)?;
+        mark("vm created");
+
+        let supported = kvm::supported_cpuid(&kvm)?;
+        let made = vcpus::create(&supported, &vm, config.vcpus)?;
+        check_processor(&made.cpuid, &snapshot.cpuid)?;
+        for ((index, vcpu), state) in (0..).zip(&made.vcpus).zip(&snapshot.vcpus) {
+            state.apply(vcpu, index)?;
+        }
+        vm.apply(&snapshot.vm)?;
+        mark("vcpus restored");
+
+        let workers = super::start_workers(&config.devices, None)?;
+        let platform = Arc::new(Platform { ports: Ports::new(None), pci: PciBus::new() });
+        let mut assembly = Assembly::new(&vm, &ram, &platform, workers);
+        let mut guest_connected = Some(guest_connected);
+        let saved = snapshot.devices.iter().map(Some).chain(std::iter::repeat(None));
+        for ((number, device), saved) in config.devices.into_iter().enumerate().zip(saved) {
+            assembly.add(number, device, saved, &mut descriptors, &mut guest_connected)?;
+        }
+        let vsock = assembly.vsock;
+        renew_generation(&vm, &ram)?;
+        mark("devices restored");
+        Ok(Self { platform, vcpus: made.vcpus, vsock, vm, passed: None, marks, saving: None })
+    }
+}
+
+/// Gives the guest another generation, and tells it as soon as it runs.
+fn renew_generation(vm: &Vm, ram: &crate::memory::GuestRam) -> Result<(), MachineError> {
+    generation::renew(ram)?;
+    let pin = EventFd::new(libc::EFD_NONBLOCK).map_err(MachineError::Event)?;
+    vm.attach_pin(layout::GENERATION_GSI, &pin)?;
+    pin.write(1).map_err(MachineError::Event)
+}

@@ -1,0 +1,189 @@
+//! Takes a machine out of KVM and into files.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::mpsc::Receiver;
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use kvm_bindings::kvm_cpuid_entry2;
+use kvm_ioctls::VcpuFd;
+use vm_memory::{Bytes, GuestMemory, GuestMemoryRegion};
+use vmm_sys_util::signal::{Killable, SIGRTMIN};
+
+use crate::arch::vcpu_state::{VcpuState, VcpuStateError};
+use crate::devices::vsock::VsockConnector;
+use crate::kvm::{KvmError, Vm};
+use crate::memory::GuestRam;
+use crate::pci::bus::lock;
+use crate::snapshot::{RELEASE, Snapshot, SnapshotError};
+use crate::vcpu::Parking;
+use crate::virtio::pci::{SaveError as DeviceError, VirtioPci};
+
+/// What is looked at as one: zeros are left out by pages.
+const PAGE_BYTES: usize = 4096;
+/// How long vCPUs may take to leave the guest, and how often they are told to.
+const PATIENCE: Duration = Duration::from_secs(10);
+const TELL_AGAIN: Duration = Duration::from_millis(1);
+
+/// Why a machine was not saved.
+#[derive(Debug, thiserror::Error)]
+pub enum SaveError {
+    /// It was not started to be.
+    #[error("this machine cannot be saved: it was not booted as a template")]
+    NotATemplate,
+    /// The guest has connections, which would not outlive it.
+    #[error("{0} vsock connections of the guest are open; close them and ask again")]
+    Connections(usize),
+    /// A vCPU stays in the guest.
+    #[error("a vCPU did not leave the guest within {PATIENCE:?}")]
+    Vcpus,
+    /// A vCPU.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuStateError),
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// A device.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The file for the state.
+    #[error(transparent)]
+    State(#[from] SnapshotError),
+    /// The file for the memory.
+    #[error("write the guest's memory: {0}; is the disk full?")]
+    Memory(std::io::Error),
+}
+
+impl SaveError {
+    /// Whether the machine runs on as if nothing had been asked.
+    pub fn is_harmless(&self) -> bool {
+        matches!(self, Self::NotATemplate | Self::Connections(_))
+    }
+}
+
+/// What a machine needs to be saved.
+pub(super) struct Saving {
+    pub(super) ram: GuestRam,
+    pub(super) memory_mib: u32,
+    pub(super) devices: Vec<Arc<Mutex<VirtioPci>>>,
+    pub(super) cpuid: Vec<Vec<kvm_cpuid_entry2>>,
+    /// The model-specific registers that make up a vCPU's state.
+    pub(super) registers: Vec<u32>,
+    pub(super) parking: Arc<Parking>,
+    pub(super) parked: Receiver<(u8, VcpuFd)>,
+    pub(super) threads: Vec<JoinHandle<()>>,
+}
+
+impl Saving {
+    /// Stops the machine and writes it down.
+    pub(super) fn save(
+        &self,
+        vm: &Vm,
+        vsock: Option<&VsockConnector>,
+        memory: &File,
+        mut state: File,
+    ) -> Result<(), SaveError> {
+        let connections = || vsock.map_or(0, VsockConnector::connections);
+        if connections() > 0 {
+            return Err(SaveError::Connections(connections()));
+        }
+        let vcpus = self.park()?;
+        // No kick comes any more; what came is served before a worker stops.
+        let devices = self
+            .devices
+            .iter()
+            .map(|device| lock(device).save())
+            .collect::<Result<_, DeviceError>>()?;
+        let vcpus = vcpus
+            .iter()
+            .map(|(index, vcpu)| VcpuState::of(vcpu, *index, &self.registers))
+            .collect::<Result<_, _>>()?;
+        let snapshot = Snapshot {
+            vmm: RELEASE.into(),
+            memory_mib: self.memory_mib,
+            cpuid: self.cpuid.clone(),
+            vcpus,
+            vm: vm.state()?,
+            devices,
+        };
+        write_memory(&self.ram, memory).map_err(SaveError::Memory)?;
+        Ok(snapshot.write(&mut state)?)
+    }
+
+    /// Takes all vCPUs out of the guest, in their order.
+    fn park(&self) -> Result<Vec<(u8, VcpuFd)>, SaveError> {
+        let start = Instant::now();
+        let mut parked = Vec::new();
+        self.parking.ask();
+        while parked.len() < self.threads.len() {
+            // A signal that comes just before a vCPU enters the guest is lost: so it comes again.
+            for thread in &self.threads {
+                let _ = thread.kill(SIGRTMIN()); // One that has ended needs none.
+            }
+            while let Ok(vcpu) = self.parked.recv_timeout(TELL_AGAIN) {
+                parked.push(vcpu);
+            }
+            if start.elapsed() > PATIENCE {
+                return Err(SaveError::Vcpus);
+            }
+        }
+        parked.sort_by_key(|(index, _)| *index);
+        Ok(parked)
+    }
+}
+
+/// Writes the guest's memory, range behind range, and leaves holes for pages of zeros.
+fn write_memory(ram: &GuestRam, file: &File) -> std::io::Result<()> {
+    let length = ram.iter().map(GuestMemoryRegion::len).sum();
+    file.set_len(length)?;
+    let mut page = [0; PAGE_BYTES];
+    let mut offset = 0;
+    for region in ram.iter() {
+        for at in (0..region.len()).step_by(PAGE_BYTES) {
+            ram.read_slice(&mut page, vm_memory::GuestAddress(region.start_addr().0 + at))
+                .map_err(std::io::Error::other)?;
+            if page != [0; PAGE_BYTES] {
+                file.write_all_at(&page, offset + at)?;
+            }
+        }
+        offset += region.len();
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use vm_memory::GuestAddress;
+
+    use super::*;
+    use crate::memory::{map_ram, map_saved_ram};
+
+    #[test]
+    fn memory_survives_its_file_which_has_no_zeros_and_is_not_written_again() {
+        let ram = map_ram(32 << 20).unwrap();
+        ram.write_slice(b"end", GuestAddress((32 << 20) - 3)).unwrap();
+        ram.write_slice(b"middle", GuestAddress(5 << 20)).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        write_memory(&ram, &file).unwrap();
+        let metadata = file.metadata().unwrap();
+        assert_eq!(metadata.len(), 32 << 20);
+        assert!(metadata.blocks() * 512 <= 64 << 10, "{} blocks", metadata.blocks());
+
+        let text = |ram: &GuestRam, at| {
+            let mut text = [0; 6];
+            ram.read_slice(&mut text, GuestAddress(at)).unwrap();
+            text
+        };
+        let first = map_saved_ram(32 << 20, file.try_clone().unwrap()).unwrap();
+        let second = map_saved_ram(32 << 20, file.try_clone().unwrap()).unwrap();
+        first.write_slice(b"secret", GuestAddress(5 << 20)).unwrap();
+        assert_eq!(&text(&first, 5 << 20), b"secret");
+        assert_eq!(&text(&second, 5 << 20), b"middle");
+        assert_eq!(&text(&second, (32 << 20) - 6), b"\0\0\0end");
+        assert!(map_saved_ram(33 << 20, file).is_err());
+    }
+}

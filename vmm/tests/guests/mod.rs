@@ -1,0 +1,72 @@
+//! Guests of a few dozen bytes, and the requests that boot them.
+#![allow(dead_code)] // Each test program uses a part of it.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::Path;
+
+use vial_vmm_api::{API_VERSION, VmConfig};
+
+use crate::client::{Attachments, Vmm};
+
+pub(crate) const LOAD_ADDRESS: u64 = 0x100_0000;
+
+/// An ELF kernel whose only segment is `code`.
+pub(crate) fn kernel(code: &[u8]) -> File {
+    let mut bytes = vec![0u8; 120];
+    bytes[..8].copy_from_slice(&[0x7f, b'E', b'L', b'F', 2, 1, 1, 0]);
+    bytes[16..21].copy_from_slice(&[2, 0, 0x3e, 0, 1]);
+    bytes[24..32].copy_from_slice(&LOAD_ADDRESS.to_le_bytes());
+    bytes[32..40].copy_from_slice(&64u64.to_le_bytes());
+    bytes[52..58].copy_from_slice(&[64, 0, 56, 0, 1, 0]);
+    bytes[64..72].copy_from_slice(&[1, 0, 0, 0, 5, 0, 0, 0]);
+    let length = code.len() as u64;
+    let fields = [120, LOAD_ADDRESS, LOAD_ADDRESS, length, length, 0x1000];
+    for (index, value) in fields.into_iter().enumerate() {
+        bytes[72 + index * 8..80 + index * 8].copy_from_slice(&u64::to_le_bytes(value));
+    }
+    bytes.extend_from_slice(code);
+    file(&bytes)
+}
+
+pub(crate) fn file(bytes: &[u8]) -> File {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(bytes).unwrap();
+    file
+}
+
+/// `mov al, value; mov dx, port; out dx, al`
+pub(crate) fn out(port: u16, value: u8) -> Vec<u8> {
+    let [low, high] = port.to_le_bytes();
+    vec![0xb0, value, 0x66, 0xba, low, high, 0xee]
+}
+
+pub(crate) const POWER_OFF: (u16, u8) = (0x600, 0x34);
+
+pub(crate) struct Request {
+    pub(crate) config: VmConfig,
+    pub(crate) files: Attachments,
+}
+
+pub(crate) fn request(kernel: File) -> Request {
+    let mut files = Attachments::default();
+    let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm");
+    let kvm = files.add(kvm.expect("these tests need /dev/kvm, open for reading and writing"));
+    let kernel = files.add(kernel);
+    let config = VmConfig {
+        version: API_VERSION,
+        kvm,
+        vcpus: 1,
+        memory_mib: 32,
+        kernel,
+        initrd: None,
+        command_line: String::new(),
+        console: None,
+        devices: Vec::new(),
+    };
+    Request { config, files }
+}
+
+pub(crate) fn start() -> Vmm {
+    Vmm::start(Path::new(env!("CARGO_BIN_EXE_vial-vmm")))
+}
