@@ -12,7 +12,7 @@ use std::path::Path;
 use rustix::fs::{CWD, Mode, mkdirat, statfs, symlink};
 use rustix::mount::{MountFlags, mount, mount_move};
 use rustix::process::{Resource, Rlimit, chdir, chroot, setrlimit};
-use vial_agent_protocol::SHARE_TAG;
+use vial_agent_protocol::{SHARE_TAG, TEMPLATE_WORD};
 
 use crate::cgroup;
 use crate::marks::Mark;
@@ -63,11 +63,19 @@ pub(crate) fn set_up() -> Result<Vec<Mark>, BootError> {
     link_descriptors()?;
     set_up_cgroups()?;
     marks.push(Mark::now("mounts"));
-    mount_share()?;
-    marks.push(Mark::now("share"));
+    if !is_template() {
+        mount_share()?;
+        marks.push(Mark::now("share"));
+    }
     crate::network::bring_up_loopback().map_err(BootError::Loopback)?;
     set_limits();
     Ok(marks)
+}
+
+/// Whether this guest is to be saved before it belongs to a pod. Tells when /proc is mounted.
+pub(crate) fn is_template() -> bool {
+    let line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    line.split_whitespace().any(|word| word == TEMPLATE_WORD)
 }
 
 /// Moves a tmpfs over an initramfs and goes there. The agent's file stays behind, out of every
@@ -200,7 +208,7 @@ fn write(action: &'static str, path: &str, text: &str) -> Result<(), BootError> 
 
 /// Without nosuid and nodev: containers' roots lie there, and what their programs may do is for
 /// the spec to say.
-fn mount_share() -> Result<(), BootError> {
+pub(crate) fn mount_share() -> Result<(), BootError> {
     fs::create_dir_all(SHARE).map_err(|source| BootError::File {
         action: "make directory",
         path: SHARE.to_owned(),

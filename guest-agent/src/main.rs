@@ -3,9 +3,11 @@
 //! It sets the guest up ([`boot`]), then serves the shim over vsock ([`server`], [`service`]):
 //! containers ([`container`]) made by libcontainer in single-threaded helper processes of this
 //! same program ([`launch`], [`helper`]), their streams ([`streams`], [`stdio`], [`terminal`]) and
-//! their ends ([`reaper`]). What containers share is in [`network`] and [`pod`]. When it fails it ends, and the kernel panics for want of an init:
-//! that is how the host learns of it.
+//! their ends ([`reaper`]). What containers share is in [`network`] and [`pod`]; a guest that goes
+//! on from a template becomes a pod's own in [`adopt`]. When it fails it ends, and the kernel
+//! panics for want of an init: that is how the host learns of it.
 
+mod adopt;
 mod boot;
 mod cgroup;
 mod container;

@@ -14,10 +14,12 @@ use futures::stream::{self, Stream as FuturesStream};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixListener;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
+use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener};
 use ttrpc::r#async::transport::Listener as TtrpcListener;
 use vial_agent_protocol::{AGENT_PORT, READY_PORT, STREAM_PORT, agent_ttrpc};
 
+use crate::adopt::{self, Adoption};
+use crate::boot;
 use crate::container::{ContainerError, Containers, Places};
 use crate::marks::Mark;
 use crate::reaper::Reaper;
@@ -190,13 +192,23 @@ async fn serve_async(
         }
     });
     marks.push(Mark::now("listening"));
-    let service = AgentService { containers, marks, shutdown: shutdown.clone() };
+    let is_template = matches!(endpoint, Endpoint::Vsock) && boot::is_template();
+    let adoption = Arc::new(match is_template {
+        true => Adoption::of_nobody(),
+        false => Adoption::of_pod(None),
+    });
+    let service =
+        AgentService { containers, marks, shutdown: shutdown.clone(), adoption: adoption.clone() };
     let mut server = ttrpc::r#async::Server::new()
         .add_listener(TtrpcListener::new(control_connections(control)))
         .register_service(agent_ttrpc::create_agent(Arc::new(service)));
     server.start().await.map_err(ServerError::Serve)?;
-    // Its end is the agent's end: kept until this function returns.
-    let _ready = say_ready(endpoint).await?;
+    if matches!(endpoint, Endpoint::Vsock) {
+        let ready = adopt::connect_ready().await.map_err(ServerError::Ready)?;
+        if !is_template {
+            adoption.set_ready(Some(ready));
+        }
+    }
 
     tokio::select! {
         () = shutdown.asked() => Ok(()),
@@ -205,15 +217,5 @@ async fn serve_async(
             // It only comes back with an error.
             _ => Err(ServerError::Reap(io::Error::other("the reaper ended"))),
         },
-    }
-}
-
-async fn say_ready(endpoint: &Endpoint) -> Result<Option<VsockStream>, ServerError> {
-    match endpoint {
-        Endpoint::Directory(_) => Ok(None),
-        Endpoint::Vsock => VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, READY_PORT))
-            .await
-            .map(Some)
-            .map_err(ServerError::Ready),
     }
 }

@@ -1,19 +1,21 @@
 //! The ttrpc face of the agent: conversions, and the one place where errors get their codes.
 
 use std::future::Future;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::{Code, get_status};
 use vial_agent_protocol::agent::{
-    ConfigureNetworkRequest, ConfigurePodRequest, ContainerRequest, CreateContainerRequest,
-    CreateContainerResponse, Empty, ExecProcessRequest, HelloRequest, HelloResponse,
-    KillProcessRequest, ListPidsResponse, Mark as WireMark, ProcessRequest, ResizeTerminalRequest,
-    StartResponse, StatsResponse, Stdio, UpdateContainerRequest, WaitOomRequest, WaitOomResponse,
-    WaitProcessResponse,
+    AdoptRequest, ConfigureNetworkRequest, ConfigurePodRequest, ContainerRequest,
+    CreateContainerRequest, CreateContainerResponse, Empty, ExecProcessRequest, HelloRequest,
+    HelloResponse, KillProcessRequest, ListPidsResponse, Mark as WireMark, ProcessRequest,
+    ResizeTerminalRequest, StartResponse, StatsResponse, Stdio, UpdateContainerRequest,
+    WaitOomRequest, WaitOomResponse, WaitProcessResponse,
 };
 use vial_agent_protocol::{PROTOCOL_VERSION, agent_ttrpc};
 
+use crate::adopt::Adoption;
 use crate::cgroup::CgroupError;
 use crate::container::{ContainerError, Containers, Create, Exec, PidNamespace};
 use crate::devices::DeviceError;
@@ -32,6 +34,7 @@ pub(crate) struct AgentService {
     pub(crate) containers: Containers,
     pub(crate) marks: Vec<Mark>,
     pub(crate) shutdown: Shutdown,
+    pub(crate) adoption: Arc<Adoption>,
 }
 
 /// The code that the shim, and through it containerd, tells errors apart by.
@@ -132,6 +135,16 @@ impl agent_ttrpc::Agent for AgentService {
         response.marks = self.marks.iter().map(wire_mark).collect();
         response.now_ns = now_ns();
         Ok(response)
+    }
+
+    async fn adopt(&self, _: &TtrpcContext, request: AdoptRequest) -> Answer<Empty> {
+        self.adoption.adopt(&request).await.map_err(|error| {
+            tracing::error!("{error}");
+            let code =
+                if error.is_of_the_request() { Code::INVALID_ARGUMENT } else { Code::INTERNAL };
+            ttrpc::Error::RpcStatus(get_status(code, error.to_string()))
+        })?;
+        Ok(Empty::new())
     }
 
     async fn configure_network(

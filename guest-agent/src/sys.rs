@@ -49,6 +49,33 @@ pub(crate) fn hide_from_others() {
     unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) };
 }
 
+/// Mixes `seed` into the kernel's random numbers, and lets them begin anew from it at once.
+///
+/// # Errors
+/// What random(4) answers.
+pub(crate) fn seed_random(seed: &[u8]) -> io::Result<()> {
+    // `struct rand_pool_info`: bits that count, bytes that follow, the bytes.
+    let mut pool = Vec::with_capacity(8 + seed.len());
+    let bytes = i32::try_from(seed.len()).map_err(io::Error::other)?;
+    pool.extend(bytes.saturating_mul(8).to_ne_bytes());
+    pool.extend(bytes.to_ne_bytes());
+    pool.extend(seed);
+    let random = std::fs::File::open("/dev/urandom")?;
+    // SAFETY: RNDADDENTROPY reads the two numbers and as many bytes as the second one says, which
+    // is what the vector holds; RNDRESEEDCRNG has no argument.
+    let results = unsafe {
+        [
+            libc::ioctl(random.as_raw_fd(), RNDADDENTROPY, pool.as_ptr()),
+            libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG),
+        ]
+    };
+    if results.contains(&-1) { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+// random(4): _IOW('R', 0x03, int[2]), _IO('R', 0x07).
+const RNDADDENTROPY: libc::Ioctl = 0x4008_5203;
+const RNDRESEEDCRNG: libc::Ioctl = 0x5207;
+
 /// Takes ownership of a descriptor that the parent process left open for this one.
 ///
 /// # Errors

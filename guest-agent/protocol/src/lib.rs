@@ -3,7 +3,8 @@
 //! Three kinds of vsock connections exist:
 //!
 //! - **ready**: once, when its listeners stand, the agent connects to the host's
-//!   [`READY_PORT`] and keeps that connection open. Its end is the agent's end.
+//!   [`READY_PORT`] and keeps that connection open. Its end is the agent's end. In a template
+//!   ([`TEMPLATE_WORD`]) it closes it at once, and opens it again when a pod adopts the guest.
 //! - **control**: the shim connects to the guest's [`AGENT_PORT`] and speaks ttrpc
 //!   ([`agent`], [`agent_ttrpc`]).
 //! - **stream**: the shim connects to the guest's [`STREAM_PORT`], writes the stream's id
@@ -26,7 +27,7 @@ pub mod agent_ttrpc {
 }
 
 /// The version of this protocol. Shim and agent refuse each other when it differs.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// The host's vsock port that the agent connects to when it can serve.
 pub const READY_PORT: u32 = 1024;
@@ -34,6 +35,11 @@ pub const READY_PORT: u32 = 1024;
 pub const AGENT_PORT: u32 = 1024;
 /// The guest's vsock port that takes stdio streams.
 pub const STREAM_PORT: u32 = 1025;
+
+/// The word on the kernel's command line of a guest that is to be a template.
+pub const TEMPLATE_WORD: &str = "vial.template";
+/// How many random bytes a guest gets that goes on from a template.
+pub const SEED_BYTES: std::ops::RangeInclusive<usize> = 32..=512;
 
 /// How long a request waits for the streams it names, and a stream for its request.
 pub const STREAM_WAIT_SECONDS: u64 = 10;

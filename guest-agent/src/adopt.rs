@@ -1,0 +1,164 @@
+//! A guest that is a template, and one that goes on from it.
+//!
+//! A template is a guest that was saved when its agent could serve. It belongs to no pod: nothing
+//! of a host is mounted, and no connection is open. Every guest that goes on from it begins with
+//! the same memory, so what has to be a pod's own is made so when the shim asks for it, before
+//! anything else: random numbers, the time of day, devices, the share.
+
+use std::fs;
+use std::io;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use rustix::time::{ClockId, Timespec, clock_settime};
+use tokio_vsock::{VMADDR_CID_HOST, VsockAddr, VsockStream};
+use vial_agent_protocol::agent::AdoptRequest;
+use vial_agent_protocol::{READY_PORT, SEED_BYTES};
+
+use crate::boot::{self, BootError};
+use crate::sys;
+
+/// Makes the kernel look for devices that came meanwhile.
+const RESCAN: &str = "/sys/bus/pci/rescan";
+
+/// Why the guest does not become a pod's own.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum AdoptError {
+    #[error("this guest is no template, or was adopted before")]
+    NotATemplate,
+    #[error("the seed has {0} bytes, not {least} to {most}", least = SEED_BYTES.start(), most = SEED_BYTES.end())]
+    Seed(usize),
+    #[error("{0} ns since 1970 is no time of day")]
+    Time(u64),
+    #[error("cannot seed the kernel's random numbers: {0}")]
+    Random(io::Error),
+    #[error("cannot set the time of day: {0}")]
+    Clock(io::Error),
+    #[error("cannot look for new devices by {RESCAN}: {0}")]
+    Devices(io::Error),
+    #[error(transparent)]
+    Share(#[from] BootError),
+    #[error("cannot tell the host on vsock port {READY_PORT} that the agent is ready: {0}")]
+    Ready(io::Error),
+}
+
+impl AdoptError {
+    /// Whether another request could do better.
+    pub(crate) fn is_of_the_request(&self) -> bool {
+        matches!(self, Self::NotATemplate | Self::Seed(_) | Self::Time(_))
+    }
+}
+
+/// Whom the guest belongs to.
+#[derive(Debug)]
+enum Owner {
+    /// Nobody yet.
+    Nobody,
+    /// A pod. By the end of the connection the host learns of the agent's end.
+    Pod { _ready: Option<VsockStream> },
+}
+
+/// Whom the guest belongs to, which changes at most once.
+#[derive(Debug)]
+pub(crate) struct Adoption(Mutex<Owner>);
+
+impl Adoption {
+    /// A guest that was booted for a pod, with its connection to the host's ready port.
+    pub(crate) fn of_pod(ready: Option<VsockStream>) -> Self {
+        Self(Mutex::new(Owner::Pod { _ready: ready }))
+    }
+
+    /// A template.
+    pub(crate) fn of_nobody() -> Self {
+        Self(Mutex::new(Owner::Nobody))
+    }
+
+    fn owner(&self) -> MutexGuard<'_, Owner> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sets who holds the connection to the ready port, when the agent has it.
+    pub(crate) fn set_ready(&self, ready: Option<VsockStream>) {
+        *self.owner() = Owner::Pod { _ready: ready };
+    }
+
+    /// Makes the guest that of the pod that asks.
+    ///
+    /// # Errors
+    /// [`AdoptError`]. A guest that is half of the way belongs to the pod, and is of no use.
+    pub(crate) async fn adopt(&self, request: &AdoptRequest) -> Result<(), AdoptError> {
+        let time = check(request)?;
+        {
+            let mut owner = self.owner();
+            if !matches!(*owner, Owner::Nobody) {
+                return Err(AdoptError::NotATemplate);
+            }
+            *owner = Owner::Pod { _ready: None };
+        }
+        // First: whatever follows may draw some.
+        sys::seed_random(&request.seed).map_err(AdoptError::Random)?;
+        clock_settime(ClockId::Realtime, time).map_err(|error| AdoptError::Clock(error.into()))?;
+        if request.new_devices {
+            fs::write(RESCAN, "1").map_err(AdoptError::Devices)?;
+        }
+        boot::mount_share()?;
+        let ready = connect_ready().await.map_err(AdoptError::Ready)?;
+        self.set_ready(Some(ready));
+        Ok(())
+    }
+}
+
+/// Connects to the host's ready port.
+///
+/// # Errors
+/// Nobody listens there.
+pub(crate) async fn connect_ready() -> io::Result<VsockStream> {
+    VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, READY_PORT)).await
+}
+
+fn check(request: &AdoptRequest) -> Result<Timespec, AdoptError> {
+    if !SEED_BYTES.contains(&request.seed.len()) {
+        return Err(AdoptError::Seed(request.seed.len()));
+    }
+    const SECOND_NS: u64 = 1_000_000_000;
+    let seconds = i64::try_from(request.realtime_ns / SECOND_NS);
+    match (request.realtime_ns, seconds) {
+        (1.., Ok(tv_sec)) => {
+            Ok(Timespec { tv_sec, tv_nsec: (request.realtime_ns % SECOND_NS).cast_signed() })
+        }
+        _ => Err(AdoptError::Time(request.realtime_ns)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request() -> AdoptRequest {
+        let mut request = AdoptRequest::new();
+        request.realtime_ns = 1_700_000_000_123_456_789;
+        request.seed = vec![7; *SEED_BYTES.start()];
+        request
+    }
+
+    #[test]
+    fn request_is_checked_before_anything_is_changed() {
+        let time = check(&request()).unwrap();
+        assert_eq!((time.tv_sec, time.tv_nsec), (1_700_000_000, 123_456_789));
+        for bytes in [0, SEED_BYTES.start() - 1, SEED_BYTES.end() + 1] {
+            let mut request = request();
+            request.seed = vec![0; bytes];
+            assert!(matches!(check(&request), Err(AdoptError::Seed(found)) if found == bytes));
+        }
+        let mut request = request();
+        request.realtime_ns = 0;
+        assert!(matches!(check(&request), Err(AdoptError::Time(0))));
+    }
+
+    #[tokio::test]
+    async fn guest_of_a_pod_is_not_adopted() {
+        let adoption = Adoption::of_pod(None);
+        let error = adoption.adopt(&request()).await.unwrap_err();
+        assert!(matches!(error, AdoptError::NotATemplate), "{error}");
+        assert!(error.is_of_the_request());
+    }
+}
