@@ -3,11 +3,12 @@
 //! Calls by `vial-agent-protocol`, each with a time limit except the one that waits for a
 //! process. What the guest answers is bounded by ttrpc's 4 MiB and by whoever uses it.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use rustix::rand::{GetRandomFlags, getrandom};
 use tokio::net::UnixStream;
 use ttrpc::context::{Context, with_duration};
-use vial_agent_protocol::{PROTOCOL_VERSION, agent, agent_ttrpc::AgentClient};
+use vial_agent_protocol::{PROTOCOL_VERSION, SEED_BYTES, agent, agent_ttrpc::AgentClient};
 
 use crate::timeline::{Timeline, now_ns};
 
@@ -28,6 +29,9 @@ pub enum AgentError {
         /// What went wrong.
         error: ttrpc::Error,
     },
+    /// The host has no random numbers for the guest.
+    #[error("cannot draw random numbers for the guest: {0}")]
+    Seed(std::io::Error),
     /// It is of another version.
     #[error(
         "the guest's agent speaks version {0} of the protocol, this shim {PROTOCOL_VERSION}: \
@@ -53,6 +57,20 @@ impl std::fmt::Debug for Agent {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Agent")
     }
+}
+
+/// Random numbers for a guest.
+fn seed() -> rustix::io::Result<Vec<u8>> {
+    let mut seed = vec![0; *SEED_BYTES.end()];
+    let mut filled = 0;
+    while filled < seed.len() {
+        match getrandom(&mut seed[filled..], GetRandomFlags::empty()) {
+            Ok(count) => filled += count,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(seed)
 }
 
 fn limited() -> Context {
@@ -86,6 +104,24 @@ impl Agent {
             hello.kernel_release.chars().take(64).collect::<String>()
         );
         Ok(Self { client })
+    }
+
+    /// Makes a guest that went on from a template this pod's own. It then connects to the ready
+    /// port. `new_devices`: whether the VM has some that the template had not.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn adopt(&self, new_devices: bool) -> Result<(), AgentError> {
+        let seed = seed().map_err(|error| AgentError::Seed(error.into()))?;
+        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let request = agent::AdoptRequest {
+            realtime_ns: u64::try_from(since_1970.as_nanos()).unwrap_or(u64::MAX),
+            seed,
+            new_devices,
+            ..Default::default()
+        };
+        let adopted = self.client.adopt(limited(), &request).await;
+        adopted.map(drop).map_err(failed("begin the pod"))
     }
 
     /// Gives the guest the pod's network.

@@ -7,7 +7,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{config::Config, jail::user_ids::Range};
+use crate::{
+    config::Config,
+    jail::user_ids::Range,
+    template::{self, NoTemplate},
+};
 
 /// The oldest containerd that speaks the task API of this shim.
 pub const CONTAINERD_MAJOR: u32 = 2;
@@ -77,6 +81,7 @@ pub fn run() -> Vec<Finding> {
             findings.push(vmm);
             findings.push(kvm(usable.then_some(config.vmm.as_path())));
             findings.push(jail(&config));
+            findings.push(templates(&config));
         }
         Err(error) => {
             findings.push(finding("configuration", Verdict::Broken, error.to_string()));
@@ -92,6 +97,22 @@ pub fn run() -> Vec<Finding> {
         "`modprobe vhost_net`; networks are slower without it",
     ));
     findings
+}
+
+/// Whether a pod without limits starts from a template.
+fn templates(config: &Config) -> Finding {
+    let optional =
+        |verdict, text: String| Finding { required: false, ..finding("template", verdict, text) };
+    match template::find(config) {
+        Ok((name, _)) => optional(Verdict::Ok, format!("{name} fits pods without limits")),
+        Err(reason @ (NoTemplate::Off | NoTemplate::Console)) => {
+            optional(Verdict::Missing, format!("each pod boots its own kernel: {reason}"))
+        }
+        Err(reason @ NoTemplate::None { .. }) => {
+            optional(Verdict::Missing, format!("pods start slower: {reason}"))
+        }
+        Err(reason) => optional(Verdict::Broken, format!("pods start slower: {reason}")),
+    }
 }
 
 /// Whether VMMs are jailed, and by all that can be had.

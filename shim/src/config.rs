@@ -16,6 +16,8 @@ pub const DEFAULT_PATH: &str = "/etc/vial/config.toml";
 pub const PATH_VARIABLE: &str = "VIAL_CONFIG";
 /// Where kernel, guest image and VMM are installed.
 pub const LIBRARY_DIRECTORY: &str = "/usr/lib/vial";
+/// Where templates are kept.
+pub const TEMPLATE_DIRECTORY: &str = "/var/lib/vial/templates";
 /// Where sandboxes keep what they need while they live.
 pub const STATE_DIRECTORY: &str = "/run/vial";
 
@@ -26,6 +28,17 @@ pub const BOOT_TIMEOUT_SECONDS: std::ops::RangeInclusive<u32> = 1..=3600;
 pub const JAIL_UID_BASE: std::ops::RangeInclusive<u32> = 65_536..=u32::MAX - 65_538;
 /// What a VM may cost beside its memory, in MiB.
 pub const OVERHEAD_MIB: std::ops::RangeInclusive<u32> = 32..=65_536;
+
+/// When pods start from templates ([`crate::template`]).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Templates {
+    /// Whenever there is one that fits.
+    #[default]
+    Auto,
+    /// Never.
+    Off,
+}
 
 /// The file, as it is written. Every key may be left out.
 #[derive(Debug, Default, Deserialize)]
@@ -49,6 +62,10 @@ pub struct File {
     pub kernel_arguments: Option<String>,
     /// Where sandboxes keep their state.
     pub state_directory: Option<PathBuf>,
+    /// When pods start from templates.
+    pub templates: Option<Templates>,
+    /// Where templates are kept.
+    pub template_directory: Option<PathBuf>,
     /// Whether VMMs are jailed.
     pub jail: Option<bool>,
     /// The first user id that a jail may have.
@@ -82,6 +99,10 @@ pub struct Config {
     pub kernel_arguments: String,
     /// Where sandboxes keep their state.
     pub state_directory: PathBuf,
+    /// When pods start from templates.
+    pub templates: Templates,
+    /// Where templates are kept.
+    pub template_directory: PathBuf,
     /// Whether VMMs are jailed. They have the rights of the shim if not.
     pub jail: bool,
     /// The user ids of the jails, one a pod.
@@ -169,8 +190,9 @@ impl Config {
             ("initrd", file.initrd, library.join("initrd.img")),
             ("vmm", file.vmm, default_vmm()),
             ("state_directory", file.state_directory, STATE_DIRECTORY.into()),
+            ("template_directory", file.template_directory, TEMPLATE_DIRECTORY.into()),
         ];
-        let [kernel, initrd, vmm, state_directory] =
+        let [kernel, initrd, vmm, state_directory, template_directory] =
             defaults.map(|(key, given, default)| absolute(path, key, given.unwrap_or(default)));
         let timeout = file.boot_timeout_seconds.unwrap_or(60);
         let (base, count) =
@@ -201,6 +223,8 @@ impl Config {
             debug_console: file.debug_console.unwrap_or(false),
             kernel_arguments: arguments,
             state_directory: state_directory?,
+            templates: file.templates.unwrap_or_default(),
+            template_directory: template_directory?,
             jail: file.jail.unwrap_or(true),
             jail_uids: Range {
                 base: within(path, "jail_uid_base", base, JAIL_UID_BASE)?,
@@ -307,6 +331,7 @@ mod tests {
             ("memory_overhead_mib = 1", "32 to 65536"),
             ("kernel = \"vmlinux\"", "absolute"),
             ("pci_devices = [\"3b:02.0\"]", "0000:3b:02.0"),
+            ("template_directory = \"templates\"", "absolute"),
         ] {
             let error = parse(text).unwrap_err();
             assert!(error.contains(bounds), "{text}: {error}");

@@ -13,6 +13,7 @@
 //! - [`size`] says how large a VM is, and [`pids`] whose process ids a container has.
 //! - [`metrics`] puts statistics into containerd's form.
 //! - [`sandbox`] starts and stops the VM as a chain of steps that each have an undo ([`undo`]).
+//! - [`template`] keeps booted guests that pods can go on from.
 //! - [`vmm_process`], [`vmm_client`] and [`agent`] are the borders to the VMM and the guest.
 //! - [`jail`] is what the VMM is started in, whatever program it is.
 //! - [`share`] and [`spec`] put a container's files where the guest can see them; [`stdio`]
@@ -49,6 +50,7 @@ pub mod spec;
 pub mod state_dir;
 pub mod stdio;
 pub mod task;
+pub mod template;
 pub mod timeline;
 pub mod undo;
 pub mod vmm_client;

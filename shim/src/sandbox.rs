@@ -26,7 +26,9 @@ use vial_agent_protocol::{
     AGENT_PORT, READY_PORT, SHARE_TAG,
     agent::{ConfigureNetworkRequest, ConfigurePodRequest},
 };
-use vial_vmm_api::{API_VERSION, Action, Descriptor, DeviceConfig, Reply, VmConfig};
+use vial_vmm_api::{
+    API_VERSION, Action, BootReport, Descriptor, DeviceConfig, Reply, RestoreConfig, VmConfig,
+};
 
 use crate::{
     agent::Agent,
@@ -47,6 +49,7 @@ use crate::{
     pod_files::PodFiles,
     share::{self, Share},
     state_dir::{ProcessIdentity, STATE_VERSION, State, StateDir},
+    template::{self, NoTemplate, Template},
     timeline::Timeline,
     undo::UndoStack,
     vmm_client::{self, VmmClient, VmmEvent},
@@ -195,11 +198,8 @@ impl Sandbox {
         let handed =
             Handed { files: &files, console: console.as_ref(), share: &share, taps, passed };
         let boot = async {
-            let ready = boot(plan, handed, &process, &client, &mut events).await?;
-            timeline.mark("guest ready");
-            let stream = client.connect(AGENT_PORT).await.map_err(vmm("reach the agent"))?;
-            let agent = Agent::greet(stream, config.boot_timeout, timeline).await?;
-            timeline.mark("agent greeted");
+            let started = boot(plan, handed, &process, &client).await?;
+            let (ready, agent) = meet_agent(plan, started, &client, &mut events).await?;
             if plan.pod != ConfigurePodRequest::default() {
                 agent.configure_pod(&plan.pod).await?;
                 timeline.mark("pod configured");
@@ -477,15 +477,31 @@ fn console_tail(console: Option<&File>) -> String {
     format!("; its console ends with:\n{}", text.trim_end())
 }
 
-/// Boots the VM and waits until its agent says that it can serve. That connection is returned:
-/// its end is the agent's end.
+/// The devices that every VM has, in this order: entropy, vsock, and the shared directory.
+pub(crate) fn base_devices(root: Descriptor, own_descriptors: Descriptor) -> Vec<DeviceConfig> {
+    vec![
+        DeviceConfig::Rng,
+        DeviceConfig::Vsock { guest_cid: GUEST_CID, host_ports: vec![READY_PORT] },
+        DeviceConfig::Fs { tag: SHARE_TAG.into(), root, proc_fd: Some(own_descriptors) },
+    ]
+}
+
+/// How a VM came to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Started {
+    /// Its kernel boots.
+    Booted,
+    /// It goes on from a template, with devices that the template had not, or without.
+    Restored { new_devices: bool },
+}
+
+/// Lets the VM run: from a template when there is one that fits, else its kernel boots.
 async fn boot(
     plan: &Plan,
     Handed { files, console, share, taps, passed }: Handed<'_>,
     process: &VmmProcess,
     client: &VmmClient,
-    events: &mut mpsc::Receiver<VmmEvent>,
-) -> Result<UnixStream, ServiceError> {
+) -> Result<Started, ServiceError> {
     let lost = |what: &'static str| {
         move |error| ServiceError::Open { path: what.into(), error, remedy: "see the shim's log" }
     };
@@ -496,15 +512,8 @@ async fn boot(
     let proc_fd = descriptors::process_descriptors(process.pid())
         .map_err(lost("the VMM's own descriptors"))?;
     let mut given = Given::default();
-    let mut devices = vec![
-        DeviceConfig::Rng,
-        DeviceConfig::Vsock { guest_cid: GUEST_CID, host_ports: vec![READY_PORT] },
-        DeviceConfig::Fs {
-            tag: SHARE_TAG.into(),
-            root: given.add(&root),
-            proc_fd: Some(given.add(&proc_fd)),
-        },
-    ];
+    let mut devices = base_devices(given.add(&root), given.add(&proc_fd));
+    let base = devices.len();
     for Tap { descriptor, mac, mtu } in &taps {
         devices.push(DeviceConfig::Net { tap: given.add(descriptor), mac: *mac, mtu: *mtu });
     }
@@ -515,9 +524,22 @@ async fn boot(
             functions: functions.iter().map(|function| given.add(function)).collect(),
         });
     }
+    let kvm = given.add(&files.kvm);
+    let template = find_template(plan, &devices);
+    if let Some(template) = &template {
+        let saved = Saved {
+            memory: given.add(&template.memory),
+            state: given.add(&template.state),
+            kvm,
+            devices: &devices,
+        };
+        if restore(plan, &template.name, saved, client, &given).await? {
+            return Ok(Started::Restored { new_devices: devices.len() > base });
+        }
+    }
     let config = VmConfig {
         version: API_VERSION,
-        kvm: given.add(&files.kvm),
+        kvm,
         vcpus: plan.config.vcpus,
         memory_mib: plan.config.memory_mib,
         kernel: given.add(&files.kernel),
@@ -532,16 +554,132 @@ async fn boot(
     drop(given);
     drop((taps, passed));
     match answer {
-        Ok(Reply::Booted(report)) => {
-            for (name, at_ns) in report.marks {
-                plan.timeline.mark_at(&format!("VMM: {name}"), at_ns);
-            }
-        }
+        Ok(Reply::Booted(report)) => mark_report(plan, report),
         Ok(_) => return Err(vmm("boot the VM")(vmm_client::VmmError::Answer)),
         // Why it ended is better known to whoever waits for the process.
         Err(vmm_client::VmmError::Closed) => std::future::pending().await,
         Err(error) => return Err(vmm("boot the VM")(error)),
     }
+    Ok(Started::Booted)
+}
+
+fn mark_report(plan: &Plan, report: BootReport) {
+    for (name, at_ns) in report.marks {
+        plan.timeline.mark_at(&format!("VMM: {name}"), at_ns);
+    }
+}
+
+/// The template that the VM can go on from.
+fn find_template(plan: &Plan, devices: &[DeviceConfig]) -> Option<Template> {
+    // Others cannot be added to a guest that runs: the host reaches for all of its memory.
+    let fits = |device: &DeviceConfig| {
+        matches!(
+            device,
+            DeviceConfig::Rng
+                | DeviceConfig::Vsock { .. }
+                | DeviceConfig::Fs { .. }
+                | DeviceConfig::Net { .. }
+        )
+    };
+    let found = match devices.iter().all(fits) {
+        true => template::open(&plan.config),
+        false => Err(NoTemplate::Devices),
+    };
+    match found {
+        Ok(template) => {
+            plan.timeline.mark(&format!("template found: {}", template.name));
+            Some(template)
+        }
+        Err(reason) => {
+            if matches!(reason, NoTemplate::Stale { .. } | NoTemplate::Unreadable { .. }) {
+                tracing::warn!("the VM boots cold: of the templates, {reason}");
+            } else {
+                tracing::info!("the VM boots cold: of the templates, {reason}");
+            }
+            None
+        }
+    }
+}
+
+/// Where the parts of a saved machine are among the descriptors that are given.
+struct Saved<'a> {
+    memory: Descriptor,
+    state: Descriptor,
+    kvm: Descriptor,
+    devices: &'a [DeviceConfig],
+}
+
+/// Lets the VM go on from a template. Returns whether it does: one that the VMM refuses is none.
+async fn restore(
+    plan: &Plan,
+    name: &str,
+    Saved { memory, state, kvm, devices }: Saved<'_>,
+    client: &VmmClient,
+    given: &Given<'_>,
+) -> Result<bool, ServiceError> {
+    let config = RestoreConfig {
+        version: API_VERSION,
+        kvm,
+        memory,
+        state,
+        vcpus: plan.config.vcpus,
+        memory_mib: plan.config.memory_mib,
+        devices: devices.to_vec(),
+    };
+    match client.request(Action::Restore(Box::new(config)), &given.0).await {
+        Ok(Reply::Booted(report)) => {
+            mark_report(plan, report);
+            Ok(true)
+        }
+        Ok(_) => Err(vmm("restore the VM")(vmm_client::VmmError::Answer)),
+        Err(vmm_client::VmmError::Refused(failure)) => {
+            plan.timeline.mark("template refused");
+            tracing::warn!(
+                "the VM boots cold: the template {name} is refused: {}; `vial template create` \
+                 makes it anew",
+                failure.message
+            );
+            Ok(false)
+        }
+        // Why it ended is better known to whoever waits for the process.
+        Err(vmm_client::VmmError::Closed) => std::future::pending().await,
+        Err(error) => Err(vmm("restore the VM")(error)),
+    }
+}
+
+/// Waits until the agent can serve, and greets it. The connection by which it said so is returned,
+/// too: its end is the agent's end.
+async fn meet_agent(
+    plan: &Plan,
+    started: Started,
+    client: &VmmClient,
+    events: &mut mpsc::Receiver<VmmEvent>,
+) -> Result<(UnixStream, Agent), ServiceError> {
+    let Plan { config, timeline, .. } = plan;
+    let connect = || async { client.connect(AGENT_PORT).await.map_err(vmm("reach the agent")) };
+    match started {
+        Started::Booted => {
+            let ready = wait_ready(events).await?;
+            timeline.mark("guest ready");
+            let agent = Agent::greet(connect().await?, config.boot_timeout, timeline).await?;
+            timeline.mark("agent greeted");
+            Ok((ready, agent))
+        }
+        Started::Restored { new_devices } => {
+            // What the guest remembers of its boot was not this pod's.
+            let forgotten = Timeline::default();
+            let agent = Agent::greet(connect().await?, config.boot_timeout, &forgotten).await?;
+            timeline.mark("agent greeted");
+            agent.adopt(new_devices).await?;
+            let ready = wait_ready(events).await?;
+            timeline.mark("guest adopted");
+            Ok((ready, agent))
+        }
+    }
+}
+
+/// Waits until the agent connects to the ready port.
+async fn wait_ready(events: &mut mpsc::Receiver<VmmEvent>) -> Result<UnixStream, ServiceError> {
     loop {
         match events.recv().await {
             Some(VmmEvent::GuestConnected { port: READY_PORT, socket }) => {

@@ -7,8 +7,9 @@ use vial_shim::{
     check,
     config::Config,
     devices::{list, pci::Sysfs},
-    ps,
+    ps, template,
 };
+use vial_vmm_api::{MEMORY_MIB, VCPUS};
 
 /// Looks at this machine and at the Vial sandboxes on it.
 #[derive(Debug, Parser)]
@@ -40,6 +41,44 @@ enum Command {
         #[arg(long, value_name = "ID", num_args = 0..=1, default_missing_value = "")]
         timeline: Option<String>,
     },
+    /// Makes, lists and removes templates: guests that were booted once, for pods to start from.
+    #[command(subcommand)]
+    Template(TemplateCommand),
+}
+
+#[derive(Debug, Subcommand)]
+enum TemplateCommand {
+    /// Boots a guest and saves it, in place of an older template of that size. Prints its name.
+    Create {
+        /// vCPUs of the VM, as the configuration says without this.
+        #[arg(long, value_parser = clap::value_parser!(u8).range(bounds(VCPUS)))]
+        vcpus: Option<u8>,
+        /// Memory of the VM in MiB, as the configuration says without this. A pod whose containers
+        /// have limits has their memory on top of the configuration's.
+        #[arg(long, value_parser = clap::value_parser!(u32).range(bounds(MEMORY_MIB)))]
+        memory_mib: Option<u32>,
+    },
+    /// Lists the templates, and whether pods start from them.
+    List {
+        /// Print JSON instead of a table.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Removes a template. Pods that run go on.
+    Remove {
+        /// Its name.
+        #[arg(required_unless_present = "all")]
+        name: Option<String>,
+        /// Remove all of them.
+        #[arg(long, conflicts_with = "name")]
+        all: bool,
+    },
+}
+
+fn bounds<T: Into<i64> + Copy>(
+    range: std::ops::RangeInclusive<T>,
+) -> std::ops::RangeInclusive<i64> {
+    (*range.start()).into()..=(*range.end()).into()
 }
 
 fn main() -> ExitCode {
@@ -89,5 +128,32 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             }
             Ok(ExitCode::SUCCESS)
         }
+        Command::Template(command) => run_template(command, Config::load()?),
     }
+}
+
+fn run_template(command: TemplateCommand, mut config: Config) -> anyhow::Result<ExitCode> {
+    match command {
+        TemplateCommand::Create { vcpus, memory_mib } => {
+            config.vcpus = vcpus.unwrap_or(config.vcpus);
+            config.memory_mib = memory_mib.unwrap_or(config.memory_mib);
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            println!("{}", runtime.block_on(template::create::create(&config))?);
+        }
+        TemplateCommand::List { json } => {
+            let listed = template::list::list(&config);
+            match json {
+                true => println!("{}", serde_json::to_string_pretty(&listed)?),
+                false => print!("{}", template::list::table(&listed)),
+            }
+        }
+        TemplateCommand::Remove { name, all } => {
+            let directory = &config.template_directory;
+            let names = if all { template::names(directory) } else { name.into_iter().collect() };
+            for name in names {
+                template::remove(directory, &name)?;
+            }
+        }
+    }
+    Ok(ExitCode::SUCCESS)
 }

@@ -1,0 +1,292 @@
+//! Templates: guests that were booted once and saved, for pods to go on from.
+//!
+//! A template is a directory below `template_directory`, made whole or not at all:
+//!
+//! - `memory`: the guest's memory. Every VM maps it for itself alone, so that all of them share
+//!   what none has written.
+//! - `state`: the vCPUs and devices. The VMM reads it, and refuses what is damaged or of another
+//!   processor or release.
+//! - `template.json`: what it was made from ([`Manifest`]).
+//!
+//! Its name begins with the size of its VM and ends with a digest of all that decided how the
+//! guest booted. A start does not read the kernel to compare digests: it compares what the file
+//! system says of the files ([`Stamp`]), which a file that was replaced or written cannot keep.
+//! Only root can write below the directory, or change what a stamp shows.
+
+pub mod create;
+pub mod list;
+
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+use vial_agent_protocol::{TEMPLATE_WORD, is_valid_id};
+
+use crate::{
+    config::{Config, Templates},
+    jail::descriptors,
+};
+
+/// The file names in a template.
+const MEMORY: &str = "memory";
+const STATE: &str = "state";
+const MANIFEST: &str = "template.json";
+/// The version of [`Manifest`]'s shape.
+const MANIFEST_VERSION: u32 = 1;
+/// The largest manifest that is read, in bytes.
+const MAX_MANIFEST_BYTES: u64 = 64 << 10;
+/// What the names of templates begin with that are not whole yet.
+const UNFINISHED: &str = ".new-";
+
+/// What the file system says of a file, and a digest of its content.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stamp {
+    path: PathBuf,
+    device: u64,
+    inode: u64,
+    bytes: u64,
+    /// When content or inode last changed, in nanoseconds since 1970.
+    changed_ns: i128,
+    /// SHA-256 of the content, in hexadecimal.
+    pub digest: String,
+}
+
+impl Stamp {
+    /// Whether `path` is the same file, as it was.
+    fn holds(&self, path: &Path) -> io::Result<bool> {
+        let now = fs::metadata(path)?;
+        let was = (self.device, self.inode, self.bytes, self.changed_ns);
+        Ok(self.path == path && was == identity(&now))
+    }
+}
+
+fn identity(metadata: &fs::Metadata) -> (u64, u64, u64, i128) {
+    let changed_ns =
+        i128::from(metadata.ctime()) * 1_000_000_000 + i128::from(metadata.ctime_nsec());
+    (metadata.dev(), metadata.ino(), metadata.len(), changed_ns)
+}
+
+/// What a template was made from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// The version of this shape.
+    pub version: u32,
+    /// The release of the shim that made it.
+    pub release: String,
+    /// The guest's kernel.
+    pub kernel: Stamp,
+    /// The guest's initial RAM disk.
+    pub initrd: Stamp,
+    /// The VMM, which decides what the guest saw of its machine.
+    pub vmm: Stamp,
+    /// vCPUs of the VM.
+    pub vcpus: u8,
+    /// Memory of the VM, in MiB.
+    pub memory_mib: u32,
+    /// The kernel's command line.
+    pub command_line: String,
+    /// The processor's name.
+    pub processor: String,
+    /// When it was made, in seconds since 1970.
+    pub created_unix_seconds: u64,
+}
+
+/// Why a pod does not start from a template.
+#[derive(Debug, thiserror::Error)]
+pub enum NoTemplate {
+    /// The operator does not want it.
+    #[error("`templates` is \"off\"")]
+    Off,
+    /// A console has to be there from the start.
+    #[error("`debug_console` is on, and the console of a template is not kept")]
+    Console,
+    /// The VM has devices that cannot be added to a guest that runs already.
+    #[error("the VM has devices of the host")]
+    Devices,
+    /// There is none of that size.
+    #[error(
+        "there is none for {vcpus} vCPUs and {memory_mib} MiB below {directory}; `vial template \
+         create` makes one"
+    )]
+    None {
+        /// vCPUs of the VM.
+        vcpus: u8,
+        /// Its memory, in MiB.
+        memory_mib: u32,
+        /// Where it was looked for.
+        directory: PathBuf,
+    },
+    /// There is one, from something else.
+    #[error("{name} was made with another {what}; `vial template create` makes it anew")]
+    Stale {
+        /// The template.
+        name: String,
+        /// What is another one.
+        what: &'static str,
+    },
+    /// There is one that cannot be used.
+    #[error("{name}: {file}: {error}; `vial template create` makes it anew")]
+    Unreadable {
+        /// The template.
+        name: String,
+        /// The file in it.
+        file: &'static str,
+        /// What went wrong.
+        error: io::Error,
+    },
+}
+
+/// A template that fits, open.
+#[derive(Debug)]
+pub struct Template {
+    /// Its name.
+    pub name: String,
+    /// The guest's memory.
+    pub memory: File,
+    /// All else.
+    pub state: File,
+}
+
+/// The kernel's command line of a template.
+pub fn command_line(config: &Config) -> String {
+    format!("{} {TEMPLATE_WORD}", config.command_line())
+}
+
+fn prefix(vcpus: u8, memory_mib: u32) -> String {
+    format!("{vcpus}x{memory_mib}-")
+}
+
+/// The template for a VM of that configuration.
+///
+/// # Errors
+/// [`NoTemplate`] says why there is none.
+pub fn open(config: &Config) -> Result<Template, NoTemplate> {
+    let (name, _) = find(config)?;
+    let directory = config.template_directory.join(&name);
+    let open = |file: &'static str| {
+        descriptors::open_file(&directory.join(file)).map_err(|error| NoTemplate::Unreadable {
+            name: name.clone(),
+            file,
+            error,
+        })
+    };
+    Ok(Template { memory: open(MEMORY)?, state: open(STATE)?, name: name.clone() })
+}
+
+/// The name of the template for a VM of that configuration, and what it was made from.
+///
+/// # Errors
+/// [`NoTemplate`] says why there is none.
+pub fn find(config: &Config) -> Result<(String, Manifest), NoTemplate> {
+    if config.templates == Templates::Off {
+        return Err(NoTemplate::Off);
+    }
+    if config.debug_console {
+        return Err(NoTemplate::Console);
+    }
+    let prefix = prefix(config.vcpus, config.memory_mib);
+    let mut reason = NoTemplate::None {
+        vcpus: config.vcpus,
+        memory_mib: config.memory_mib,
+        directory: config.template_directory.clone(),
+    };
+    for name in names(&config.template_directory) {
+        if !name.starts_with(&prefix) {
+            continue;
+        }
+        let unreadable =
+            |error| NoTemplate::Unreadable { name: name.clone(), file: MANIFEST, error };
+        match read_manifest(&config.template_directory.join(&name)) {
+            Ok(manifest) => match manifest.misfit(config).map_err(unreadable) {
+                Ok(None) => return Ok((name, manifest)),
+                Ok(Some(what)) => reason = NoTemplate::Stale { name, what },
+                Err(error) => reason = error,
+            },
+            Err(error) => reason = unreadable(error),
+        }
+    }
+    Err(reason)
+}
+
+impl Manifest {
+    /// What of the configuration the template was not made with.
+    fn misfit(&self, config: &Config) -> io::Result<Option<&'static str>> {
+        let files = [
+            ("kernel", &self.kernel, &config.kernel),
+            ("guest image", &self.initrd, &config.initrd),
+            ("VMM", &self.vmm, &config.vmm),
+        ];
+        for (what, stamp, path) in files {
+            if !stamp.holds(path)? {
+                return Ok(Some(what));
+            }
+        }
+        let checks = [
+            ("release of Vial", self.release == env!("CARGO_PKG_VERSION")),
+            ("kernel command line", self.command_line == command_line(config)),
+            ("size", (self.vcpus, self.memory_mib) == (config.vcpus, config.memory_mib)),
+        ];
+        Ok(checks.into_iter().find(|(_, same)| !same).map(|(what, _)| what))
+    }
+}
+
+/// The names of all templates that are whole, in order.
+pub fn names(directory: &Path) -> Vec<String> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    let mut names: Vec<String> = entries
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .filter(|name| {
+            !name.starts_with('.') && directory.join(name).join(MANIFEST).symlink_metadata().is_ok()
+        })
+        .collect();
+    names.sort();
+    names
+}
+
+/// Reads what a template was made from.
+///
+/// # Errors
+/// It is absent, too large or no manifest.
+pub fn read_manifest(template: &Path) -> io::Result<Manifest> {
+    let path = template.join(MANIFEST);
+    if fs::metadata(&path)?.len() > MAX_MANIFEST_BYTES {
+        return Err(io::Error::other("it is too large to be one of ours"));
+    }
+    let manifest: Manifest = serde_json::from_slice(&fs::read(&path)?)?;
+    match manifest.version {
+        MANIFEST_VERSION => Ok(manifest),
+        other => Err(io::Error::other(format!("it has version {other}"))),
+    }
+}
+
+/// How much of the host's disk, and so at most of its page cache, a template takes, in bytes.
+pub fn disk_bytes(template: &Path) -> u64 {
+    let blocks = |file| fs::metadata(template.join(file)).map_or(0, |metadata| metadata.blocks());
+    (blocks(MEMORY) + blocks(STATE)) * 512
+}
+
+/// Removes a template. VMs that go on from it keep what they have.
+///
+/// # Errors
+/// There is none of that name, or the host refuses.
+pub fn remove(directory: &Path, name: &str) -> io::Result<()> {
+    let path = directory.join(name);
+    if !is_valid_id(name) || !names(directory).iter().any(|known| known == name) {
+        return Err(io::Error::new(
+            io::ErrorKind::NotFound,
+            format!("there is no template '{name}' below {}", directory.display()),
+        ));
+    }
+    // Out of the sight of starts first, so that none finds half of one.
+    let gone = directory.join(format!("{UNFINISHED}{name}-removed"));
+    let _ = fs::remove_dir_all(&gone); // Left by a removal that was interrupted.
+    fs::rename(&path, &gone)?;
+    fs::remove_dir_all(&gone)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,85 @@
+use super::*;
+
+/// A configuration whose files are in `root`, and a template for it.
+fn made(root: &Path) -> (Config, String) {
+    for file in ["kernel", "initrd", "vmm"] {
+        fs::write(root.join(file), file).unwrap();
+    }
+    let text = format!(
+        "kernel = '{0}/kernel'\ninitrd = '{0}/initrd'\nvmm = '{0}/vmm'\n\
+         template_directory = '{0}/templates'",
+        root.display()
+    );
+    let config = Config::parse(&text, Path::new("config.toml")).unwrap();
+    let stamp = |path: &Path| {
+        let (device, inode, bytes, changed_ns) = identity(&fs::metadata(path).unwrap());
+        Stamp { path: path.into(), device, inode, bytes, changed_ns, digest: "d".into() }
+    };
+    let manifest = Manifest {
+        version: MANIFEST_VERSION,
+        release: env!("CARGO_PKG_VERSION").into(),
+        kernel: stamp(&config.kernel),
+        initrd: stamp(&config.initrd),
+        vmm: stamp(&config.vmm),
+        vcpus: config.vcpus,
+        memory_mib: config.memory_mib,
+        command_line: command_line(&config),
+        processor: "any".into(),
+        created_unix_seconds: 1,
+    };
+    let name = format!("{}0123456789abcdef", prefix(config.vcpus, config.memory_mib));
+    let directory = config.template_directory.join(&name);
+    fs::create_dir_all(&directory).unwrap();
+    fs::write(directory.join(MANIFEST), serde_json::to_vec(&manifest).unwrap()).unwrap();
+    (config, name)
+}
+
+#[test]
+fn template_that_fits_is_found_and_removed() {
+    let root = tempfile::tempdir().unwrap();
+    let (config, name) = made(root.path());
+    assert_eq!(find(&config).unwrap().0, name);
+    assert_eq!(names(&config.template_directory), std::slice::from_ref(&name));
+    for wrong in ["", "..", "../templates", "1x128-other"] {
+        assert!(remove(&config.template_directory, wrong).is_err(), "{wrong}");
+    }
+    remove(&config.template_directory, &name).unwrap();
+    assert!(matches!(find(&config), Err(NoTemplate::None { .. })));
+    assert_eq!(fs::read_dir(&config.template_directory).unwrap().count(), 0);
+}
+
+#[test]
+fn template_that_does_not_fit_is_refused_by_what_is_another() {
+    let root = tempfile::tempdir().unwrap();
+    let (config, _) = made(root.path());
+    let reason = |config: &Config| find(config).unwrap_err().to_string();
+    let off = Config { templates: Templates::Off, ..config.clone() };
+    assert!(reason(&off).contains("off"));
+    let console = Config { debug_console: true, ..config.clone() };
+    assert!(reason(&console).contains("console"));
+    let larger = Config { memory_mib: 256, ..config.clone() };
+    assert!(reason(&larger).contains("256 MiB"));
+    let argument = Config { kernel_arguments: "quieter".into(), ..config.clone() };
+    assert!(reason(&argument).contains("another kernel command line"), "{}", reason(&argument));
+    // The same bytes in another file, as an update leaves them.
+    fs::write(root.path().join("new"), "initrd").unwrap();
+    fs::rename(root.path().join("new"), &config.initrd).unwrap();
+    assert!(reason(&config).contains("another guest image"), "{}", reason(&config));
+    fs::remove_file(&config.kernel).unwrap();
+    assert!(reason(&config).contains("template.json"), "{}", reason(&config));
+}
+
+#[test]
+fn manifest_that_is_damaged_is_named() {
+    let root = tempfile::tempdir().unwrap();
+    let (config, name) = made(root.path());
+    let path = config.template_directory.join(&name).join(MANIFEST);
+    let good = fs::read_to_string(&path).unwrap();
+    let other = good.replacen("\"version\":1", "\"version\":2", 1);
+    let large = " ".repeat(MAX_MANIFEST_BYTES as usize + 1);
+    for bad in ["", "{}", &good[..good.len() / 2], &other, &large] {
+        fs::write(&path, bad).unwrap();
+        let error = find(&config).unwrap_err();
+        assert!(matches!(&error, NoTemplate::Unreadable { name: named, .. } if *named == name));
+    }
+}
