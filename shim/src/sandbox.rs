@@ -4,6 +4,8 @@
 //! pod and network configured. Each step pushes its undo; a failure takes all back, and stopping does the
 //! same.
 
+mod start;
+
 use std::{
     collections::BTreeSet,
     fs::File,
@@ -23,13 +25,12 @@ use tokio::{
     sync::{mpsc, watch},
 };
 use vial_agent_protocol::{
-    AGENT_PORT, READY_PORT, SHARE_TAG,
+    READY_PORT, SHARE_TAG,
     agent::{ConfigureNetworkRequest, ConfigurePodRequest},
 };
-use vial_vmm_api::{
-    API_VERSION, Action, BootReport, Descriptor, DeviceConfig, Reply, RestoreConfig, VmConfig,
-};
+use vial_vmm_api::{API_VERSION, Action, Descriptor, DeviceConfig, Reply, VmConfig};
 
+use self::start::{Saved, Started};
 use crate::{
     agent::Agent,
     config::Config,
@@ -49,7 +50,6 @@ use crate::{
     pod_files::PodFiles,
     share::{self, Share},
     state_dir::{ProcessIdentity, STATE_VERSION, State, StateDir},
-    template::{self, NoTemplate, Template},
     timeline::Timeline,
     undo::UndoStack,
     vmm_client::{self, VmmClient, VmmEvent},
@@ -199,7 +199,7 @@ impl Sandbox {
             Handed { files: &files, console: console.as_ref(), share: &share, taps, passed };
         let boot = async {
             let started = boot(plan, handed, &process, &client).await?;
-            let (ready, agent) = meet_agent(plan, started, &client, &mut events).await?;
+            let (ready, agent) = start::meet_agent(plan, started, &client, &mut events).await?;
             if plan.pod != ConfigurePodRequest::default() {
                 agent.configure_pod(&plan.pod).await?;
                 timeline.mark("pod configured");
@@ -486,15 +486,6 @@ pub(crate) fn base_devices(root: Descriptor, own_descriptors: Descriptor) -> Vec
     ]
 }
 
-/// How a VM came to run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Started {
-    /// Its kernel boots.
-    Booted,
-    /// It goes on from a template, with devices that the template had not, or without.
-    Restored { new_devices: bool },
-}
-
 /// Lets the VM run: from a template when there is one that fits, else its kernel boots.
 async fn boot(
     plan: &Plan,
@@ -525,7 +516,7 @@ async fn boot(
         });
     }
     let kvm = given.add(&files.kvm);
-    let template = find_template(plan, &devices);
+    let template = start::find_template(plan, &devices);
     if let Some(template) = &template {
         let saved = Saved {
             memory: given.add(&template.memory),
@@ -533,7 +524,7 @@ async fn boot(
             kvm,
             devices: &devices,
         };
-        if restore(plan, &template.name, saved, client, &given).await? {
+        if start::restore(plan, &template.name, saved, client, &given).await? {
             return Ok(Started::Restored { new_devices: devices.len() > base });
         }
     }
@@ -554,154 +545,13 @@ async fn boot(
     drop(given);
     drop((taps, passed));
     match answer {
-        Ok(Reply::Booted(report)) => mark_report(plan, report),
+        Ok(Reply::Booted(report)) => start::mark_report(plan, report),
         Ok(_) => return Err(vmm("boot the VM")(vmm_client::VmmError::Answer)),
         // Why it ended is better known to whoever waits for the process.
         Err(vmm_client::VmmError::Closed) => std::future::pending().await,
         Err(error) => return Err(vmm("boot the VM")(error)),
     }
     Ok(Started::Booted)
-}
-
-fn mark_report(plan: &Plan, report: BootReport) {
-    for (name, at_ns) in report.marks {
-        plan.timeline.mark_at(&format!("VMM: {name}"), at_ns);
-    }
-}
-
-/// The template that the VM can go on from.
-fn find_template(plan: &Plan, devices: &[DeviceConfig]) -> Option<Template> {
-    // Others cannot be added to a guest that runs: the host reaches for all of its memory.
-    let fits = |device: &DeviceConfig| {
-        matches!(
-            device,
-            DeviceConfig::Rng
-                | DeviceConfig::Vsock { .. }
-                | DeviceConfig::Fs { .. }
-                | DeviceConfig::Net { .. }
-        )
-    };
-    let found = match devices.iter().all(fits) {
-        true => template::open(&plan.config),
-        false => Err(NoTemplate::Devices),
-    };
-    match found {
-        Ok(template) => {
-            plan.timeline.mark(&format!("template found: {}", template.name));
-            Some(template)
-        }
-        Err(reason) => {
-            if matches!(reason, NoTemplate::Stale { .. } | NoTemplate::Unreadable { .. }) {
-                tracing::warn!("the VM boots cold: of the templates, {reason}");
-            } else {
-                tracing::info!("the VM boots cold: of the templates, {reason}");
-            }
-            None
-        }
-    }
-}
-
-/// Where the parts of a saved machine are among the descriptors that are given.
-struct Saved<'a> {
-    memory: Descriptor,
-    state: Descriptor,
-    kvm: Descriptor,
-    devices: &'a [DeviceConfig],
-}
-
-/// Lets the VM go on from a template. Returns whether it does: one that the VMM refuses is none.
-async fn restore(
-    plan: &Plan,
-    name: &str,
-    Saved { memory, state, kvm, devices }: Saved<'_>,
-    client: &VmmClient,
-    given: &Given<'_>,
-) -> Result<bool, ServiceError> {
-    let config = RestoreConfig {
-        version: API_VERSION,
-        kvm,
-        memory,
-        state,
-        vcpus: plan.config.vcpus,
-        memory_mib: plan.config.memory_mib,
-        devices: devices.to_vec(),
-    };
-    match client.request(Action::Restore(Box::new(config)), &given.0).await {
-        Ok(Reply::Booted(report)) => {
-            mark_report(plan, report);
-            Ok(true)
-        }
-        Ok(_) => Err(vmm("restore the VM")(vmm_client::VmmError::Answer)),
-        Err(vmm_client::VmmError::Refused(failure)) => {
-            plan.timeline.mark("template refused");
-            tracing::warn!(
-                "the VM boots cold: the template {name} is refused: {}; `vial template create` \
-                 makes it anew",
-                failure.message
-            );
-            Ok(false)
-        }
-        // Why it ended is better known to whoever waits for the process.
-        Err(vmm_client::VmmError::Closed) => std::future::pending().await,
-        Err(error) => Err(vmm("restore the VM")(error)),
-    }
-}
-
-/// Waits until the agent can serve, and greets it. The connection by which it said so is returned,
-/// too: its end is the agent's end.
-async fn meet_agent(
-    plan: &Plan,
-    started: Started,
-    client: &VmmClient,
-    events: &mut mpsc::Receiver<VmmEvent>,
-) -> Result<(UnixStream, Agent), ServiceError> {
-    let Plan { config, timeline, .. } = plan;
-    let connect = || async { client.connect(AGENT_PORT).await.map_err(vmm("reach the agent")) };
-    match started {
-        Started::Booted => {
-            let ready = wait_ready(events).await?;
-            timeline.mark("guest ready");
-            let agent = Agent::greet(connect().await?, config.boot_timeout, timeline).await?;
-            timeline.mark("agent greeted");
-            Ok((ready, agent))
-        }
-        Started::Restored { new_devices } => {
-            // What the guest remembers of its boot was not this pod's.
-            let forgotten = Timeline::default();
-            let agent = Agent::greet(connect().await?, config.boot_timeout, &forgotten).await?;
-            timeline.mark("agent greeted");
-            agent.adopt(new_devices).await?;
-            let ready = wait_ready(events).await?;
-            timeline.mark("guest adopted");
-            Ok((ready, agent))
-        }
-    }
-}
-
-/// Waits until the agent connects to the ready port.
-async fn wait_ready(events: &mut mpsc::Receiver<VmmEvent>) -> Result<UnixStream, ServiceError> {
-    loop {
-        match events.recv().await {
-            Some(VmmEvent::GuestConnected { port: READY_PORT, socket }) => {
-                return ready_stream(socket).map_err(|error| ServiceError::Open {
-                    path: "the guest's ready connection".into(),
-                    error,
-                    remedy: "see the shim's log",
-                });
-            }
-            Some(VmmEvent::GuestConnected { port, .. }) => {
-                tracing::warn!("the guest connected to port {port}, which nothing serves");
-            }
-            Some(VmmEvent::Exited(reason)) => tracing::warn!("{reason} before it was ready"),
-            None => std::future::pending().await,
-        }
-    }
-}
-
-fn ready_stream(socket: OwnedFd) -> std::io::Result<UnixStream> {
-    let stream = std::os::unix::net::UnixStream::from(socket);
-    stream.set_nonblocking(true)?;
-    UnixStream::from_std(stream)
 }
 
 /// Descriptors in the order in which a message names them.

@@ -21,7 +21,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 pub use self::save::SaveError;
 use self::save::Saving;
-use crate::arch::{acpi, boot, generation, layout, registers, vcpu_state};
+use crate::arch::{acpi, boot, cpuid, generation, layout, registers, vcpu_state};
 use crate::clock::monotonic_ns;
 use crate::devices::{block, fs, net, rng, vfio, vsock};
 use crate::event_loop::{EventLoop, EventLoopError};

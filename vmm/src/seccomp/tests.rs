@@ -9,7 +9,7 @@ use super::*;
 const KIND: &str = "VIAL_TEST_THREAD_KIND";
 const CALL: &str = "VIAL_TEST_CALL";
 
-const KINDS: [ThreadKind; 5] = [
+const KINDS: [ThreadKind; 6] = [
     ThreadKind::Vcpu,
     ThreadKind::VcpuWithFunctions,
     ThreadKind::Io,

@@ -1,0 +1,169 @@
+//! How a VM comes to run besides by a boot, from a template, and how its agent is met either way.
+
+use std::os::fd::OwnedFd;
+
+use tokio::{net::UnixStream, sync::mpsc};
+use vial_agent_protocol::{AGENT_PORT, READY_PORT};
+use vial_vmm_api::{
+    API_VERSION, Action, BootReport, Descriptor, DeviceConfig, Reply, RestoreConfig,
+};
+
+use super::{Given, Plan, vmm};
+use crate::{
+    agent::Agent,
+    error::ServiceError,
+    template::{self, NoTemplate, Template},
+    timeline::Timeline,
+    vmm_client::{self, VmmClient, VmmEvent},
+};
+
+/// How a VM came to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Started {
+    /// Its kernel boots.
+    Booted,
+    /// It goes on from a template, with devices that the template had not, or without.
+    Restored { new_devices: bool },
+}
+
+pub(super) fn mark_report(plan: &Plan, report: BootReport) {
+    for (name, at_ns) in report.marks {
+        plan.timeline.mark_at(&format!("VMM: {name}"), at_ns);
+    }
+}
+
+/// The template that the VM can go on from.
+pub(super) fn find_template(plan: &Plan, devices: &[DeviceConfig]) -> Option<Template> {
+    // Others cannot be added to a guest that runs: the host reaches for all of its memory.
+    let fits = |device: &DeviceConfig| {
+        matches!(
+            device,
+            DeviceConfig::Rng
+                | DeviceConfig::Vsock { .. }
+                | DeviceConfig::Fs { .. }
+                | DeviceConfig::Net { .. }
+        )
+    };
+    let found = match devices.iter().all(fits) {
+        true => template::open(&plan.config),
+        false => Err(NoTemplate::Devices),
+    };
+    match found {
+        Ok(template) => {
+            plan.timeline.mark(&format!("template found: {}", template.name));
+            Some(template)
+        }
+        Err(reason) => {
+            if matches!(reason, NoTemplate::Stale { .. } | NoTemplate::Unreadable { .. }) {
+                tracing::warn!("the VM boots cold: of the templates, {reason}");
+            } else {
+                tracing::info!("the VM boots cold: of the templates, {reason}");
+            }
+            None
+        }
+    }
+}
+
+/// Where the parts of a saved machine are among the descriptors that are given.
+pub(super) struct Saved<'a> {
+    pub(super) memory: Descriptor,
+    pub(super) state: Descriptor,
+    pub(super) kvm: Descriptor,
+    pub(super) devices: &'a [DeviceConfig],
+}
+
+/// Lets the VM go on from a template. Returns whether it does: one that the VMM refuses is none.
+pub(super) async fn restore(
+    plan: &Plan,
+    name: &str,
+    Saved { memory, state, kvm, devices }: Saved<'_>,
+    client: &VmmClient,
+    given: &Given<'_>,
+) -> Result<bool, ServiceError> {
+    let config = RestoreConfig {
+        version: API_VERSION,
+        kvm,
+        memory,
+        state,
+        vcpus: plan.config.vcpus,
+        memory_mib: plan.config.memory_mib,
+        devices: devices.to_vec(),
+    };
+    match client.request(Action::Restore(Box::new(config)), &given.0).await {
+        Ok(Reply::Booted(report)) => {
+            mark_report(plan, report);
+            tracing::info!("the VM goes on from the template {name}");
+            Ok(true)
+        }
+        Ok(_) => Err(vmm("restore the VM")(vmm_client::VmmError::Answer)),
+        Err(vmm_client::VmmError::Refused(failure)) => {
+            plan.timeline.mark("template refused");
+            tracing::warn!(
+                "the VM boots cold: the template {name} is refused: {}; `vial template create` \
+                 makes it anew",
+                failure.message
+            );
+            Ok(false)
+        }
+        // Why it ended is better known to whoever waits for the process.
+        Err(vmm_client::VmmError::Closed) => std::future::pending().await,
+        Err(error) => Err(vmm("restore the VM")(error)),
+    }
+}
+
+/// Waits until the agent can serve, and greets it. The connection by which it said so is returned,
+/// too: its end is the agent's end.
+pub(super) async fn meet_agent(
+    plan: &Plan,
+    started: Started,
+    client: &VmmClient,
+    events: &mut mpsc::Receiver<VmmEvent>,
+) -> Result<(UnixStream, Agent), ServiceError> {
+    let Plan { config, timeline, .. } = plan;
+    let connect = || async { client.connect(AGENT_PORT).await.map_err(vmm("reach the agent")) };
+    match started {
+        Started::Booted => {
+            let ready = wait_ready(events).await?;
+            timeline.mark("guest ready");
+            let agent = Agent::greet(connect().await?, config.boot_timeout, timeline).await?;
+            timeline.mark("agent greeted");
+            Ok((ready, agent))
+        }
+        Started::Restored { new_devices } => {
+            // What the guest remembers of its boot was not this pod's.
+            let forgotten = Timeline::default();
+            let agent = Agent::greet(connect().await?, config.boot_timeout, &forgotten).await?;
+            timeline.mark("agent greeted");
+            agent.adopt(new_devices).await?;
+            let ready = wait_ready(events).await?;
+            timeline.mark("guest adopted");
+            Ok((ready, agent))
+        }
+    }
+}
+
+/// Waits until the agent connects to the ready port.
+async fn wait_ready(events: &mut mpsc::Receiver<VmmEvent>) -> Result<UnixStream, ServiceError> {
+    loop {
+        match events.recv().await {
+            Some(VmmEvent::GuestConnected { port: READY_PORT, socket }) => {
+                return ready_stream(socket).map_err(|error| ServiceError::Open {
+                    path: "the guest's ready connection".into(),
+                    error,
+                    remedy: "see the shim's log",
+                });
+            }
+            Some(VmmEvent::GuestConnected { port, .. }) => {
+                tracing::warn!("the guest connected to port {port}, which nothing serves");
+            }
+            Some(VmmEvent::Exited(reason)) => tracing::warn!("{reason} before it was ready"),
+            None => std::future::pending().await,
+        }
+    }
+}
+
+fn ready_stream(socket: OwnedFd) -> std::io::Result<UnixStream> {
+    let stream = std::os::unix::net::UnixStream::from(socket);
+    stream.set_nonblocking(true)?;
+    UnixStream::from_std(stream)
+}
