@@ -14,9 +14,13 @@ use vial_vmm_api::{API_VERSION, DeviceConfig, VmConfig};
 
 use super::report::{Measured, Series};
 use super::subject::{Idle, Subject, since};
+use super::templates::Template;
 
 /// The subject that boots a machine for each pod.
 const COLD: &str = "vial-cold";
+/// The subject whose machines go on from a template.
+const TEMPLATE: &str = "vial-template";
+const VIAL: &str = "io.containerd.vial.v2";
 /// The port that the agent connects to when it can serve (`vial_agent_protocol::READY_PORT`).
 const READY_PORT: u32 = 1024;
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -46,10 +50,17 @@ struct Bench<'a> {
 /// # Errors
 /// The first that does not come to its end: a report with holes is none.
 pub(crate) fn measure(plan: &Plan) -> Result<Measured> {
-    let subject =
-        |name: &str, runtime: &str| Subject { name: name.into(), runtime: runtime.into() };
-    let mut subjects =
-        vec![subject("runc", "io.containerd.runc.v2"), subject(COLD, "io.containerd.vial.v2")];
+    let subject = |name: &str, runtime: &str, configuration| Subject {
+        name: name.into(),
+        runtime: runtime.into(),
+        configuration,
+    };
+    let template = Template::make().context("make a template")?;
+    let mut subjects = vec![
+        subject("runc", "io.containerd.runc.v2", None),
+        subject(COLD, VIAL, Some(template.unused())),
+        subject(TEMPLATE, VIAL, Some(template.used())),
+    ];
     subjects.extend(plan.peers.iter().cloned());
     let measured = Measured { mode: plan.mode.clone(), host: host(), ..Measured::default() };
     let mut bench = Bench { plan, measured, begun: Instant::now() };
@@ -57,7 +68,7 @@ pub(crate) fn measure(plan: &Plan) -> Result<Measured> {
     bench.containers(&subjects)?;
     bench.idle(&subjects)?;
     bench.files(&subjects)?;
-    bench.start_of_one(&subjects[1])?;
+    bench.start_of_one(&subjects[2])?;
     Ok(bench.measured)
 }
 

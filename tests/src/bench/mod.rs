@@ -4,3 +4,4 @@ pub(crate) mod measure;
 pub(crate) mod plot;
 pub(crate) mod report;
 pub(crate) mod subject;
+mod templates;

@@ -8,11 +8,15 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 
+use super::templates::Configuration;
+
 /// A runtime, and the name that the report has for it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Subject {
     pub(crate) name: String,
     pub(crate) runtime: String,
+    /// The node's configuration that it runs with; without, the one that there is.
+    pub(crate) configuration: Option<Configuration>,
 }
 
 impl std::str::FromStr for Subject {
@@ -22,7 +26,7 @@ impl std::str::FromStr for Subject {
     fn from_str(text: &str) -> Result<Self, String> {
         match text.split_once('=') {
             Some((name, runtime)) if !name.is_empty() && !runtime.is_empty() => {
-                Ok(Self { name: name.into(), runtime: runtime.into() })
+                Ok(Self { name: name.into(), runtime: runtime.into(), configuration: None })
             }
             _ => Err("give NAME=RUNTIME, as kata=io.containerd.kata.v2".into()),
         }
@@ -60,8 +64,13 @@ pub(crate) fn ctr(args: &[&str]) -> Result<()> {
 }
 
 impl Subject {
+    fn configure(&self) -> Result<()> {
+        self.configuration.as_ref().map_or(Ok(()), Configuration::apply)
+    }
+
     /// Runs a shell line in a container until it ends, with more options of `ctr run`.
     pub(crate) fn run(&self, image: &str, options: &[&str], line: &str) -> Result<Ran> {
+        self.configure()?;
         let name = format!("bench-{}", self.name);
         let mut command = Command::new("ctr");
         command.args(["run", "--rm", "--runtime", &self.runtime]).args(options);
@@ -82,6 +91,7 @@ impl Subject {
 
     /// Starts a container in the background that sleeps, and returns its name.
     pub(crate) fn idle(&self, image: &str) -> Result<Idle> {
+        self.configure()?;
         let name = format!("bench-idle-{}", self.name);
         ctr(&[
             "run",

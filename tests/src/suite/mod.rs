@@ -12,6 +12,7 @@ mod lifecycle;
 mod machine;
 mod network;
 mod streams;
+mod templates;
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -73,6 +74,13 @@ pub(crate) fn cases() -> Vec<Case> {
         isolation::hostile_program_in_place_of_the_vmm_gets_nowhere,
         isolation::vmm_without_user_namespaces_is_jailed_and_warned_of,
         isolation::vmm_without_a_jail_runs_and_is_warned_of,
+        templates::template_serves_containers_as_a_boot_does,
+        templates::template_gets_the_network_of_the_namespace,
+        templates::template_is_told_apart_by_each_of_its_pods,
+        templates::template_keeps_its_memory_whatever_its_pods_write,
+        templates::template_that_is_damaged_is_named_and_the_pod_boots,
+        templates::template_whose_making_is_killed_leaves_nothing,
+        templates::template_is_listed_checked_and_removed,
         input::wrong_configuration_is_named,
         input::wrong_command_lines_are_refused,
         input::check_says_that_this_host_is_fit,

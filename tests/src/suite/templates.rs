@@ -1,0 +1,240 @@
+//! Pods that start from a template: that they behave as others do, and share nothing that they
+//! should not.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, ensure};
+
+use super::bed::{Bed, Detached, Runtime, run};
+use super::configuration::Configuration;
+use super::{compare, lifecycle, network, streams};
+
+/// Where the templates of a case are. Not in memory, which the host has little of.
+const DIRECTORY: &str = "/var/lib/vial-suite-templates";
+/// What the shim says of a VM that went on from a template, and of one that did not.
+const RESTORED: &str = "goes on from the template";
+const COLD: &str = "the VM boots cold";
+/// How long a making may take to come so far that there is a VMM.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A node with a template directory of its own, until dropped.
+struct Node {
+    _configuration: Configuration,
+}
+
+impl Node {
+    /// One without a template.
+    fn empty() -> Result<Self> {
+        let configuration = Configuration::keep();
+        let text = format!("{}\ntemplate_directory = \"{DIRECTORY}\"\n", configuration.text());
+        configuration.write(&text)?;
+        Ok(Self { _configuration: configuration })
+    }
+
+    /// One with a template for pods without limits, and that template's directory.
+    fn with_template() -> Result<(Self, PathBuf)> {
+        let node = Self::empty()?;
+        let name = vial(&["template", "create"])?;
+        let path = Path::new(DIRECTORY).join(name.trim());
+        ensure!(path.join("memory").is_file(), "{name:?} is no template");
+        Ok((node, path))
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(DIRECTORY); // Nothing is there when the making failed.
+    }
+}
+
+fn vial(args: &[&str]) -> Result<String> {
+    Ok(run(Command::new("vial").args(args))?.expect(0)?.stdout)
+}
+
+/// Runs cases, and fails when a VM meanwhile did not come from the template.
+fn from_template(bed: &Bed, cases: &[fn(&Bed) -> Result<()>]) -> Result<()> {
+    let (_node, _) = Node::with_template()?;
+    let log = bed.log_length();
+    for case in cases {
+        case(bed)?;
+    }
+    let cold = bed.lines_since(log, COLD);
+    ensure!(cold.is_empty(), "not every VM came from the template: {cold:?}");
+    ensure!(!bed.lines_since(log, RESTORED).is_empty(), "no VM came from the template");
+    Ok(())
+}
+
+pub(crate) fn template_serves_containers_as_a_boot_does(bed: &Bed) -> Result<()> {
+    from_template(
+        bed,
+        &[
+            lifecycle::exit_statuses_are_exact,
+            lifecycle::exec_runs_beside_and_has_its_own_status,
+            lifecycle::five_at_once_all_work,
+            streams::stderr_is_kept_apart,
+            compare::what_a_process_sees_is_the_same_as_with_runc,
+            compare::bind_mounts_show_the_hosts_files,
+        ],
+    )
+}
+
+pub(crate) fn template_gets_the_network_of_the_namespace(bed: &Bed) -> Result<()> {
+    from_template(bed, &[network::network_of_the_namespace_is_the_containers])
+}
+
+fn seconds_since_1970() -> Result<f64> {
+    Ok(SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64())
+}
+
+/// What two pods from one template may not have in common, a line each.
+const IDENTITY: &str = "cat /proc/sys/kernel/random/boot_id /proc/sys/kernel/random/uuid; \
+    head -c 16 /dev/urandom | hexdump -v -e '1/1 \"%02x\"'; echo; \
+    head -c 16 /dev/random | hexdump -v -e '1/1 \"%02x\"'; echo; mktemp -u XXXXXXXXXXXXXXXX";
+
+pub(crate) fn template_is_told_apart_by_each_of_its_pods(bed: &Bed) -> Result<()> {
+    let (_node, _) = Node::with_template()?;
+    // Its clock stands still meanwhile.
+    std::thread::sleep(Duration::from_secs(3));
+    let log = bed.log_length();
+    let pods: Vec<Detached> =
+        (0..3).map(|_| bed.detached(Runtime::Vial, &["sleep", "1000"])).collect::<Result<_>>()?;
+    ensure!(bed.lines_since(log, RESTORED).len() == pods.len(), "a VM came from elsewhere");
+    let mut seen = std::collections::HashSet::new();
+    for pod in &pods {
+        let said = pod.exec(&[], &["sh", "-c", IDENTITY])?.expect(0)?.stdout;
+        let lines: Vec<&str> = said.lines().collect();
+        ensure!(lines.len() == 5 && lines.iter().all(|line| line.len() >= 16), "{said:?}");
+        for line in lines {
+            ensure!(seen.insert(line.to_owned()), "two pods have {line}");
+        }
+    }
+    for pod in &pods {
+        let before = seconds_since_1970()?;
+        let said = pod.exec(&[], &["date", "+%s"])?.expect(0)?.stdout;
+        let (guest, after) = (said.trim().parse::<f64>()?, seconds_since_1970()?);
+        // The guest tells whole seconds, rounded down.
+        ensure!(
+            (before - 2.0..=after + 1.0).contains(&guest),
+            "the clock shows {guest} between {before} and {after}"
+        );
+    }
+    Ok(())
+}
+
+fn checksum(path: &Path) -> Result<String> {
+    let said = run(Command::new("sha256sum").arg(path))?.expect(0)?.stdout;
+    Ok(said.split_whitespace().next().unwrap_or_default().to_owned())
+}
+
+pub(crate) fn template_keeps_its_memory_whatever_its_pods_write(bed: &Bed) -> Result<()> {
+    let (_node, template) = Node::with_template()?;
+    let before = checksum(&template.join("memory"))?;
+    let (one, other) = (
+        bed.detached(Runtime::Vial, &["sleep", "1000"])?,
+        bed.detached(Runtime::Vial, &["sleep", "1000"])?,
+    );
+    let fill =
+        "yes vial-suite-secret | head -c 16000000 >/dev/shm/secret && wc -c </dev/shm/secret";
+    let written = one.exec(&[], &["sh", "-c", fill])?.expect(0)?.stdout;
+    ensure!(written.trim() == "16000000", "{written:?}");
+    other.exec(&[], &["test", "!", "-e", "/dev/shm/secret"])?.expect(0)?;
+    let mut text = Vec::new();
+    File::open(template.join("memory"))?.read_to_end(&mut text)?;
+    let secret = b"vial-suite-secret\nvial-suite-secret\n";
+    ensure!(!text.windows(secret.len()).any(|part| part == secret), "a pod writes to the template");
+    ensure!(checksum(&template.join("memory"))? == before, "the template has changed");
+    Ok(())
+}
+
+pub(crate) fn template_that_is_damaged_is_named_and_the_pod_boots(bed: &Bed) -> Result<()> {
+    let (_node, template) = Node::with_template()?;
+    let (state, memory) = (template.join("state"), template.join("memory"));
+    let good = fs::read(&state)?;
+    let spoil: [(&str, &dyn Fn() -> Result<()>); 4] = [
+        ("checksum", &|| {
+            let file = File::options().write(true).open(&state)?;
+            Ok(file.write_all_at(&[!good[good.len() / 2]], good.len() as u64 / 2)?)
+        }),
+        ("bytes behind its header", &|| Ok(fs::write(&state, &good[..good.len() / 2])?)),
+        ("version", &|| Ok(File::options().write(true).open(&state)?.write_all_at(&[99], 8)?)),
+        ("the file has", &|| Ok(File::options().write(true).open(&memory)?.set_len(1 << 20)?)),
+    ];
+    for (words, spoil) in spoil {
+        fs::write(&state, &good)?;
+        spoil()?;
+        let log = bed.log_length();
+        let outcome = bed.run(Runtime::Vial, &[], &["echo", "here"])?.expect(0)?;
+        ensure!(outcome.stdout == "here\n", "{outcome:?}");
+        let told = bed.lines_since(log, COLD);
+        ensure!(told.iter().any(|line| line.contains(words)), "{words}: {told:?}");
+    }
+    // As a kernel that was installed anew looks.
+    fs::write(&state, &good)?;
+    let manifest = fs::read_to_string(template.join("template.json"))?;
+    fs::write(template.join("template.json"), manifest.replacen("\"inode\": ", "\"inode\": 1", 1))?;
+    let log = bed.log_length();
+    bed.run(Runtime::Vial, &[], &["true"])?.expect(0)?;
+    let told = bed.lines_since(log, COLD);
+    ensure!(told.iter().any(|line| line.contains("made with another kernel")), "{told:?}");
+    let listed = vial(&["template", "list"])?;
+    ensure!(listed.contains("no: made with another kernel"), "{listed}");
+    Ok(())
+}
+
+pub(crate) fn template_whose_making_is_killed_leaves_nothing(_: &Bed) -> Result<()> {
+    let _node = Node::empty()?;
+    let vmms = || -> Result<usize> {
+        let said = run(Command::new("pgrep").args(["-c", "-x", "vial-vmm"]))?.stdout;
+        Ok(said.trim().parse()?)
+    };
+    for wait in [Duration::ZERO, Duration::from_millis(700)] {
+        let before = vmms()?;
+        let mut making = Command::new("vial")
+            .args(["template", "create"])
+            .stdout(Stdio::null())
+            .spawn()
+            .context("start vial")?;
+        let start = Instant::now();
+        while vmms()? == before {
+            ensure!(start.elapsed() < PATIENCE, "the making starts no VMM");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        std::thread::sleep(wait);
+        making.kill()?;
+        making.wait()?;
+        let left: Vec<String> = fs::read_dir(DIRECTORY)?
+            .flatten()
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .filter(|name| name != ".empty" && name != ".lock")
+            .collect();
+        ensure!(left.is_empty(), "left behind: {left:?}");
+        let start = Instant::now();
+        while vmms()? != before {
+            ensure!(start.elapsed() < PATIENCE, "its VMM lives on");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+    Ok(())
+}
+
+pub(crate) fn template_is_listed_checked_and_removed(bed: &Bed) -> Result<()> {
+    let (_node, template) = Node::with_template()?;
+    let name = template.file_name().and_then(|name| name.to_str()).context("its name")?;
+    let listed = vial(&["template", "list", "--json"])?;
+    let listed: serde_json::Value = serde_json::from_str(&listed)?;
+    ensure!(listed[0]["name"] == name && listed[0]["used"] == true, "{listed}");
+    ensure!(vial(&["check"])?.contains(&format!("{name} fits")), "vial check does not tell of it");
+    let absent = run(Command::new("vial").args(["template", "remove", "../x"]))?;
+    ensure!(absent.status == 1 && absent.stderr.contains("no template"), "{absent:?}");
+    vial(&["template", "remove", name])?;
+    ensure!(!template.exists(), "it is still there");
+    let log = bed.log_length();
+    bed.run(Runtime::Vial, &[], &["true"])?.expect(0)?;
+    ensure!(!bed.lines_since(log, COLD).is_empty(), "the start does not say why it is cold");
+    Ok(())
+}
