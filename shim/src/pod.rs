@@ -99,8 +99,9 @@ impl Pod {
         self.containers.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// Whether the sandbox is for containerd to stop, and not to go with its containers.
-    fn by_sandbox_api(&self) -> bool {
+    /// Whether it was asked for by the Sandbox API: then it is for containerd to stop, and does not
+    /// go with its containers.
+    pub fn by_sandbox_api(&self) -> bool {
         self.plan().is_ok_and(|plan| plan.files.is_some())
     }
 

@@ -57,6 +57,9 @@ const PROTOCOL: &str = "ttrpc";
 const MAX_INPUT_BYTES: u64 = 10 << 20;
 /// How long the last answer may take to reach containerd.
 const ANSWER_PATIENCE: Duration = Duration::from_millis(20);
+/// How long a sandbox's shim serves on after it was shut down. To containerd a connection that ends
+/// before the answer came is a sandbox that cannot be removed; it closes the connection itself.
+const SANDBOX_LINGER: Duration = Duration::from_secs(1);
 
 /// Why the program did not do what containerd ran it for.
 #[derive(Debug, thiserror::Error)]
@@ -325,10 +328,14 @@ async fn serve(flags: &Flags, started_ns: u64) -> Result<(), RuntimeError> {
         // The first one: nobody can have asked for a sandbox yet that is served here.
         if pod.set_plan(plan).is_ok() {
             // containerd asks for a container in any case, so the VM boots while it gets there.
-            tokio::spawn(async move { pod.start_ahead().await });
+            let ahead = pod.clone();
+            tokio::spawn(async move { ahead.start_ahead().await });
         }
     }
     exit.wait().await;
+    if pod.by_sandbox_api() {
+        tokio::time::sleep(SANDBOX_LINGER).await;
+    }
     tracing::info!("the shim ends");
     if let Err(error) = server.shutdown().await {
         tracing::debug!("cannot end the server: {error}");
