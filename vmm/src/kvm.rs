@@ -23,7 +23,7 @@ use crate::devices::vfio::function::Windows;
 use crate::devices::vfio::requests::DeviceMemory;
 use crate::memory::GuestRam;
 use crate::pci::bus::lock;
-use crate::pci::msix::{MsiError, MsiMessage, MsiRouter};
+use crate::pci::line::{MsiError, MsiMessage, MsiRouter};
 use crate::virtio::pci::{Doorbells, TransportError};
 use serde::{Deserialize, Serialize};
 

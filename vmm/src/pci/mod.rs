@@ -1,9 +1,10 @@
 //! One PCI bus: configuration space by ECAM, functions numbered by device, memory BARs only, and
-//! interrupts by message only, MSI-X but for some passed functions (PCI Express base specification 6.0, 7.2.2, 7.5; PCI local bus
-//! specification 3.0, 6.8).
+//! interrupts by message only, MSI-X but for some passed functions (PCI Express base specification
+//! 6.0, 7.2.2, 7.5; PCI local bus specification 3.0, 6.8).
 
 pub mod bus;
 pub mod config;
+pub mod line;
 pub mod msi;
 pub mod msix;
 

@@ -3,10 +3,10 @@
 
 use std::sync::Arc;
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::config::{ConfigError, ConfigSpace};
-use super::msix::{MsiError, MsiMessage, MsiRouter};
+use super::line::{Line, MsiError, MsiMessage, MsiRouter};
 
 const CAPABILITY_ID: u8 = 0x05;
 /// The most vectors that a function can have.
@@ -36,15 +36,9 @@ pub enum MsiSetupError {
     Config(#[from] ConfigError),
 }
 
-struct Vector {
-    gsi: u32,
-    event: Arc<EventFd>,
-    attached: Option<MsiMessage>,
-}
-
 /// The vectors of a function.
 pub struct MsiVectors {
-    vectors: Vec<Vector>,
+    vectors: Vec<Line>,
     router: Arc<dyn MsiRouter>,
     capability: usize,
     enabled: bool,
@@ -59,15 +53,7 @@ impl MsiVectors {
     /// No lines or descriptors are left.
     pub fn new(count: u8, router: Arc<dyn MsiRouter>) -> Result<Self, MsiSetupError> {
         let vectors = (0..count.clamp(1, MAX_VECTORS))
-            .map(|_| {
-                let gsi = router.allocate()?;
-                let event = EventFd::new(EFD_NONBLOCK).map_err(|error| MsiError {
-                    action: "make an event for",
-                    gsi,
-                    reason: error.to_string(),
-                })?;
-                Ok(Vector { gsi, event: Arc::new(event), attached: None })
-            })
+            .map(|_| Line::new(&*router))
             .collect::<Result<Vec<_>, MsiError>>()?;
         Ok(Self { vectors, router, capability: 0, enabled: false, used: 1 })
     }
@@ -98,7 +84,7 @@ impl MsiVectors {
 
     /// The events that trigger the vectors that the guest uses.
     pub fn events(&self) -> impl Iterator<Item = Arc<EventFd>> + '_ {
-        self.vectors.iter().take(self.used).map(|vector| vector.event.clone())
+        self.vectors.iter().take(self.used).map(|line| line.event.clone())
     }
 
     /// Takes what the guest wrote.
@@ -111,23 +97,10 @@ impl MsiVectors {
         self.used = used as usize;
         let address = u64::from(u32_at(ADDRESS)) | u64::from(u32_at(ADDRESS + 4)) << 32;
         let (data, masks) = (u32::from(u16_at(DATA)), u32_at(MASK));
-        for (index, vector) in (0u32..).zip(&mut self.vectors) {
+        for (index, line) in (0u32..).zip(&mut self.vectors) {
             let live = self.enabled && index < used && masks >> index & 1 == 0;
             let message = MsiMessage { address, data: data & !(used - 1) | index };
-            let wanted = live.then_some(message);
-            if wanted == vector.attached {
-                continue;
-            }
-            let result = match wanted {
-                Some(message) => self.router.attach(vector.gsi, &vector.event, message),
-                None => self.router.detach(vector.gsi, &vector.event),
-            };
-            match result {
-                Ok(()) => vector.attached = wanted,
-                Err(error) => {
-                    tracing::warn!(%error, "an interrupt of a device cannot be delivered")
-                }
-            }
+            line.send(live.then_some(message), &*self.router);
         }
     }
 }

@@ -5,7 +5,9 @@
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::line::{Line, MsiError, MsiMessage, MsiRouter};
 
 /// The capability's id.
 pub const CAPABILITY_ID: u8 = 0x11;
@@ -18,56 +20,11 @@ const CONTROL_FUNCTION_MASK: u16 = 1 << 14;
 const CONTROL_ENABLE: u16 = 1 << 15;
 const VECTOR_MASKED: u32 = 1;
 
-/// A message-signalled interrupt: what is written, and where to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct MsiMessage {
-    /// The address.
-    pub address: u64,
-    /// The data.
-    pub data: u32,
-}
-
-/// Why an interrupt could not be wired.
-#[derive(Debug, thiserror::Error)]
-#[error("{action} interrupt line {gsi}: {reason}")]
-pub struct MsiError {
-    /// What was tried.
-    pub action: &'static str,
-    /// The line.
-    pub gsi: u32,
-    /// What KVM said.
-    pub reason: String,
-}
-
-/// What wires events to the guest's interrupt controllers: KVM, or a fake in tests.
-pub trait MsiRouter: Send + Sync {
-    /// Takes a line of its own for a vector.
-    ///
-    /// # Errors
-    /// There is none left.
-    fn allocate(&self) -> Result<u32, MsiError>;
-
-    /// Lets each write to `event` send `message` to the guest.
-    ///
-    /// # Errors
-    /// KVM refuses.
-    fn attach(&self, gsi: u32, event: &EventFd, message: MsiMessage) -> Result<(), MsiError>;
-
-    /// Ends what [`MsiRouter::attach`] began. What is written meanwhile stays in `event`.
-    ///
-    /// # Errors
-    /// KVM refuses.
-    fn detach(&self, gsi: u32, event: &EventFd) -> Result<(), MsiError>;
-}
-
 #[derive(Debug)]
 struct Vector {
     message: MsiMessage,
     masked: bool,
-    gsi: u32,
-    event: Arc<EventFd>,
-    /// The message that the event sends now, when it is attached.
-    attached: Option<MsiMessage>,
+    line: Line,
 }
 
 /// What the guest has written to a function's vectors.
@@ -93,19 +50,8 @@ impl MsixTable {
     pub fn new(count: u16, router: Arc<dyn MsiRouter>) -> Result<Self, MsiError> {
         let vectors = (0..count.min(MAX_VECTORS))
             .map(|_| {
-                let gsi = router.allocate()?;
-                let event = EventFd::new(EFD_NONBLOCK).map_err(|error| MsiError {
-                    action: "make an event for",
-                    gsi,
-                    reason: error.to_string(),
-                })?;
-                Ok(Vector {
-                    message: MsiMessage::default(),
-                    masked: true,
-                    gsi,
-                    event: Arc::new(event),
-                    attached: None,
-                })
+                let line = Line::new(&*router)?;
+                Ok(Vector { message: MsiMessage::default(), masked: true, line })
             })
             .collect::<Result<_, MsiError>>()?;
         Ok(Self { vectors, control: 0, router })
@@ -133,14 +79,13 @@ impl MsixTable {
     }
 
     /// How many vectors there are.
-    #[allow(clippy::len_without_is_empty)] // A table is never empty.
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.vectors.len()
     }
 
     /// The events that trigger the vectors, in order.
     pub fn events(&self) -> impl Iterator<Item = Arc<EventFd>> + '_ {
-        self.vectors.iter().map(|vector| vector.event.clone())
+        self.vectors.iter().map(|vector| vector.line.event.clone())
     }
 
     /// The bits of the capability's control register that the guest may write.
@@ -148,7 +93,7 @@ impl MsixTable {
 
     /// The event that triggers a vector, when there is such a vector.
     pub fn event(&self, vector: u16) -> Option<Arc<EventFd>> {
-        self.vectors.get(usize::from(vector)).map(|vector| vector.event.clone())
+        self.vectors.get(usize::from(vector)).map(|vector| vector.line.event.clone())
     }
 
     /// Whether the guest enabled MSI-X.
@@ -218,7 +163,7 @@ impl MsixTable {
         }
         self.set_control(state.control);
         for vector in &self.vectors {
-            let _ = vector.event.write(1); // Full means pending.
+            let _ = vector.line.event.write(1); // Full means pending.
         }
         true
     }
@@ -237,18 +182,7 @@ impl MsixTable {
         let live = self.is_enabled() && self.control & CONTROL_FUNCTION_MASK == 0;
         let vector = &mut self.vectors[index];
         let wanted = (live && !vector.masked).then_some(vector.message);
-        if wanted == vector.attached {
-            return;
-        }
-        let result = match wanted {
-            // A message that changes while attached only changes the route.
-            Some(message) => self.router.attach(vector.gsi, &vector.event, message),
-            None => self.router.detach(vector.gsi, &vector.event),
-        };
-        match result {
-            Ok(()) => vector.attached = wanted,
-            Err(error) => tracing::warn!(%error, "an interrupt of a device cannot be delivered"),
-        }
+        vector.line.send(wanted, &*self.router);
     }
 }
 

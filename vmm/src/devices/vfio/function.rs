@@ -258,7 +258,7 @@ impl PassedFunction {
             let area = Area { start, end: start + bytes };
             at == bar && area.touches(offset, length)
         };
-        let [table_bytes, pending_bytes] = trapped_bytes(table.len());
+        let [table_bytes, pending_bytes] = trapped_bytes(table.count());
         if inside(place.table, table_bytes) {
             // Before its start is nothing of the table's: read_table takes whole accesses.
             return Some(

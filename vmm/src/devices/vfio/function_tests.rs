@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use super::super::registers::{self, HEADER_BYTES};
 use super::*;
 use crate::pci::config::Identity;
-use crate::pci::msix::{MsiError, MsiMessage, MsiRouter};
+use crate::pci::line::{MsiError, MsiMessage, MsiRouter};
 
 /// What was done to the host, in order.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -31,8 +31,9 @@ use crate::memory::GuestRam;
 use crate::pci::PciBus;
 use crate::pci::bus::BusError;
 use crate::pci::config::{ConfigError, ConfigSpace};
+use crate::pci::line::MsiError;
 use crate::pci::msi::{MsiSetupError, MsiVectors};
-use crate::pci::msix::{MsiError, MsixTable};
+use crate::pci::msix::MsixTable;
 
 /// Why functions of the host cannot be passed through.
 #[derive(Debug, thiserror::Error)]

@@ -16,7 +16,8 @@ use crate::memory::GuestRam;
 use crate::pci::PciFunction;
 use crate::pci::bus::{BusError, PciBus};
 use crate::pci::config::{BarChange, ConfigError, ConfigSpace, Identity};
-use crate::pci::msix::{self, MsiError, MsiRouter, MsixTable};
+use crate::pci::line::{MsiError, MsiRouter};
+use crate::pci::msix::{self, MsixTable};
 use crate::virtio::queue::Position;
 use crate::virtio::{
     ActivateError, Activation, ActiveQueue, Fault, Interrupt, VirtioDevice, WorkerThread,
