@@ -8,6 +8,7 @@
 mod tables;
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use seccompiler::{
     BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
@@ -74,9 +75,16 @@ impl Check {
 }
 
 fn compile(kind: ThreadKind) -> Result<BpfProgram, BackendError> {
-    let mut rules = BTreeMap::new();
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
     for (call, check) in tables::of(kind) {
-        rules.insert(*call, check.rules()?);
+        let more = check.rules()?;
+        match rules.entry(*call) {
+            Entry::Vacant(entry) => drop(entry.insert(more)),
+            // Without a rule, every use of the call is allowed.
+            Entry::Occupied(entry) if entry.get().is_empty() => {}
+            Entry::Occupied(mut entry) if more.is_empty() => entry.get_mut().clear(),
+            Entry::Occupied(mut entry) => entry.get_mut().extend(more),
+        }
     }
     let filter = SeccompFilter::new(
         rules,
