@@ -84,6 +84,13 @@ fn answer(error: ContainerError) -> ttrpc::Error {
     ttrpc::Error::RpcStatus(get_status(code, error.to_string()))
 }
 
+/// What failed for the whole guest: always in the log, and the shim's fault when it is the request's.
+fn failed(error: &impl std::fmt::Display, of_the_request: bool) -> ttrpc::Error {
+    tracing::error!("{error}");
+    let code = if of_the_request { Code::INVALID_ARGUMENT } else { Code::INTERNAL };
+    ttrpc::Error::RpcStatus(get_status(code, error.to_string()))
+}
+
 /// Runs `work` to its end even when the caller goes away or its time is up: half a container is
 /// worse than one that nobody asked for.
 async fn whole<T: Send + 'static>(
@@ -138,12 +145,8 @@ impl agent_ttrpc::Agent for AgentService {
     }
 
     async fn adopt(&self, _: &TtrpcContext, request: AdoptRequest) -> Answer<Empty> {
-        self.adoption.adopt(&request).await.map_err(|error| {
-            tracing::error!("{error}");
-            let code =
-                if error.is_of_the_request() { Code::INVALID_ARGUMENT } else { Code::INTERNAL };
-            ttrpc::Error::RpcStatus(get_status(code, error.to_string()))
-        })?;
+        let adopted = self.adoption.adopt(&request).await;
+        adopted.map_err(|error| failed(&error, error.is_of_the_request()))?;
         Ok(Empty::new())
     }
 
@@ -153,12 +156,7 @@ impl agent_ttrpc::Agent for AgentService {
         request: ConfigureNetworkRequest,
     ) -> Answer<Empty> {
         // A few dozen messages to the kernel, which answers each at once.
-        network::configure(&request).map_err(|error| {
-            tracing::error!("{error}");
-            let code =
-                if error.is_of_the_request() { Code::INVALID_ARGUMENT } else { Code::INTERNAL };
-            ttrpc::Error::RpcStatus(get_status(code, error.to_string()))
-        })?;
+        network::configure(&request).map_err(|error| failed(&error, error.is_of_the_request()))?;
         Ok(Empty::new())
     }
 
