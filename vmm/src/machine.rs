@@ -2,6 +2,7 @@
 //! after are two types: a [`Machine`] that was not started has no threads in the guest, and a
 //! [`RunningMachine`] cannot be given another kernel.
 
+mod assembly;
 mod restore;
 mod save;
 mod vcpus;
@@ -19,11 +20,12 @@ use vial_vmm_api::{
 };
 use vmm_sys_util::eventfd::EventFd;
 
+use self::assembly::{Assembly, kind};
 pub use self::save::SaveError;
 use self::save::Saving;
 use crate::arch::{acpi, boot, cpuid, generation, layout, registers, vcpu_state};
 use crate::clock::monotonic_ns;
-use crate::devices::{block, fs, net, rng, vfio, vsock};
+use crate::devices::{vfio, vsock};
 use crate::event_loop::{EventLoop, EventLoopError};
 use crate::kvm::{self, Vm};
 use crate::memory::{GuestRam, map_ram};
@@ -33,8 +35,7 @@ use crate::privileges::{self, PrivilegeError};
 use crate::seccomp::{self, SeccompError, ThreadKind};
 use crate::snapshot::SnapshotError;
 use crate::vcpu::{self, EndOfVm, Parking, Platform};
-use crate::virtio::VirtioDevice;
-use crate::virtio::pci::{DeviceState, RestoreError, TransportError, VirtioPci, Workers};
+use crate::virtio::pci::{RestoreError, TransportError, Workers};
 
 /// Why a machine could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -470,152 +471,6 @@ fn start_workers(
         false => None,
     };
     Ok(Workers { io, file_server })
-}
-
-/// What devices are put together with.
-struct Assembly<'a> {
-    vm: &'a Arc<Vm>,
-    ram: &'a GuestRam,
-    platform: &'a Platform,
-    workers: Workers,
-    vsock: Option<vsock::VsockConnector>,
-    functions: Vec<Arc<Mutex<VirtioPci>>>,
-    high_window: Range<u64>,
-    passed: Option<vfio::Joined>,
-}
-
-impl<'a> Assembly<'a> {
-    fn new(vm: &'a Arc<Vm>, ram: &'a GuestRam, platform: &'a Platform, workers: Workers) -> Self {
-        Self {
-            vm,
-            ram,
-            platform,
-            workers,
-            vsock: None,
-            functions: Vec::new(),
-            high_window: 0..0,
-            passed: None,
-        }
-    }
-
-    /// Puts functions of the host on the bus, and lets them reach guest memory.
-    fn pass(
-        &mut self,
-        container: Descriptor,
-        groups: Vec<Descriptor>,
-        functions: Vec<Descriptor>,
-        descriptors: &mut Descriptors,
-    ) -> Result<(), String> {
-        let text = |error: vfio::VfioError| error.to_string();
-        let mut take =
-            |which, what| descriptors.take(which, what).map_err(|error| error.to_string());
-        let container = take(container, "the VFIO container")?;
-        let groups = groups
-            .into_iter()
-            .map(|group| take(group, "a VFIO group"))
-            .collect::<Result<Vec<_>, _>>()?;
-        for function in functions {
-            let function = take(function, "a passed function")?;
-            let window = self.high_window.clone();
-            let function =
-                vfio::function(function, self.vm, &self.platform.pci, window).map_err(text)?;
-            let added = self.platform.pci.add(Arc::new(Mutex::new(function)));
-            added.map_err(|error| error.to_string())?;
-        }
-        self.passed = Some(vfio::join(container, groups, self.vm, self.ram).map_err(text)?);
-        Ok(())
-    }
-
-    /// Adds a device, in the state that it had in another machine, if it had one.
-    fn add(
-        &mut self,
-        number: usize,
-        config: DeviceConfig,
-        saved: Option<&DeviceState>,
-        descriptors: &mut Descriptors,
-        guest_connected: &mut Option<GuestConnected>,
-    ) -> Result<(), MachineError> {
-        let kind = kind(&config);
-        if let DeviceConfig::Passthrough { container, groups, functions } = config {
-            return self
-                .pass(container, groups, functions, descriptors)
-                .map_err(|reason| MachineError::Device { number, kind, reason });
-        }
-        let device = self
-            .device(config, descriptors, guest_connected)
-            .map_err(|reason| MachineError::Device { number, kind, reason })?;
-        let mut function = VirtioPci::new(
-            device,
-            &self.platform.pci,
-            self.ram.clone(),
-            self.vm.clone(),
-            self.vm.clone(),
-            self.workers.clone(),
-        )?;
-        if let Some(saved) = saved {
-            function.restore(saved).map_err(|error| MachineError::Restore {
-                number,
-                kind,
-                error,
-            })?;
-        }
-        let function = Arc::new(Mutex::new(function));
-        self.functions.push(function.clone());
-        self.platform.pci.add(function).map_err(|error| MachineError::Device {
-            number,
-            kind,
-            reason: error.to_string(),
-        })?;
-        Ok(())
-    }
-
-    fn device(
-        &mut self,
-        config: DeviceConfig,
-        descriptors: &mut Descriptors,
-        guest_connected: &mut Option<GuestConnected>,
-    ) -> Result<Box<dyn VirtioDevice>, String> {
-        let text = |error: &dyn std::fmt::Display| error.to_string();
-        let mut take = |which, what| descriptors.take(which, what).map_err(|error| text(&error));
-        Ok(match config {
-            DeviceConfig::Vsock { guest_cid, host_ports } => {
-                if guest_cid < 3 {
-                    return Err(format!("context id {guest_cid} is reserved; give 3 or more"));
-                }
-                let connected = guest_connected.take().ok_or("there can be only one")?;
-                let (device, connector) = vsock::Vsock::new(guest_cid, host_ports, connected)
-                    .map_err(|error| text(&error))?;
-                self.vsock = Some(connector);
-                Box::new(device)
-            }
-            DeviceConfig::Fs { tag, root, proc_fd } => {
-                let root = take(root, "the shared directory")?;
-                let proc_fd = proc_fd.map(|which| take(which, "/proc/<pid>/fd")).transpose()?;
-                Box::new(fs::Fs::new(&tag, root, proc_fd).map_err(|error| text(&error))?)
-            }
-            DeviceConfig::Net { tap, mac, mtu } => {
-                let tap = take(tap, "the tap")?;
-                Box::new(net::Net::new(tap, mac, mtu).map_err(|error| text(&error))?)
-            }
-            DeviceConfig::Block { file, read_only, serial } => {
-                let file = take(file, "the disk")?;
-                Box::new(block::Block::new(file, read_only, &serial).map_err(|e| text(&e))?)
-            }
-            DeviceConfig::Rng => Box::new(rng::Rng::new()),
-            DeviceConfig::Passthrough { .. } => return Err("it is no virtio device".into()),
-        })
-    }
-}
-
-fn kind(config: &DeviceConfig) -> &'static str {
-    match config {
-        DeviceConfig::Vsock { .. } => "vsock",
-        DeviceConfig::Fs { .. } => "fs",
-        DeviceConfig::Net { .. } => "net",
-        DeviceConfig::Block { .. } => "block",
-        DeviceConfig::Rng => "rng",
-        DeviceConfig::Passthrough { .. } => "passthrough",
-    }
 }
 
 #[cfg(test)]

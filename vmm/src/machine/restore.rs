@@ -7,11 +7,11 @@ use std::fs::File;
 use std::sync::Arc;
 
 use kvm_bindings::kvm_cpuid_entry2;
-use vial_vmm_api::{API_VERSION, RestoreConfig};
+use vial_vmm_api::RestoreConfig;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    Assembly, Descriptors, GuestConnected, Machine, MachineError, passed_functions, vcpus,
+    Descriptors, GuestConnected, Machine, MachineError, assembly::Assembly, passed_functions, vcpus,
 };
 use crate::arch::vcpu_state::differing_leaf;
 use crate::arch::{generation, layout};
@@ -73,7 +73,6 @@ impl Machine {
         guest_connected: GuestConnected,
     ) -> Result<Self, MachineError> {
         super::check_common(config.version, config.vcpus, config.memory_mib, &config.devices)?;
-        debug_assert_eq!(config.version, API_VERSION);
         let mut marks = Vec::new();
         let mut mark = |name: &str| marks.push((name.to_owned(), monotonic_ns()));
         let mut state = File::from(descriptors.take(config.state, "the saved state")?);
