@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 
-use super::templates::Configuration;
+use vial_tests::node;
 
 /// A runtime, and the name that the report has for it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -16,7 +16,7 @@ pub(crate) struct Subject {
     pub(crate) name: String,
     pub(crate) runtime: String,
     /// The node's configuration that it runs with; without, the one that there is.
-    pub(crate) configuration: Option<Configuration>,
+    pub(crate) configuration: Option<String>,
 }
 
 impl std::str::FromStr for Subject {
@@ -65,7 +65,7 @@ pub(crate) fn ctr(args: &[&str]) -> Result<()> {
 
 impl Subject {
     fn configure(&self) -> Result<()> {
-        self.configuration.as_ref().map_or(Ok(()), Configuration::apply)
+        self.configuration.as_deref().map_or(Ok(()), node::write)
     }
 
     /// Runs a shell line in a container until it ends, with more options of `ctr run`.

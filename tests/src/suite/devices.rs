@@ -10,9 +10,9 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use vial_tests::node::Configuration;
 
 use super::bed::{Bed, Detached, Outcome, Runtime, run};
-use super::configuration::Configuration;
 use super::faults;
 
 /// Where functions are.

@@ -4,9 +4,9 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Result, ensure};
+use vial_tests::node::{self, Configuration};
 
 use super::bed::{Bed, Runtime, run};
-use super::configuration::{self, Configuration};
 
 pub(crate) fn wrong_configuration_is_named(bed: &Bed) -> Result<()> {
     let configuration = Configuration::keep();
@@ -14,12 +14,13 @@ pub(crate) fn wrong_configuration_is_named(bed: &Bed) -> Result<()> {
     let without = |key: &str| -> String {
         text.lines().filter(|line| !line.starts_with(key)).map(|line| format!("{line}\n")).collect()
     };
+    let path = node::path().display().to_string();
     let cases = [
         (format!("colour = \"blue\"\n{text}"), "colour"),
         (format!("memory_mib = 8\n{}", without("memory_mib")), "memory_mib"),
         (format!("kernel = \"/etc/passwd\"\n{}", without("kernel")), "uncompressed 64-bit ELF"),
         (format!("kernel = \"/no/such/kernel\"\n{}", without("kernel")), "/no/such/kernel"),
-        ("this is no configuration".to_owned(), configuration::PATH),
+        ("this is no configuration".to_owned(), &path),
     ];
     for (config, words) in cases {
         configuration.write(&config)?;

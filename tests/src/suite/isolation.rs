@@ -5,9 +5,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use vial_tests::node::Configuration;
 
 use super::bed::{Bed, Runtime};
-use super::configuration::Configuration;
 use super::faults::process;
 
 const ADVERSARY: &str = "/usr/local/bin/vial-adversary";

@@ -2,7 +2,6 @@
 
 pub(crate) mod bed;
 mod compare;
-mod configuration;
 mod control;
 mod devices;
 pub(crate) mod faults;

@@ -9,9 +9,9 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
+use vial_tests::node::Configuration;
 
 use super::bed::{Bed, Detached, Runtime, run};
-use super::configuration::Configuration;
 use super::{compare, lifecycle, network, streams};
 
 /// Where the templates of a case are. Not in memory, which the host has little of.
