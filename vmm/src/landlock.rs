@@ -18,7 +18,9 @@ const KNOWN: ABI = ABI::V6;
 #[derive(Debug, thiserror::Error)]
 pub enum LandlockError {
     /// The kernel refused the rules.
-    #[error("restrict the process by Landlock: {0}")]
+    #[error(
+        "restrict the process by Landlock: {0}; the kernel refuses rules of its own interface, please report that"
+    )]
     Rules(#[from] RulesetError),
     /// The root directory could not be named.
     #[error("open the root directory for Landlock: {0}")]
