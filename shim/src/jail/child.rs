@@ -125,10 +125,17 @@ struct Prepared {
     input: OwnedFd,
     output: OwnedFd,
     report: OwnedFd,
-    go: OwnedFd,
+    go: Go,
     user_id: u32,
     open_files: libc::rlimit,
     filters: [BpfProgram; 2],
+}
+
+/// What the child waits on before it does anything.
+struct Go {
+    word: OwnedFd,
+    /// The parent's end, of which the child has a copy.
+    release: RawFd,
 }
 
 /// Starts `program` in a jail, with `socket` as the descriptor that `--api-fd` names and `output`
@@ -145,6 +152,7 @@ pub async fn spawn(
     let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(prepare("make a pipe"));
     let (reports, report) = pipe()?;
     let (go, release) = pipe()?;
+    let go = Go { word: go, release: release.as_raw_fd() };
     let prepared = Prepared::new(program, socket, output, report, go, confinement)?;
     let jailed = start(&prepared, confinement.cgroup)?;
     // Its own copies are what the child has; the pipe's end has to show.
@@ -223,7 +231,7 @@ impl Prepared {
         socket: OwnedFd,
         output: OwnedFd,
         report: OwnedFd,
-        go: OwnedFd,
+        go: Go,
         confinement: &Confinement<'_>,
     ) -> Result<Self, JailError> {
         let up = |fd: OwnedFd| {
@@ -248,7 +256,7 @@ impl Prepared {
             input: up(input)?,
             output: up(output)?,
             report: up(report)?,
-            go: up(go)?,
+            go: Go { word: up(go.word)?, release: go.release },
             user_id: confinement.user_id,
             open_files: libc::rlimit { rlim_cur: files, rlim_max: files },
             filters: system_calls::filters()?,
@@ -332,12 +340,20 @@ fn done(step: Step, result: impl Into<i64>) -> Result<(), Step> {
     if result.into() < 0 { Err(step) } else { Ok(()) }
 }
 
-fn steps(prepared: &Prepared) -> Result<(), Step> {
+/// Waits for the shim's word. There is none when it has given up or has gone: that shows once
+/// nobody has the other end, not even the child itself. All else that it has of the shim's would
+/// keep containerd from seeing that the shim has gone.
+fn is_released(go: &Go) -> bool {
     let mut word = 0u8;
-    // SAFETY: reads one byte into a live variable.
-    let read = unsafe { libc::read(prepared.go.as_raw_fd(), (&raw mut word).cast(), 1) };
-    if read != 1 {
-        // The shim has given up or has gone.
+    // SAFETY: in the child nothing else uses that number; reads one byte into a live variable.
+    unsafe {
+        libc::close(go.release);
+        libc::read(go.word.as_raw_fd(), (&raw mut word).cast(), 1) == 1
+    }
+}
+
+fn steps(prepared: &Prepared) -> Result<(), Step> {
+    if !is_released(&prepared.go) {
         // SAFETY: as in `enter`.
         unsafe { libc::_exit(127) };
     }
@@ -522,5 +538,45 @@ fn reset_signals() -> Result<(), Step> {
         libc::sigemptyset(&raw mut none);
         let null = std::ptr::null_mut();
         done(Step::Signals, libc::sigprocmask(libc::SIG_SETMASK, &raw const none, null))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::{Duration, Instant};
+
+    /// What a child that waits finds when its parent has written `words` and closed its end.
+    fn waits(words: &[u8]) -> bool {
+        let (word, release) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+        let go = Go { word, release: release.as_raw_fd() };
+        // SAFETY: the child makes system calls only, and ends.
+        let pid = unsafe { libc::fork() };
+        if pid == 0 {
+            let released = is_released(&go);
+            // SAFETY: ends the process without running anything of the test's.
+            unsafe { libc::_exit(i32::from(released)) };
+        }
+        rustix::io::write(&release, words).unwrap();
+        drop((go, release));
+        let child = rustix::process::Pid::from_raw(pid).unwrap();
+        let late = Instant::now() + Duration::from_secs(20);
+        loop {
+            let options = rustix::process::WaitOptions::NOHANG;
+            if let Some((_, status)) = rustix::process::waitpid(Some(child), options).unwrap() {
+                return status.exit_status().unwrap() == 1;
+            }
+            if Instant::now() > late {
+                rustix::process::kill_process(child, rustix::process::Signal::KILL).unwrap();
+                panic!("the child waits on though its parent has gone");
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    #[test]
+    fn child_goes_on_by_its_parents_word_alone() {
+        assert!(waits(b"x"));
+        assert!(!waits(b""));
     }
 }
