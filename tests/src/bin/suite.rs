@@ -33,6 +33,10 @@ struct Cli {
     /// Runs the cases of passed functions instead, on a host that has some: `vial-host run --devices`
     #[arg(long)]
     devices: bool,
+    /// Writes the names of cases that held to this file, and leaves out those that stand there: a run that a host
+    /// has died under goes on where it was
+    #[arg(long, value_name = "FILE")]
+    record: Option<std::path::PathBuf>,
     /// Archives to import first, each for `ctr image import`
     #[arg(long, value_name = "FILE")]
     import: Vec<std::path::PathBuf>,
@@ -68,7 +72,14 @@ fn main() -> ExitCode {
         return ExitCode::from(2);
     }
     cri::pod::use_handler(cli.handler);
-    match suite::run(&cases, &cli.image, &cli.import, cli.devices) {
+    let record = match suite::record::Record::open(cli.record.as_deref()) {
+        Ok(record) => record,
+        Err(error) => {
+            eprintln!("vial-suite: {error:#}");
+            return ExitCode::from(2);
+        }
+    };
+    match suite::run(&cases, &cli.image, &cli.import, cli.devices, record) {
         true => ExitCode::SUCCESS,
         false => ExitCode::FAILURE,
     }
