@@ -12,6 +12,7 @@ mod boot;
 mod cgroup;
 mod container;
 mod devices;
+mod forward;
 mod helper;
 mod launch;
 mod log;

@@ -16,11 +16,12 @@ use tokio::net::UnixListener;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener};
 use ttrpc::r#async::transport::Listener as TtrpcListener;
-use vial_agent_protocol::{AGENT_PORT, READY_PORT, STREAM_PORT, agent_ttrpc};
+use vial_agent_protocol::{AGENT_PORT, FORWARD_PORT, READY_PORT, STREAM_PORT, agent_ttrpc};
 
 use crate::adopt::{self, Adoption};
 use crate::boot;
 use crate::container::{ContainerError, Containers, Places};
+use crate::forward::Forwards;
 use crate::marks::Mark;
 use crate::reaper::Reaper;
 use crate::service::AgentService;
@@ -52,7 +53,7 @@ pub(crate) enum ServerError {
 /// Where connections come from.
 pub(crate) enum Endpoint {
     Vsock,
-    /// `agent.sock` and `stream.sock` in this directory, which exists.
+    /// `agent.sock`, `stream.sock` and `forward.sock` in this directory, which exists.
     Directory(PathBuf),
 }
 
@@ -181,6 +182,7 @@ async fn serve_async(
     let shutdown = Shutdown::default();
 
     // Who can ask can also open streams.
+    let forwarded = Listener::bind(endpoint, FORWARD_PORT, "forward.sock")?;
     let stdio = Listener::bind(endpoint, STREAM_PORT, "stream.sock")?;
     let control = Listener::bind(endpoint, AGENT_PORT, "agent.sock")?;
     let reaping = tokio::spawn(reaper.run());
@@ -189,6 +191,14 @@ async fn serve_async(
             let stream = stdio.accept().await;
             let streams = streams.clone();
             tokio::spawn(async move { streams.accept(stream).await });
+        }
+    });
+    tokio::spawn(async move {
+        let forwards = Forwards::new();
+        loop {
+            let stream = forwarded.accept().await;
+            let forwards = forwards.clone();
+            tokio::spawn(async move { forwards.serve(stream).await });
         }
     });
     marks.push(Mark::now("listening"));

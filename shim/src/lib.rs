@@ -31,6 +31,7 @@ pub mod container;
 pub mod devices;
 pub mod error;
 pub mod events;
+mod forward;
 pub mod jail;
 pub mod life;
 pub mod metrics;

@@ -9,6 +9,7 @@
 //! nothing, [`attach`] makes taps and joins them, [`detach`] takes both back, after a crash too.
 //! Each runs on a thread that enters the namespace and ends in it.
 
+mod steer;
 mod tap;
 mod traffic;
 
@@ -22,6 +23,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+pub use self::steer::Loopback;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde::{Deserialize, Serialize};
 use vial_agent_protocol::{
@@ -300,6 +302,17 @@ fn join(
         socket.change(traffic::redirect(from, to)).map_err(refused)?;
     }
     Ok(Tap { descriptor, mac, mtu })
+}
+
+/// Takes the loopback of the namespace at `path`, to which nothing but forwarded ports connects.
+///
+/// # Errors
+/// [`NetworkError`].
+pub fn take_loopback(path: &Path) -> Result<Loopback, NetworkError> {
+    let (namespace, _) = open(path)?;
+    inside(path, &namespace, |_| {
+        Loopback::take(namespace.as_fd()).map_err(kernel("take the connections to 127.0.0.1"))
+    })
 }
 
 /// Takes back what [`attach`] did, as far as it got. A namespace that is gone took it along.

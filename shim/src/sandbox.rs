@@ -41,6 +41,7 @@ use crate::{
         wanted::Wanted,
     },
     error::ServiceError,
+    forward,
     jail::{
         self, Confinement,
         cgroup::{Cgroup, Limits},
@@ -224,6 +225,15 @@ impl Sandbox {
             }
         }?;
 
+        if let Some(namespace) = &plan.network_namespace {
+            let forwarding = tokio::spawn(forward::run(namespace.clone(), client.clone()));
+            undo.push("forward the pod's ports", || async move {
+                forwarding.abort();
+                // What it holds is in a namespace that somebody is about to remove.
+                let _ = forwarding.await;
+                Ok(())
+            });
+        }
         let (end, ended) = watch::channel(None);
         tokio::spawn(watch_end(process.clone(), ready, events, end));
         Ok(Self {

@@ -1,6 +1,6 @@
 //! What crosses the border between shim and agent, and nothing that does I/O.
 //!
-//! Three kinds of vsock connections exist:
+//! Four kinds of vsock connections exist:
 //!
 //! - **ready**: once, when its listeners stand, the agent connects to the host's
 //!   [`READY_PORT`] and keeps that connection open. Its end is the agent's end. In a template
@@ -11,6 +11,9 @@
 //!   (8 bytes, little endian, see [`stream_header`]) and then nothing but the stream's bytes. A
 //!   half-close in either direction is the end of the stream in that direction. The shim may open
 //!   a stream before or after the request that names it; the agent waits [`STREAM_WAIT_SECONDS`].
+//! - **forward**: the shim connects to the guest's [`FORWARD_PORT`] and writes the number of a TCP
+//!   port (2 bytes, little endian). The agent connects to that port of the guest's loopback and
+//!   answers [`FORWARDED`]; then the two are one connection. Without that byte there is none.
 
 /// The messages of `proto/agent.proto`.
 #[allow(warnings, clippy::all)] // Generated.
@@ -27,7 +30,7 @@ pub mod agent_ttrpc {
 }
 
 /// The version of this protocol. Shim and agent refuse each other when it differs.
-pub const PROTOCOL_VERSION: u32 = 3;
+pub const PROTOCOL_VERSION: u32 = 4;
 
 /// The host's vsock port that the agent connects to when it can serve.
 pub const READY_PORT: u32 = 1024;
@@ -35,6 +38,13 @@ pub const READY_PORT: u32 = 1024;
 pub const AGENT_PORT: u32 = 1024;
 /// The guest's vsock port that takes stdio streams.
 pub const STREAM_PORT: u32 = 1025;
+
+/// The guest's vsock port that leads to the TCP ports of its loopback.
+pub const FORWARD_PORT: u32 = 1026;
+/// What the agent writes when it has reached a port.
+pub const FORWARDED: u8 = 1;
+/// The most connections to the guest's loopback at one time.
+pub const MAX_FORWARDS: usize = 128;
 
 /// The word on the kernel's command line of a guest that is to be a template.
 pub const TEMPLATE_WORD: &str = "vial.template";

@@ -137,6 +137,12 @@ impl Cri {
         Ok(self.call::<Streaming>("Attach", request)?.url)
     }
 
+    /// Where ports of a pod will be served.
+    pub(crate) fn forward_url(&self, pod: &str, ports: &[i32]) -> Result<String> {
+        let request = PortForwardRequest { pod_sandbox_id: pod.into(), port: ports.to_vec() };
+        Ok(self.call::<Streaming>("PortForward", &request)?.url)
+    }
+
     pub(crate) fn stats(&self, id: &str) -> Result<ContainerStats> {
         let answer: ContainerStatsResponse =
             self.call("ContainerStats", &ContainerId { container_id: id.into() })?;

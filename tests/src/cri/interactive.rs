@@ -2,13 +2,13 @@
 
 use anyhow::{Result, ensure};
 
-use super::pod::{Pod, idle, same_in_a_pod, sh};
-use super::streaming::{STDERR, STDOUT, Stream};
+use super::pod::{Pod, eventually, idle, same_in_a_pod, sh};
+use super::streaming::{DATA, STDERR, STDOUT, Stream, WRONG};
 use super::wire::*;
 use crate::suite::bed::Bed;
 
 pub(crate) fn streams_work_as_with_runc(_: &Bed) -> Result<()> {
-    same_in_a_pod(&[("exec", exec), ("attach", attach)])
+    same_in_a_pod(&[("exec", exec), ("attach", attach), ("port-forward", forward)])
 }
 
 fn exec(pod: &Pod) -> Result<String> {
@@ -73,4 +73,36 @@ fn attach(pod: &Pod) -> Result<String> {
     drop(stream);
     let finished = container.finish()?;
     Ok(format!("{finished:?}"))
+}
+
+/// What a forwarded port sends behind its number, and whether something went wrong.
+fn forwarded(pod: &Pod, port: u16) -> Result<(String, bool)> {
+    let url = pod.cri.forward_url(&pod.id, &[port.into()])?;
+    let stream = Stream::open(&url)?.end()?;
+    let behind_the_number = |channel| {
+        let text = stream.text(channel);
+        let number = String::from_utf8_lossy(&port.to_le_bytes()).into_owned();
+        text.strip_prefix(&number).map(str::to_owned)
+    };
+    let (data, wrong) = (behind_the_number(DATA), behind_the_number(WRONG));
+    ensure!(data.is_some() && wrong.is_some(), "the streams of port {port} begin without it");
+    Ok((data.unwrap_or_default(), wrong.is_some_and(|text| !text.is_empty())))
+}
+
+/// Ports of the pod's loopback, where most servers that are only for a port-forward listen.
+fn forward(pod: &Pod) -> Result<String> {
+    let many = "i=0; while [ $i -lt 20000 ]; do echo line $i; i=$((i+1)); done";
+    let line = format!(
+        "echo '{many}' >/tmp/many; chmod +x /tmp/many; nc -ll -p 90 -e /bin/sh /tmp/many & \
+         exec nc -ll -p 91 -e echo everywhere"
+    );
+    let server = pod.start(sh(&line))?;
+    eventually(|| {
+        server.exec("nc -w 5 127.0.0.1 90 </dev/null >/dev/null && nc -w 5 127.0.0.1 91 </dev/null")
+    })?;
+    let (lines, _) = forwarded(pod, 90)?;
+    ensure!(lines.lines().count() == 20000, "{} lines came", lines.lines().count());
+    let (text, _) = forwarded(pod, 91)?;
+    let (nothing, wrong) = forwarded(pod, 92)?;
+    Ok(format!("{} {text} {nothing:?} {wrong}\n", lines.len()))
 }

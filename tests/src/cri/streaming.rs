@@ -14,6 +14,9 @@ const PROTOCOL: &str = "v4.channel.k8s.io";
 pub(crate) const STDOUT: u8 = 1;
 pub(crate) const STDERR: u8 = 2;
 const STDIN: u8 = 0;
+/// The channels of the first forwarded port: its bytes, and what went wrong. Both begin with the port.
+pub(crate) const DATA: u8 = 0;
+pub(crate) const WRONG: u8 = 1;
 /// How an exec ended, as JSON.
 const ENDED: u8 = 3;
 const RESIZE: u8 = 4;
@@ -102,14 +105,20 @@ impl Stream {
         Ok(())
     }
 
-    /// Reads to the end. Returns the exit status that was told.
-    pub(crate) fn finish(mut self) -> Result<(i32, Self)> {
+    /// Reads to the end.
+    pub(crate) fn end(mut self) -> Result<Self> {
         let start = Instant::now();
         while self.take_in()? {
             ensure!(start.elapsed() < PATIENCE, "no end within {PATIENCE:?}");
         }
-        let status = exit_status(&self.text(ENDED))?;
-        Ok((status, self))
+        Ok(self)
+    }
+
+    /// Reads to the end. Returns the exit status that was told.
+    pub(crate) fn finish(self) -> Result<(i32, Self)> {
+        let ended = self.end()?;
+        let status = exit_status(&ended.text(ENDED))?;
+        Ok((status, ended))
     }
 }
 

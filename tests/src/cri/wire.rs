@@ -140,6 +140,10 @@ messages! {
         [bool] stdout: bool = 4;
         [bool] stderr: bool = 5;
     }
+    PortForwardRequest {
+        [string] pod_sandbox_id: String = 1;
+        [int32, repeated] port: Vec<i32> = 2;
+    }
     /// Where a stream is served.
     Streaming {
         [string] url: String = 1;
