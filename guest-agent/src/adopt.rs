@@ -5,7 +5,6 @@
 //! the same memory, so what has to be a pod's own is made so when the shim asks for it, before
 //! anything else: random numbers, the time of day, devices, the share.
 
-use std::fs;
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -15,10 +14,8 @@ use vial_agent_protocol::agent::AdoptRequest;
 use vial_agent_protocol::{READY_PORT, SEED_BYTES};
 
 use crate::boot::{self, BootError};
+use crate::functions::{self, FunctionError};
 use crate::sys;
-
-/// Makes the kernel look for devices that came meanwhile.
-const RESCAN: &str = "/sys/bus/pci/rescan";
 
 /// Why the guest does not become a pod's own.
 #[derive(Debug, thiserror::Error)]
@@ -33,8 +30,8 @@ pub(crate) enum AdoptError {
     Random(io::Error),
     #[error("cannot set the time of day: {0}")]
     Clock(io::Error),
-    #[error("cannot look for new devices by {RESCAN}: {0}")]
-    Devices(io::Error),
+    #[error(transparent)]
+    Devices(#[from] FunctionError),
     #[error(transparent)]
     Share(#[from] BootError),
     #[error("cannot tell the host on vsock port {READY_PORT} that the agent is ready: {0}")]
@@ -98,7 +95,7 @@ impl Adoption {
         sys::seed_random(&request.seed).map_err(AdoptError::Random)?;
         clock_settime(ClockId::Realtime, time).map_err(|error| AdoptError::Clock(error.into()))?;
         if request.new_devices {
-            fs::write(RESCAN, "1").map_err(AdoptError::Devices)?;
+            functions::rescan()?;
         }
         boot::mount_share()?;
         let ready = connect_ready().await.map_err(AdoptError::Ready)?;

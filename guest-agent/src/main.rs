@@ -13,6 +13,7 @@ mod cgroup;
 mod container;
 mod devices;
 mod forward;
+mod functions;
 mod helper;
 mod launch;
 mod log;

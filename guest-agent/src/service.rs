@@ -7,11 +7,12 @@ use async_trait::async_trait;
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::{Code, get_status};
 use vial_agent_protocol::agent::{
-    AdoptRequest, ConfigureNetworkRequest, ConfigurePodRequest, ContainerRequest,
-    CreateContainerRequest, CreateContainerResponse, Empty, ExecProcessRequest, HelloRequest,
-    HelloResponse, KillProcessRequest, ListPidsResponse, Mark as WireMark, ProcessRequest,
-    ResizeTerminalRequest, StartResponse, StatsResponse, Stdio, UpdateContainerRequest,
-    WaitOomRequest, WaitOomResponse, WaitProcessResponse,
+    AddFunctionsResponse, AdoptRequest, ConfigureNetworkRequest, ConfigurePodRequest,
+    ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty, ExecProcessRequest,
+    FunctionName, FunctionsRequest, HelloRequest, HelloResponse, KillProcessRequest,
+    ListPidsResponse, Mark as WireMark, ProcessRequest, ResizeTerminalRequest, StartResponse,
+    StatsResponse, Stdio, UpdateContainerRequest, WaitOomRequest, WaitOomResponse,
+    WaitProcessResponse,
 };
 use vial_agent_protocol::{PROTOCOL_VERSION, agent_ttrpc};
 
@@ -19,12 +20,14 @@ use crate::adopt::Adoption;
 use crate::cgroup::CgroupError;
 use crate::container::{ContainerError, Containers, Create, Exec, PidNamespace};
 use crate::devices::DeviceError;
+use crate::functions;
 use crate::launch::LaunchError;
 use crate::marks::{Mark, now_ns};
 use crate::network;
 use crate::pod;
 use crate::reaper::ExitStatus;
 use crate::shutdown::Shutdown;
+use crate::spec::environment::Names;
 use crate::stdio::{StdioError, StdioIds};
 
 type Answer<T> = ttrpc::Result<T>;
@@ -109,6 +112,10 @@ fn stdio(stdio: &Stdio) -> StdioIds {
     }
 }
 
+fn names(functions: Vec<FunctionName>) -> Names {
+    functions.into_iter().map(|function| (function.host, function.guest)).collect()
+}
+
 fn wire_mark(mark: &Mark) -> WireMark {
     let mut wire = WireMark::new();
     wire.name = mark.name.to_owned();
@@ -165,6 +172,24 @@ impl agent_ttrpc::Agent for AgentService {
         Ok(Empty::new())
     }
 
+    async fn add_functions(
+        &self,
+        _: &TtrpcContext,
+        request: FunctionsRequest,
+    ) -> Answer<AddFunctionsResponse> {
+        // The kernel answers when the drivers have looked at what they found.
+        let added = functions::add(&request.devices);
+        let mut response = AddFunctionsResponse::new();
+        response.drivers = added.map_err(|error| failed(&error, error.is_of_the_request()))?;
+        Ok(response)
+    }
+
+    async fn remove_functions(&self, _: &TtrpcContext, request: FunctionsRequest) -> Answer<Empty> {
+        let removed = functions::remove(&request.devices);
+        removed.map_err(|error| failed(&error, error.is_of_the_request()))?;
+        Ok(Empty::new())
+    }
+
     async fn create_container(
         &self,
         _: &TtrpcContext,
@@ -187,6 +212,7 @@ impl agent_ttrpc::Agent for AgentService {
                 Some(namespace) if namespace.pod => PidNamespace::Pod,
                 Some(namespace) => PidNamespace::Of(namespace.container_id),
             },
+            functions: names(request.functions),
         };
         let mut response = CreateContainerResponse::new();
         response.pid = whole(async move { containers.create(create).await }).await?;
@@ -213,6 +239,7 @@ impl agent_ttrpc::Agent for AgentService {
             container: request.container_id,
             exec: request.exec_id,
             process: request.process,
+            functions: names(request.functions),
         };
         whole(async move { containers.exec(exec).await }).await.map(started)
     }

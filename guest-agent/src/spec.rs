@@ -9,6 +9,7 @@
 //! | a PID namespace with a path | the pod's, or another container's |
 //! | other namespaces with a path | refused |
 //! | `devices` | see [`devices`] |
+//! | addresses of the host's PCI functions in the environment | those of the guest, see [`environment`] |
 //! | `cgroupsPath` | the container's cgroup below [`crate::cgroup::CONTAINERS`] |
 //! | hooks, `intelRdt`, AppArmor profile, SELinux labels | dropped: programs and facilities of the host |
 //! | `noNewPrivileges: false` | absent, which is the same and lets the filter be loaded early |
@@ -20,6 +21,7 @@
 //! read-only paths.
 
 pub(crate) mod devices;
+pub(crate) mod environment;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

@@ -14,6 +14,8 @@ use crate::timeline::{Timeline, now_ns};
 
 /// How long the agent may take for what it does by itself.
 const CALL_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long it may take to let go of PCI functions, which are taken from it then.
+const LET_GO_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Why the agent did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -146,6 +148,27 @@ impl Agent {
     ) -> Result<(), AgentError> {
         let configured = self.client.configure_pod(limited(), request).await;
         configured.map(drop).map_err(failed("set up the pod"))
+    }
+
+    /// Makes the guest find PCI functions, by their device numbers on its bus 0. Returns the driver
+    /// of each, empty for none.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn add_functions(&self, devices: Vec<u32>) -> Result<Vec<String>, AgentError> {
+        let request = agent::FunctionsRequest { devices, ..Default::default() };
+        let added = self.client.add_functions(limited(), &request).await;
+        added.map(|added| added.drivers).map_err(failed("find PCI functions"))
+    }
+
+    /// Makes the guest let go of PCI functions.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn remove_functions(&self, devices: Vec<u32>) -> Result<(), AgentError> {
+        let request = agent::FunctionsRequest { devices, ..Default::default() };
+        let removed = self.client.remove_functions(with_duration(LET_GO_TIMEOUT), &request).await;
+        removed.map(drop).map_err(failed("let go of PCI functions"))
     }
 
     /// Makes a container and its init process.

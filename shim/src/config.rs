@@ -76,6 +76,8 @@ pub struct File {
     pub memory_overhead_mib: Option<u32>,
     /// PCI functions that pods may name by address.
     pub pci_devices: Option<Vec<String>>,
+    /// Whether containers can bring functions into a VM that runs.
+    pub hot_plug_devices: Option<bool>,
 }
 
 /// The configuration that the program uses.
@@ -112,6 +114,9 @@ pub struct Config {
     pub memory_overhead_mib: u32,
     /// PCI functions that pods may name by address, see [`crate::devices`].
     pub pci_devices: Vec<Address>,
+    /// Whether containers can bring functions into a VM that runs, on a node that has some bound to
+    /// vfio-pci.
+    pub hot_plug_devices: bool,
 }
 
 /// Why a configuration cannot be used.
@@ -232,6 +237,7 @@ impl Config {
             },
             memory_overhead_mib: within(path, "memory_overhead_mib", overhead, OVERHEAD_MIB)?,
             pci_devices,
+            hot_plug_devices: file.hot_plug_devices.unwrap_or(true),
         })
     }
 

@@ -10,12 +10,14 @@
 //! - [`wanted`]: what a pod asks for. Pure.
 //! - [`binding`]: checks, binds, gives back.
 //! - [`handles`]: opens what the VMM is handed.
+//! - [`passed`]: which functions a VM has, and whose they are. Pure.
 //! - [`list`]: what of this node can be given, behind `vial devices`.
 
 pub mod address;
 pub mod binding;
 pub mod handles;
 pub mod list;
+pub mod passed;
 pub mod pci;
 pub mod wanted;
 
@@ -107,8 +109,10 @@ pub enum DeviceError {
     NotViable(u32),
     /// A container wants what the VM was started without.
     #[error(
-        "the container asks for /dev/vfio/{0}, which was not known when the pod's VM was started; \
-         name its functions in the pod's annotation {ANNOTATION}"
+        "the container asks for /dev/vfio/{0}, and its pod's VM was started as one that gets no \
+         functions later: no function of the node was bound to vfio-pci then, or the configuration \
+         has `hot_plug_devices = false`; make the pod anew, set that key, or name the functions in \
+         the pod's annotation {ANNOTATION}"
     )]
     Late(u32),
     /// VFIO is of another kind.

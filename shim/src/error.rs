@@ -3,10 +3,20 @@
 use ttrpc::Code;
 
 use crate::{
-    agent::AgentError, devices::DeviceError, jail::RecordError, life::NoSuchStep,
-    metrics::MetricsError, network::NetworkError, plan::PlanError, pod_files::PodFileError,
-    share::ShareError, spec::SpecError, state_dir::StateDirError, stdio::StdioError,
-    vmm_client::VmmError, vmm_process::VmmProcessError,
+    agent::AgentError,
+    devices::{DeviceError, passed::WrongNumbers},
+    jail::RecordError,
+    life::NoSuchStep,
+    metrics::MetricsError,
+    network::NetworkError,
+    plan::PlanError,
+    pod_files::PodFileError,
+    share::ShareError,
+    spec::SpecError,
+    state_dir::StateDirError,
+    stdio::StdioError,
+    vmm_client::VmmError,
+    vmm_process::VmmProcessError,
 };
 
 /// Why a request to the shim failed.
@@ -91,6 +101,9 @@ pub enum ServiceError {
     /// See [`DeviceError`].
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// See [`WrongNumbers`].
+    #[error(transparent)]
+    WrongNumbers(#[from] WrongNumbers),
     /// See [`ShareError`].
     #[error(transparent)]
     Share(#[from] ShareError),

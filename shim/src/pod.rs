@@ -229,16 +229,21 @@ impl Pod {
         }
         let sandbox = running(&mut slot, plan).await?;
         let devices = spec.wanted_devices(&plan.config.pci_devices)?;
-        sandbox.check_devices(&devices)?;
+        sandbox.give_functions(&new.id, &devices).await?;
         let made = match role {
             Role::Sandbox => {
                 Ok(Container::new(new.id.clone(), new.bundle.clone(), false, pause(&new)))
             }
             Role::Alone | Role::Member(_) => {
-                let pids = if spec.joins_pids() { Some(self.joined_pids()?) } else { None };
-                make(plan, &sandbox, &new, (bytes, &mut spec), pids).await
+                match spec.joins_pids().then(|| self.joined_pids()).transpose() {
+                    Ok(pids) => make(plan, &sandbox, &new, (bytes, &mut spec), pids).await,
+                    Err(error) => Err(error),
+                }
             }
         };
+        if made.is_err() {
+            sandbox.take_functions(&new.id).await;
+        }
         let container = Arc::new(made?);
         self.containers_mut().insert(new.id.clone(), container.clone());
         drop(slot);
@@ -477,6 +482,7 @@ impl Pod {
             for exec in container.execs() {
                 exec.finish_streams(Duration::ZERO).await;
             }
+            sandbox.take_functions(id).await;
             sandbox.share.remove_container(id)?;
             self.containers_mut().remove(id);
             self.events

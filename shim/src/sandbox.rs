@@ -4,10 +4,10 @@
 //! pod and network configured. Each step pushes its undo; a failure takes all back, and stopping does the
 //! same.
 
+mod functions;
 mod start;
 
 use std::{
-    collections::BTreeSet,
     fs::File,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
@@ -28,16 +28,17 @@ use vial_agent_protocol::{
     READY_PORT, SHARE_TAG,
     agent::{ConfigureNetworkRequest, ConfigurePodRequest},
 };
-use vial_vmm_api::{API_VERSION, Action, Descriptor, DeviceConfig, Reply, VmConfig};
+use vial_vmm_api::{
+    API_VERSION, Action, AddedFunctions, Descriptor, DeviceConfig, Reply, VmConfig,
+};
 
+use self::functions::{Functions, pass_devices};
 use self::start::{Saved, Started};
 use crate::{
     agent::Agent,
     config::Config,
     devices::{
-        DeviceError, binding,
         handles::{self, Handles},
-        pci::Sysfs,
         wanted::Wanted,
     },
     error::ServiceError,
@@ -106,8 +107,7 @@ pub struct Sandbox {
     pub agent: Agent,
     /// The number of the next stream in the guest.
     pub next_stream: AtomicU64,
-    /// IOMMU groups whose functions the VM has.
-    groups: BTreeSet<u32>,
+    functions: tokio::sync::Mutex<Functions>,
     process: Arc<VmmProcess>,
     ended: watch::Receiver<Option<String>>,
     undo: Mutex<Option<UndoStack>>,
@@ -177,7 +177,7 @@ impl Sandbox {
             killed.kill(KILL_PATIENCE).await.map_err(|error| error.to_string())
         });
         if passed.is_some() {
-            process.allow_locked_memory(config.memory_mib).map_err(ServiceError::from)?;
+            process.allow_locked_memory(config.memory_mib, 1).map_err(ServiceError::from)?;
         }
         state.vmm = ProcessIdentity::of(process.pid());
         dir.write_state(&state)?;
@@ -196,10 +196,12 @@ impl Sandbox {
         });
 
         let console = if config.debug_console { Some(open_console(&dir)?) } else { None };
+        let hot_plug = config.hot_plug_devices && handles::are_any();
+        let console_file = console.as_ref();
         let handed =
-            Handed { files: &files, console: console.as_ref(), share: &share, taps, passed };
+            Handed { files: &files, console: console_file, share: &share, taps, passed, hot_plug };
         let boot = async {
-            let started = boot(plan, handed, &process, &client).await?;
+            let (started, listed) = boot(plan, handed, &process, &client).await?;
             let (ready, agent) = start::meet_agent(plan, started, &client, &mut events).await?;
             if plan.pod != ConfigurePodRequest::default() {
                 agent.configure_pod(&plan.pod).await?;
@@ -209,9 +211,9 @@ impl Sandbox {
                 agent.configure_network(&network).await?;
                 timeline.mark("network configured");
             }
-            Ok((ready, agent))
+            Ok((ready, agent, listed))
         };
-        let (ready, agent) = tokio::select! {
+        let (ready, agent, listed) = tokio::select! {
             result = tokio::time::timeout(config.boot_timeout, boot) => match result {
                 Ok(booted) => booted,
                 Err(_) => {
@@ -234,6 +236,7 @@ impl Sandbox {
                 Ok(())
             });
         }
+        let functions = Functions::begin(state, listed.as_ref(), hot_plug)?;
         let (end, ended) = watch::channel(None);
         tokio::spawn(watch_end(process.clone(), ready, events, end));
         Ok(Self {
@@ -242,7 +245,7 @@ impl Sandbox {
             vmm: client,
             agent,
             next_stream: AtomicU64::new(1),
-            groups: state.devices.iter().map(|record| record.group).collect(),
+            functions: functions.into(),
             process,
             ended,
             undo: Mutex::new(None),
@@ -254,17 +257,6 @@ impl Sandbox {
     /// somebody looks up by it should be those of the VM.
     pub fn pid(&self) -> u32 {
         self.process.pid()
-    }
-
-    /// Whether the VM has the functions that a container's devices stand for.
-    ///
-    /// # Errors
-    /// [`DeviceError::Late`].
-    pub fn check_devices(&self, wanted: &Wanted) -> Result<(), DeviceError> {
-        match wanted.groups.iter().find(|group| !self.groups.contains(group)) {
-            Some(group) => Err(DeviceError::Late(*group)),
-            None => Ok(()),
-        }
     }
 
     /// Why the VM has ended, if it has.
@@ -377,35 +369,6 @@ fn attach_network(
     Ok((taps, found.request))
 }
 
-/// Binds the functions that the pod asks for, and opens them. What is about to be bound is written
-/// down first.
-fn pass_devices(
-    plan: &Plan,
-    dir: &StateDir,
-    state: &mut State,
-    undo: &mut UndoStack,
-) -> Result<Option<Handles>, ServiceError> {
-    if plan.devices.is_empty() {
-        return Ok(None);
-    }
-    let sysfs = Sysfs::default();
-    let records = binding::check(&sysfs, &plan.devices)?;
-    state.devices.clone_from(&records);
-    dir.write_state(state)?;
-    // Before the step: it may come half of its way.
-    undo.push("bind the pod's PCI functions", || async move {
-        // Their driver lets go of them when the last descriptor is closed, with the VMM.
-        let given = tokio::task::spawn_blocking(move || {
-            binding::give_back(&Sysfs::default(), &records).map_err(|error| error.to_string())
-        });
-        given.await.unwrap_or_else(|error| Err(error.to_string()))
-    });
-    binding::bind(&sysfs, &state.devices)?;
-    let handles = handles::open_all(&state.devices)?;
-    plan.timeline.mark("PCI functions opened");
-    Ok(Some(handles))
-}
-
 /// What the VMM is handed and exists before the sandbox does.
 struct Files {
     kvm: File,
@@ -420,6 +383,7 @@ struct Handed<'a> {
     share: &'a Share,
     taps: Vec<Tap>,
     passed: Option<Handles>,
+    hot_plug: bool,
 }
 
 impl Files {
@@ -496,13 +460,14 @@ pub(crate) fn base_devices(root: Descriptor, own_descriptors: Descriptor) -> Vec
     ]
 }
 
-/// Lets the VM run: from a template when there is one that fits, else its kernel boots.
+/// Lets the VM run: from a template when there is one that fits, else its kernel boots. Returns
+/// where its functions of the host are, too.
 async fn boot(
     plan: &Plan,
-    Handed { files, console, share, taps, passed }: Handed<'_>,
+    Handed { files, console, share, taps, passed, hot_plug }: Handed<'_>,
     process: &VmmProcess,
     client: &VmmClient,
-) -> Result<Started, ServiceError> {
+) -> Result<(Started, Option<AddedFunctions>), ServiceError> {
     let lost = |what: &'static str| {
         move |error| ServiceError::Open { path: what.into(), error, remedy: "see the shim's log" }
     };
@@ -533,9 +498,10 @@ async fn boot(
             state: given.add(&template.state),
             kvm,
             devices: &devices,
+            hot_plug,
         };
         if start::restore(plan, &template.name, saved, client, &given).await? {
-            return Ok(Started::Restored { new_devices: devices.len() > base });
+            return Ok((Started::Restored { new_devices: devices.len() > base }, None));
         }
     }
     let config = VmConfig {
@@ -548,6 +514,7 @@ async fn boot(
         command_line: plan.config.command_line(),
         console: console.map(|console| given.add(console)),
         devices,
+        hot_plug,
     };
     let action = Action::Boot(Box::new(config));
     let answer = client.request(action, &given.0).await;
@@ -555,13 +522,15 @@ async fn boot(
     drop(given);
     drop((taps, passed));
     match answer {
-        Ok(Reply::Booted(report)) => start::mark_report(plan, report),
-        Ok(_) => return Err(vmm("boot the VM")(vmm_client::VmmError::Answer)),
+        Ok(Reply::Booted(report)) => {
+            start::mark_report(plan, report.marks);
+            Ok((Started::Booted, report.functions))
+        }
+        Ok(_) => Err(vmm("boot the VM")(vmm_client::VmmError::Answer)),
         // Why it ended is better known to whoever waits for the process.
         Err(vmm_client::VmmError::Closed) => std::future::pending().await,
-        Err(error) => return Err(vmm("boot the VM")(error)),
+        Err(error) => Err(vmm("boot the VM")(error)),
     }
-    Ok(Started::Booted)
 }
 
 /// Descriptors in the order in which a message names them.

@@ -52,6 +52,9 @@ pub enum VmmError {
     /// The connection to the VMM is gone.
     #[error("the VMM has ended")]
     Closed,
+    /// No answer comes.
+    #[error("the VMM has not answered within {0:?}")]
+    Late(std::time::Duration),
     /// The answer is of another kind than the request.
     #[error("the VMM answered something else than what it was asked")]
     Answer,

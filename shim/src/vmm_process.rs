@@ -126,13 +126,14 @@ impl VmmProcess {
         Ok(rustix::fs::open(path, flags, Mode::empty())?)
     }
 
-    /// Lets it lock a guest's memory of that many MiB, and some for its own: what the host's PCI
-    /// functions may write to has to stay where it is.
+    /// Lets it lock a guest's memory of that many MiB, counted so many times, and some for its own:
+    /// what the host's PCI functions may write to has to stay where it is.
     ///
     /// # Errors
     /// The process is gone, or the shim may not raise a limit.
-    pub fn allow_locked_memory(&self, memory_mib: u32) -> Result<(), VmmProcessError> {
-        let most = Some((u64::from(memory_mib) + OTHER_LOCKED_MIB) << 20);
+    pub fn allow_locked_memory(&self, memory_mib: u32, times: u32) -> Result<(), VmmProcessError> {
+        let guest_mib = u64::from(memory_mib).saturating_mul(times.into());
+        let most = Some((guest_mib.min(u64::MAX >> 21) + OTHER_LOCKED_MIB) << 20);
         let pid = i32::try_from(self.pid).ok().and_then(Pid::from_raw);
         let limit = Rlimit { current: most, maximum: most };
         prlimit(pid, Resource::Memlock, limit)

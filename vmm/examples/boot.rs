@@ -33,6 +33,7 @@ fn main() {
         command_line: argument(3).cloned().unwrap_or_else(|| "console=ttyS0 panic=-1".into()),
         console: Some(files.add(std::io::stdout().try_clone_to_owned())),
         devices,
+        hot_plug: false,
     };
     let mut vmm = client::Vmm::start(Path::new(vmm));
     let report = vmm.ask(Action::Boot(Box::new(config)), &files.all());

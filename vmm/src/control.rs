@@ -17,7 +17,9 @@ use vial_vmm_api::{
     MAX_MESSAGE_BYTES, Message, Reply, Request, VmState, decode, encode,
 };
 
-use crate::machine::{Descriptors, GuestConnected, Machine, MachineError, Purpose, RunningMachine};
+use crate::machine::{
+    Descriptors, GuestConnected, Machine, MachineError, PassError, Purpose, RunningMachine,
+};
 use crate::vcpu::EndOfVm;
 use crate::vm_state::{self, VmEvent};
 use crate::wake::Wake;
@@ -160,6 +162,12 @@ impl Control {
                 result
             }
             Action::VsockConnect { port, socket } => self.connect(port, socket, descriptors),
+            Action::AddFunctions { container, groups, functions } => self
+                .pass(|machine| machine.add_functions(container, groups, functions, descriptors))
+                .map(Reply::FunctionsAdded),
+            Action::RemoveFunctions { set } => {
+                self.pass(|machine| machine.remove_functions(set)).map(|()| Reply::Done)
+            }
             Action::Status => Ok(Reply::Status(self.state)),
             Action::Stop => {
                 end = Some(ExitReason::Stopped);
@@ -254,6 +262,25 @@ impl Control {
                 .map_err(|message| failure(FailureKind::Host, message)),
             None => Err(failure(FailureKind::State, "no VM runs; boot one first".into())),
         }
+    }
+
+    /// Gives functions to the machine, or takes them.
+    fn pass<T>(
+        &mut self,
+        change: impl FnOnce(&mut RunningMachine) -> Result<T, PassError>,
+    ) -> Result<T, Failure> {
+        self.state = self.advance(VmEvent::Pass)?;
+        let Some(machine) = &mut self.machine else {
+            let message = "no VM runs; boot one first".into();
+            return Err(Failure { kind: FailureKind::State, message });
+        };
+        change(machine).map_err(|error| Failure {
+            kind: match error.is_invalid_request() {
+                true => FailureKind::Invalid,
+                false => FailureKind::Host,
+            },
+            message: error.to_string(),
+        })
     }
 
     /// The next packet and its descriptors, or nothing when the other side is gone.

@@ -8,11 +8,12 @@ use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use kvm_bindings::{
-    CpuId, KVM_API_VERSION, KVM_DEV_VFIO_GROUP, KVM_DEV_VFIO_GROUP_ADD, KVM_IRQ_ROUTING_IRQCHIP,
-    KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_MAX_CPUID_ENTRIES, KvmIrqRouting, kvm_clock_data,
-    kvm_create_device, kvm_device_attr, kvm_device_type_KVM_DEV_TYPE_VFIO, kvm_irq_routing_entry,
-    kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_irqchip, kvm_irq_routing_msi,
-    kvm_irq_routing_msi__bindgen_ty_1, kvm_irqchip, kvm_userspace_memory_region, kvm_xsave,
+    CpuId, KVM_API_VERSION, KVM_DEV_VFIO_GROUP, KVM_DEV_VFIO_GROUP_ADD, KVM_DEV_VFIO_GROUP_DEL,
+    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_MAX_CPUID_ENTRIES,
+    KvmIrqRouting, kvm_clock_data, kvm_create_device, kvm_device_attr,
+    kvm_device_type_KVM_DEV_TYPE_VFIO, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
+    kvm_irq_routing_irqchip, kvm_irq_routing_msi, kvm_irq_routing_msi__bindgen_ty_1, kvm_irqchip,
+    kvm_userspace_memory_region, kvm_xsave,
 };
 use kvm_ioctls::{Cap, DeviceFd, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vm_memory::{GuestMemory, GuestMemoryRegion};
@@ -138,8 +139,12 @@ pub struct Vm {
     lines: Mutex<Lines>,
     /// What the memory slots point to: it stays mapped for as long as KVM may use it.
     ram: OnceLock<GuestRam>,
-    /// The same, of passed functions. Nothing is ever taken out.
-    windows: Mutex<Vec<Window>>,
+    /// The same, of passed functions, by the number of the slot. One is taken out when its slot is
+    /// gone, and its number given to another.
+    windows: Mutex<Vec<Option<Window>>>,
+    /// What tells KVM of the groups of passed functions (KVM_DEV_VFIO), once there were any. A
+    /// machine can have but one.
+    groups: Mutex<Option<DeviceFd>>,
 }
 
 /// A part of a function's memory, and whether a slot shows it.
@@ -148,15 +153,11 @@ struct Window {
     placed: bool,
 }
 
-/// What tells KVM of the groups of passed functions (KVM_DEV_VFIO).
-#[derive(Debug)]
-pub struct GroupsOfKvm {
-    _device: DeviceFd,
-}
-
 #[derive(Default)]
 struct Lines {
     allocated: u32,
+    /// Of those, the ones that were given back.
+    free: Vec<u32>,
     routes: BTreeMap<u32, MsiMessage>,
     attached: std::collections::BTreeSet<u32>,
 }
@@ -177,6 +178,7 @@ impl Vm {
             lines: Mutex::default(),
             ram: OnceLock::new(),
             windows: Mutex::default(),
+            groups: Mutex::default(),
         }))
     }
 
@@ -205,30 +207,46 @@ impl Vm {
     /// Takes a part of a function's memory, which no slot shows yet, and returns its number.
     pub fn add_window(&self, memory: DeviceMemory) -> u32 {
         let mut windows = lock(&self.windows);
-        windows.push(Window { memory, placed: false });
+        let window = Window { memory, placed: false };
         // A function has a handful of them.
-        (windows.len() - 1) as u32
+        match windows.iter().position(Option::is_none) {
+            Some(free) => {
+                windows[free] = Some(window);
+                free as u32
+            }
+            None => {
+                windows.push(Some(window));
+                (windows.len() - 1) as u32
+            }
+        }
     }
 
     /// Tells KVM of groups of functions, so that it knows whether their DMA is coherent.
     ///
     /// # Errors
     /// KVM refuses, or the descriptors are no groups.
-    pub fn join_groups(&self, groups: &[OwnedFd]) -> Result<GroupsOfKvm, KvmError> {
-        let mut create =
-            kvm_create_device { type_: kvm_device_type_KVM_DEV_TYPE_VFIO, fd: 0, flags: 0 };
-        let device = self.fd.create_device(&mut create).map_err(refused("make its VFIO device"))?;
-        for group in groups {
-            let descriptor = group.as_raw_fd();
-            let add = kvm_device_attr {
-                group: KVM_DEV_VFIO_GROUP,
-                attr: KVM_DEV_VFIO_GROUP_ADD.into(),
-                addr: (&raw const descriptor) as u64,
-                flags: 0,
-            };
-            device.set_device_attr(&add).map_err(refused("take a VFIO group"))?;
+    pub fn join_groups(&self, groups: &[OwnedFd]) -> Result<(), KvmError> {
+        let mut device = lock(&self.groups);
+        if device.is_none() {
+            let mut create =
+                kvm_create_device { type_: kvm_device_type_KVM_DEV_TYPE_VFIO, fd: 0, flags: 0 };
+            let made = self.fd.create_device(&mut create);
+            *device = Some(made.map_err(refused("make its VFIO device"))?);
         }
-        Ok(GroupsOfKvm { _device: device })
+        let tell = |group| tell_of_group(device.as_ref(), group, KVM_DEV_VFIO_GROUP_ADD);
+        groups.iter().try_for_each(tell).map_err(refused("take a VFIO group"))
+    }
+
+    /// Lets KVM forget groups of functions, whose descriptors it keeps open otherwise. All are
+    /// tried.
+    ///
+    /// # Errors
+    /// KVM does not know one of them.
+    pub fn leave_groups(&self, groups: &[OwnedFd]) -> Result<(), KvmError> {
+        let device = lock(&self.groups);
+        let tell = |group| tell_of_group(device.as_ref(), group, KVM_DEV_VFIO_GROUP_DEL);
+        let left = groups.iter().map(tell).fold(Ok(()), Result::and);
+        left.map_err(refused("let go of a VFIO group"))
     }
 
     /// Makes a vCPU.
@@ -311,6 +329,9 @@ impl Vm {
 impl MsiRouter for Vm {
     fn allocate(&self) -> Result<u32, MsiError> {
         let mut lines = lock(&self.lines);
+        if let Some(gsi) = lines.free.pop() {
+            return Ok(gsi);
+        }
         let gsi = FIRST_MSI_GSI + lines.allocated;
         if gsi >= MAX_GSI {
             let reason = format!("KVM has no more than {MAX_GSI} lines");
@@ -335,6 +356,13 @@ impl MsiRouter for Vm {
         Ok(())
     }
 
+    fn release(&self, gsi: u32) {
+        let mut lines = lock(&self.lines);
+        // The next table that KVM is told is without it.
+        lines.routes.remove(&gsi);
+        lines.free.push(gsi);
+    }
+
     fn detach(&self, gsi: u32, event: &EventFd) -> Result<(), MsiError> {
         if lock(&self.lines).attached.remove(&gsi) {
             self.fd.unregister_irqfd(event, gsi).map_err(|error| MsiError {
@@ -347,12 +375,8 @@ impl MsiRouter for Vm {
     }
 }
 
-impl Windows for Vm {
-    fn place(&self, window: u32, at: Option<u64>) -> io::Result<()> {
-        let mut windows = lock(&self.windows);
-        let Some(shown) = windows.get_mut(window as usize) else {
-            return Err(io::ErrorKind::NotFound.into());
-        };
+impl Vm {
+    fn show(&self, window: u32, shown: &mut Window, at: Option<u64>) -> io::Result<()> {
         let slot = |at: u64, memory_size: u64| kvm_userspace_memory_region {
             slot: FIRST_WINDOW_SLOT + window,
             flags: 0,
@@ -362,8 +386,8 @@ impl Windows for Vm {
         };
         let set = |slot| {
             // SAFETY: the range is a mapping of a function's memory, which is the guest's to use
-            // and stays mapped until the machine's descriptor is closed: nothing is taken out of
-            // `windows`, and fields are dropped in order.
+            // and stays mapped until its slot is gone: `release` takes it out of `windows` after
+            // that only, and otherwise fields are dropped in order, the machine's descriptor first.
             unsafe { self.fd.set_user_memory_region(slot) }.map_err(io::Error::from)
         };
         // A slot cannot be changed, only removed.
@@ -377,6 +401,44 @@ impl Windows for Vm {
         }
         Ok(())
     }
+}
+
+impl Windows for Vm {
+    fn place(&self, window: u32, at: Option<u64>) -> io::Result<()> {
+        let mut windows = lock(&self.windows);
+        match windows.get_mut(window as usize) {
+            Some(Some(shown)) => self.show(window, shown, at),
+            _ => Err(io::ErrorKind::NotFound.into()),
+        }
+    }
+
+    fn release(&self, window: u32) {
+        let mut windows = lock(&self.windows);
+        let Some(taken) = windows.get_mut(window as usize) else { return };
+        let hidden = taken.as_mut().map_or(Ok(()), |shown| self.show(window, shown, None));
+        match hidden {
+            Ok(()) => *taken = None,
+            // It stays mapped, since the guest may reach it.
+            Err(error) => tracing::error!(%error, "memory of a function stays with the guest"),
+        }
+    }
+}
+
+/// Adds or removes a group of KVM's.
+fn tell_of_group(
+    device: Option<&DeviceFd>,
+    group: &OwnedFd,
+    what: u32,
+) -> Result<(), kvm_ioctls::Error> {
+    let Some(device) = device else { return Ok(()) };
+    let descriptor = group.as_raw_fd();
+    let attribute = kvm_device_attr {
+        group: KVM_DEV_VFIO_GROUP,
+        attr: what.into(),
+        addr: (&raw const descriptor) as u64,
+        flags: 0,
+    };
+    device.set_device_attr(&attribute)
 }
 
 impl Doorbells for Vm {

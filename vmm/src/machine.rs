@@ -3,6 +3,7 @@
 //! [`RunningMachine`] cannot be given another kernel.
 
 mod assembly;
+mod passed;
 mod restore;
 mod save;
 mod vcpus;
@@ -15,17 +16,20 @@ use std::sync::{Arc, Mutex};
 
 use kvm_ioctls::VcpuFd;
 use vial_vmm_api::{
-    API_VERSION, BootReport, Descriptor, DeviceConfig, MAX_COMMAND_LINE_BYTES, MAX_DEVICES,
-    MAX_PASSED_FUNCTIONS, MEMORY_MIB, VCPUS, VmConfig,
+    API_VERSION, AddedFunctions, BootReport, Descriptor, DeviceConfig, MAX_COMMAND_LINE_BYTES,
+    MAX_DEVICES, MAX_PASSED_FUNCTIONS, MEMORY_MIB, VCPUS, VmConfig,
 };
 use vmm_sys_util::eventfd::EventFd;
 
 use self::assembly::{Assembly, kind};
+pub use self::passed::PassError;
+use self::passed::{Given, Passed};
 pub use self::save::SaveError;
 use self::save::Saving;
 use crate::arch::{acpi, boot, cpuid, generation, layout, registers, vcpu_state};
 use crate::clock::monotonic_ns;
-use crate::devices::{vfio, vsock};
+use crate::devices::vfio::Placed;
+use crate::devices::vsock;
 use crate::event_loop::{EventLoop, EventLoopError};
 use crate::kvm::{self, Vm};
 use crate::memory::{GuestRam, map_ram};
@@ -248,6 +252,10 @@ impl Purpose {
         };
         let console = config.console.map(|_| "console");
         match config.devices.iter().find_map(kept).or(console) {
+            _ if self == Self::Template && config.hot_plug => Err(MachineError::Config(
+                "a machine that can be given functions cannot be saved; leave `hot_plug` out"
+                    .into(),
+            )),
             Some(what) if self == Self::Template => Err(MachineError::Config(format!(
                 "a machine with a {what} device cannot be saved; leave it out of the template"
             ))),
@@ -265,8 +273,9 @@ pub struct Machine {
     vcpus: Vec<VcpuFd>,
     vsock: Option<vsock::VsockConnector>,
     vm: Arc<Vm>,
-    passed: Option<vfio::Joined>,
-    marks: Vec<(String, u64)>,
+    passed: Passed,
+    hot_plug: bool,
+    report: BootReport,
     saving: Option<Saving>,
 }
 
@@ -276,8 +285,8 @@ pub struct RunningMachine {
     vsock: Option<vsock::VsockConnector>,
     /// Keeps KVM's side of the machine for as long as the guest's memory is mapped.
     vm: Arc<Vm>,
-    /// Keeps passed functions joined.
-    _passed: Option<vfio::Joined>,
+    passed: Passed,
+    hot_plug: bool,
     saving: Option<Saving>,
 }
 
@@ -304,9 +313,7 @@ impl Machine {
         mark("vm created");
 
         let supported = kvm::supported_cpuid(&kvm)?;
-        let passes = config.devices.iter().any(|device| passed_functions(device).is_some());
-        let high_window =
-            passes.then(|| layout::high_window(cpuid::physical_address_bits(&supported)));
+        let high_window = layout::high_window(cpuid::physical_address_bits(&supported));
         let entry = load_guest(&config, &mut descriptors, &ram, high_window.clone())?;
         mark("kernel loaded");
 
@@ -315,16 +322,15 @@ impl Machine {
             None => None,
         };
         let workers = start_workers(&config.devices, console.as_ref())?;
-        let high_window = high_window.unwrap_or_default();
         let pci = PciBus::with_high_window(high_window.clone());
         let platform = Arc::new(Platform { ports: Ports::new(console), pci });
-        let mut assembly = Assembly::new(&vm, &ram, &platform, workers);
-        assembly.high_window = high_window;
+        let passed = Passed::new(&vm, &ram, &platform, high_window);
+        let mut assembly = Assembly::new(&vm, &ram, &platform, workers, passed);
         let mut guest_connected = Some(guest_connected);
         for (number, device) in config.devices.into_iter().enumerate() {
             assembly.add(number, device, None, &mut descriptors, &mut guest_connected)?;
         }
-        let Assembly { vsock, functions, passed, .. } = assembly;
+        let Assembly { vsock, functions, passed, listed, .. } = assembly;
         mark("devices added");
 
         let made = vcpus::create(&supported, &vm, config.vcpus)?;
@@ -347,7 +353,9 @@ impl Machine {
             }
         };
         mark("vcpus created");
-        Ok(Self { platform, vcpus: made.vcpus, vsock, vm, passed, marks, saving })
+        let report = BootReport { marks, functions: listed };
+        let hot_plug = config.hot_plug;
+        Ok(Self { platform, vcpus: made.vcpus, vsock, vm, passed, hot_plug, report, saving })
     }
 
     /// Lets the guest run. How it ends is told by `end`.
@@ -357,15 +365,16 @@ impl Machine {
     pub fn start(self, end: &EndOfVm) -> Result<(RunningMachine, BootReport), MachineError> {
         // The file server has its own. The vCPUs' threads inherit what is left here: nothing.
         privileges::give_up_capabilities()?;
-        let kind = match self.passed {
-            Some(_) => ThreadKind::VcpuWithFunctions,
-            None => ThreadKind::Vcpu,
+        let kind = match self.hot_plug || !self.passed.is_empty() {
+            true => ThreadKind::VcpuWithFunctions,
+            false => ThreadKind::Vcpu,
         };
         let mut saving = self.saving;
         let parking = saving.as_ref().map(|saving| saving.parking.clone());
         let started = vcpus::start(self.vcpus, kind, &self.platform, end, parking.as_ref())?;
         // Nobody starts a thread from here on.
         match &mut saving {
+            None if self.hot_plug => seccomp::confine(ThreadKind::ControlWithFunctions)?,
             None => seccomp::confine(ThreadKind::Control)?,
             Some(saving) => {
                 saving.threads = started.threads;
@@ -376,16 +385,17 @@ impl Machine {
             // A thread that has ended has told why.
             let _ = gate.send(());
         }
-        let mut marks = self.marks;
-        marks.push(("vcpus started".to_owned(), monotonic_ns()));
+        let mut report = self.report;
+        report.marks.push(("vcpus started".to_owned(), monotonic_ns()));
         let running = RunningMachine {
             platform: self.platform,
             vsock: self.vsock,
             vm: self.vm,
-            _passed: self.passed,
+            passed: self.passed,
+            hot_plug: self.hot_plug,
             saving,
         };
-        Ok((running, BootReport { marks }))
+        Ok((running, report))
     }
 }
 
@@ -397,6 +407,35 @@ impl RunningMachine {
     pub fn connect(&self, port: u32, socket: OwnedFd) -> Result<(), String> {
         let vsock = self.vsock.as_ref().ok_or("the VM has no vsock device; configure one")?;
         vsock.connect(port, socket).map_err(|error| error.to_string())
+    }
+
+    /// Adds functions of the host.
+    ///
+    /// # Errors
+    /// [`PassError`]; none of them is there then.
+    pub fn add_functions(
+        &mut self,
+        container: Descriptor,
+        groups: Vec<Descriptor>,
+        functions: Vec<Descriptor>,
+        mut descriptors: Descriptors,
+    ) -> Result<AddedFunctions, PassError> {
+        if !self.hot_plug {
+            return Err(PassError::NotHotPlug);
+        }
+        let given = Given { container, groups, functions };
+        self.passed.add(given, &mut descriptors, Placed::ByTheGuest)
+    }
+
+    /// Takes functions back that came together.
+    ///
+    /// # Errors
+    /// [`PassError::NoSet`] and [`PassError::NotHotPlug`].
+    pub fn remove_functions(&mut self, set: u32) -> Result<(), PassError> {
+        match self.hot_plug {
+            true => self.passed.remove(set),
+            false => Err(PassError::NotHotPlug),
+        }
     }
 
     /// Stops the machine and writes it to two files, its memory and all else.
@@ -419,7 +458,7 @@ fn load_guest(
     config: &VmConfig,
     descriptors: &mut Descriptors,
     ram: &GuestRam,
-    high_window: Option<Range<u64>>,
+    high_window: Range<u64>,
 ) -> Result<vm_memory::GuestAddress, MachineError> {
     let mut kernel = File::from(descriptors.take(config.kernel, "the kernel")?);
     let loaded = boot::load_kernel(ram, &mut kernel)?;
@@ -435,7 +474,7 @@ fn load_guest(
     let platform = acpi::Platform {
         vcpus: config.vcpus,
         serial: config.console.is_some(),
-        high_window: high_window.map(|window| (window.start, window.end)),
+        high_window: (high_window.start, high_window.end),
     };
     let acpi_root = acpi::write_tables(ram, platform)?;
     boot::write_parameters(ram, &config.command_line, initrd, acpi_root)?;
@@ -488,6 +527,7 @@ mod tests {
             command_line: String::new(),
             console: None,
             devices: Vec::new(),
+            hot_plug: false,
         }
     }
 
@@ -527,6 +567,14 @@ mod tests {
             let text = check(&config).unwrap_err().to_string();
             assert!(text.contains(word), "{text}");
         }
+    }
+
+    #[test]
+    fn machine_that_is_given_functions_later_is_no_template() {
+        let config = VmConfig { hot_plug: true, ..config() };
+        Purpose::Run.check(&config).unwrap();
+        let error = Purpose::Template.check(&config).unwrap_err();
+        assert!(error.to_string().contains("hot_plug"), "{error}");
     }
 
     #[test]

@@ -28,6 +28,8 @@ pub enum ThreadKind {
     FileServer,
     /// Serves the shim's socket, once the VM runs.
     Control,
+    /// The same, where functions of the host can come and go.
+    ControlWithFunctions,
     /// As [`ThreadKind::Control`], of a VM that is to be saved.
     Saver,
 }

@@ -27,7 +27,7 @@ use crate::virtio::pci::DeviceState;
 const MAGIC: [u8; 8] = *b"VIALVMST";
 /// Of the header, and of the shape of [`Snapshot`]. Whatever changes how a machine is built
 /// changes it too: what the guest has seen once stays.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const HEADER_BYTES: usize = 28;
 /// The largest state: 64 vCPUs have less than a MiB.
 pub const MAX_STATE_BYTES: usize = 4 << 20;
@@ -211,7 +211,7 @@ mod tests {
         ));
         let mut other = sealed.clone();
         other[8] += 1;
-        assert!(matches!(open(&other), Err(SnapshotError::Version(2))));
+        assert!(matches!(open(&other), Err(SnapshotError::Version(found)) if found == VERSION + 1));
         let nothing = Snapshot::read(&mut &seal(b"").unwrap()[..]);
         assert!(matches!(nothing, Err(SnapshotError::Encoding(_))));
         let large = vec![0; HEADER_BYTES + MAX_STATE_BYTES + 1];

@@ -18,6 +18,8 @@ pub enum VmEvent {
     Saved,
     /// The owner connects to a port of the guest.
     Connect,
+    /// The owner gives it functions of the host, or takes them.
+    Pass,
     /// The guest ended, or is ended.
     End,
 }
@@ -39,12 +41,17 @@ pub struct WrongState {
 pub fn next(state: VmState, event: VmEvent) -> Result<VmState, WrongState> {
     match (state, event) {
         (VmState::Empty, VmEvent::Boot) => Ok(VmState::Running),
-        (VmState::Running, VmEvent::Connect | VmEvent::Save) => Ok(VmState::Running),
+        (VmState::Running, VmEvent::Connect | VmEvent::Save | VmEvent::Pass) => {
+            Ok(VmState::Running)
+        }
         (VmState::Empty | VmState::Running, VmEvent::End) => Ok(VmState::Ended),
         (VmState::Running, VmEvent::Saved) => Ok(VmState::Ended),
         (_, VmEvent::Boot) => Err(WrongState { state, what: "boot; a VM boots once" }),
         (_, VmEvent::Connect) => {
             Err(WrongState { state, what: "take a connection; it has to run" })
+        }
+        (_, VmEvent::Pass) => {
+            Err(WrongState { state, what: "be given functions or lose them; it has to run" })
         }
         (_, VmEvent::Save | VmEvent::Saved) => {
             Err(WrongState { state, what: "be saved; it has to run" })
@@ -64,7 +71,8 @@ mod tests {
         fn vm_boots_at_most_once_and_stays_ended(
             events in proptest::collection::vec(
                 proptest::sample::select(vec![
-                    VmEvent::Boot, VmEvent::Connect, VmEvent::Save, VmEvent::Saved, VmEvent::End,
+                    VmEvent::Boot, VmEvent::Connect, VmEvent::Save, VmEvent::Saved, VmEvent::Pass,
+                    VmEvent::End,
                 ]), 0..20)
         ) {
             let mut state = VmState::Empty;

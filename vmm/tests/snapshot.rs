@@ -113,6 +113,7 @@ impl Saved {
             vcpus: 1,
             memory_mib: 32,
             devices: devices(),
+            hot_plug: false,
         };
         change(&mut config);
         vmm.ask(Action::Restore(Box::new(config)), &files.all())

@@ -30,7 +30,7 @@ pub mod agent_ttrpc {
 }
 
 /// The version of this protocol. Shim and agent refuse each other when it differs.
-pub const PROTOCOL_VERSION: u32 = 4;
+pub const PROTOCOL_VERSION: u32 = 5;
 
 /// The host's vsock port that the agent connects to when it can serve.
 pub const READY_PORT: u32 = 1024;
@@ -74,6 +74,11 @@ pub const MAX_COUNTERS: usize = 128;
 
 /// The most kernel parameters that a pod can set.
 pub const MAX_SYSCTLS: usize = 256;
+
+/// The most PCI functions of the host in one request.
+pub const MAX_FUNCTIONS: usize = 16;
+/// The device numbers on the guest's PCI bus that they can have.
+pub const FUNCTION_DEVICES: std::ops::RangeInclusive<u32> = 1..=31;
 
 /// The tag of the shared file system, as the guest mounts it.
 pub const SHARE_TAG: &str = "vial";

@@ -21,6 +21,7 @@ use crate::helper::{Order, Task};
 use crate::launch;
 use crate::pod;
 use crate::reaper::Launch;
+use crate::spec::environment::{self, Names};
 use crate::spec::{self, Guest};
 use crate::stdio::{self, Claimed, Input, StdioIds};
 use crate::terminal::{ConsoleSocket, Terminal};
@@ -41,6 +42,8 @@ pub(crate) struct Create {
     pub(crate) shared_memory: Vec<(u32, u64)>,
     pub(crate) pid_namespace: PidNamespace,
     pub(crate) stdio: StdioIds,
+    /// The VM's functions of the host.
+    pub(crate) functions: Names,
 }
 
 /// In place of a PID namespace that the spec joins.
@@ -172,7 +175,10 @@ impl Containers {
             PidNamespace::Pod => Some(self.pod.pid_namespace()?),
             PidNamespace::Of(id) => Some(pod::pid_namespace_of(self.get(id)?.process("")?.pid)),
         };
-        let spec = spec::parse(&create.spec)?;
+        let mut spec = spec::parse(&create.spec)?;
+        if let Some(process) = spec.process_mut() {
+            environment::name_functions(process, &create.functions);
+        }
         let devices = match spec::devices::has_any(spec.linux().as_ref()) {
             true => spec::devices::of_guest(),
             false => Vec::new(),

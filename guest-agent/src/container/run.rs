@@ -21,6 +21,7 @@ use crate::launch::LaunchError;
 use crate::marks::Mark;
 use crate::reaper::ExitStatus;
 use crate::spec;
+use crate::spec::environment::{self, Names};
 use crate::stdio::{Claimed, StdioIds};
 use crate::sys;
 
@@ -36,6 +37,8 @@ pub(crate) struct Exec {
     pub(crate) exec: String,
     pub(crate) process: Vec<u8>,
     pub(crate) stdio: StdioIds,
+    /// The VM's functions of the host.
+    pub(crate) functions: Names,
 }
 
 impl Containers {
@@ -102,7 +105,8 @@ impl Containers {
         container: &Arc<Container>,
         exec: Exec,
     ) -> Result<(u32, Mark), ContainerError> {
-        let process = spec::exec_process(&exec.process, exec.stdio.terminal)?;
+        let mut process = spec::exec_process(&exec.process, exec.stdio.terminal)?;
+        environment::name_functions(&mut process, &exec.functions);
         let path = container.directory.join(format!("process-{}.json", self.count()));
         write_json(&path, &process)?;
         let task = Task::Exec { process: path.clone() };

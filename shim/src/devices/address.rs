@@ -14,6 +14,13 @@ pub struct Address {
     function: u8,
 }
 
+impl Address {
+    /// That of a device of one function on a guest's first bus, whose numbers are below 32.
+    pub fn on_guest_bus(device: u8) -> Self {
+        Self { domain: 0, bus: 0, device: device % 32, function: 0 }
+    }
+}
+
 impl std::str::FromStr for Address {
     type Err = DeviceError;
 

@@ -25,6 +25,13 @@ const API_VERSION: i32 = 0;
 const TYPE1_V2_IOMMU: c_ulong = 3;
 const GROUP_FLAGS_VIABLE: u32 = 1;
 
+/// Whether there are functions bound to vfio-pci, which a container could ask for.
+pub fn are_any() -> bool {
+    let is_group = |name: &str| name.bytes().all(|byte| byte.is_ascii_digit());
+    let names = std::fs::read_dir("/dev/vfio").into_iter().flatten().flatten();
+    names.into_iter().any(|entry| entry.file_name().to_str().is_some_and(is_group))
+}
+
 /// What the VMM is handed of functions of the host.
 #[derive(Debug)]
 pub struct Handles {

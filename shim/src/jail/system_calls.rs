@@ -163,10 +163,10 @@ const KVMIO: u64 = 0xae00;
 const IOCTL: &[u64] = &[libc::FIONBIO, libc::TUNGETIFF, libc::TUNSETVNETHDRSZ, libc::TUNSETOFFLOAD];
 
 /// What is asked of functions of the host by their descriptors, and of their container to let them
-/// reach memory (linux/vfio.h): information, interrupts, reset, mapping. Opening and joining is the
+/// reach memory (linux/vfio.h): information, interrupts, reset, mapping and its end. Opening and joining is the
 /// shim's.
 const VFIO: std::ops::RangeInclusive<u64> = 0x3b00 + 107..=0x3b00 + 111;
-const VFIO_MAP_DMA: u64 = 0x3b00 + 113;
+const VFIO_DMA: std::ops::RangeInclusive<u64> = 0x3b00 + 113..=0x3b00 + 114;
 
 /// How glibc starts a thread (pthread_create(3)).
 const THREAD_FLAGS: i32 = libc::CLONE_VM
@@ -207,7 +207,7 @@ fn rules() -> Result<Rules, BackendError> {
     }
     rules.insert(libc::SYS_prctl, one_of(0, prctl)?);
     rules.insert(libc::SYS_fcntl, one_of(1, fcntl)?);
-    let mut ioctl = one_of(1, IOCTL.iter().copied().chain(VFIO).chain([VFIO_MAP_DMA]))?;
+    let mut ioctl = one_of(1, IOCTL.iter().copied().chain(VFIO).chain(VFIO_DMA))?;
     ioctl.push(when(1, SeccompCmpOp::MaskedEq(0xff00), KVMIO)?);
     rules.insert(libc::SYS_ioctl, ioctl);
     rules.insert(libc::SYS_socketpair, one_of(0, [libc::AF_UNIX as u64])?);

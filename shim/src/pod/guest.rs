@@ -52,6 +52,7 @@ pub(super) async fn make(
                 .map(|(index, bytes)| agent::SharedMemory { index, bytes, ..Default::default() })
                 .collect(),
             pid_namespace: MessageField::from_option(pids.map(pid_namespace)),
+            functions: sandbox.function_names().await,
             ..Default::default()
         };
         sandbox.agent.create(&request).await?;
@@ -101,6 +102,7 @@ pub(super) async fn start_exec(
         exec_id: process.exec_id.clone(),
         process: process.spec.clone(),
         stdio: MessageField::some(stdio),
+        functions: sandbox.function_names().await,
         ..Default::default()
     };
     Ok(sandbox.agent.exec(&request).await?)

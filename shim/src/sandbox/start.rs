@@ -4,9 +4,7 @@ use std::os::fd::OwnedFd;
 
 use tokio::{net::UnixStream, sync::mpsc};
 use vial_agent_protocol::{AGENT_PORT, READY_PORT};
-use vial_vmm_api::{
-    API_VERSION, Action, BootReport, Descriptor, DeviceConfig, Reply, RestoreConfig,
-};
+use vial_vmm_api::{API_VERSION, Action, Descriptor, DeviceConfig, Reply, RestoreConfig};
 
 use super::{Given, Plan, vmm};
 use crate::{
@@ -26,15 +24,15 @@ pub(super) enum Started {
     Restored { new_devices: bool },
 }
 
-pub(super) fn mark_report(plan: &Plan, report: BootReport) {
-    for (name, at_ns) in report.marks {
+pub(super) fn mark_report(plan: &Plan, marks: Vec<(String, u64)>) {
+    for (name, at_ns) in marks {
         plan.timeline.mark_at(&format!("VMM: {name}"), at_ns);
     }
 }
 
 /// The template that the VM can go on from.
 pub(super) fn find_template(plan: &Plan, devices: &[DeviceConfig]) -> Option<Template> {
-    // Others cannot be added to a guest that runs: the host reaches for all of its memory.
+    // Others cannot be added to a machine while it is restored.
     let fits = |device: &DeviceConfig| {
         matches!(
             device,
@@ -70,13 +68,14 @@ pub(super) struct Saved<'a> {
     pub(super) state: Descriptor,
     pub(super) kvm: Descriptor,
     pub(super) devices: &'a [DeviceConfig],
+    pub(super) hot_plug: bool,
 }
 
 /// Lets the VM go on from a template. Returns whether it does: one that the VMM refuses is none.
 pub(super) async fn restore(
     plan: &Plan,
     name: &str,
-    Saved { memory, state, kvm, devices }: Saved<'_>,
+    Saved { memory, state, kvm, devices, hot_plug }: Saved<'_>,
     client: &VmmClient,
     given: &Given<'_>,
 ) -> Result<bool, ServiceError> {
@@ -88,10 +87,11 @@ pub(super) async fn restore(
         vcpus: plan.config.vcpus,
         memory_mib: plan.config.memory_mib,
         devices: devices.to_vec(),
+        hot_plug,
     };
     match client.request(Action::Restore(Box::new(config)), &given.0).await {
         Ok(Reply::Booted(report)) => {
-            mark_report(plan, report);
+            mark_report(plan, report.marks);
             tracing::info!("the VM goes on from the template {name}");
             Ok(true)
         }

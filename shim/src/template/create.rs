@@ -249,6 +249,7 @@ async fn boot(
         command_line: super::command_line(config),
         console: None,
         devices: base_devices(Descriptor(3), Descriptor(4)),
+        hot_plug: false,
     };
     let booted = client.request(Action::BootTemplate(Box::new(machine)), &given).await;
     booted.map(drop).map_err(vmm("boot the guest of a template"))

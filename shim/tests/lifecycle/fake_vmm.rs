@@ -76,7 +76,8 @@ impl Vmm {
                         std::process::exit(1);
                     }
                     self.held.lock().unwrap().extend(descriptors);
-                    reply(Ok(Reply::Booted(BootReport { marks: vec![("started".into(), 1)] })));
+                    let marks = vec![("started".into(), 1)];
+                    reply(Ok(Reply::Booted(BootReport { marks, functions: None })));
                     if config.command_line.contains("hang") {
                         continue;
                     }
@@ -100,6 +101,10 @@ impl Vmm {
                 }
                 Action::BootTemplate(_) | Action::Save { .. } | Action::Restore(_) => {
                     let message = "nothing that was saved fits this VMM".into();
+                    reply(Err(Failure { kind: FailureKind::Invalid, message }));
+                }
+                Action::AddFunctions { .. } | Action::RemoveFunctions { .. } => {
+                    let message = "it has no function of the host".into();
                     reply(Err(Failure { kind: FailureKind::Invalid, message }));
                 }
                 Action::Status => reply(Ok(Reply::Status(VmState::Running))),

@@ -264,6 +264,7 @@ fn machine_until_ready() -> Result<f64> {
                 proc_fd: Some(files.add(descriptors)),
             },
         ],
+        hot_plug: false,
     };
     vmm.boot(config, &files)?;
     vmm.guest_connected(READY_PORT)?;

@@ -16,7 +16,7 @@ mod process;
 mod resources;
 mod streaming;
 mod volumes;
-mod wire;
+pub(crate) mod wire;
 
 use std::path::PathBuf;
 use std::process::Command;

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use vial_tests::node::Configuration;
 
-use super::bed::{Bed, Detached, Outcome, Runtime, run};
+use super::bed::{Bed, Detached, Runtime, run};
 use super::faults;
 
 /// Where functions are.
@@ -21,7 +21,7 @@ const FUNCTIONS: &str = "/sys/bus/pci/devices";
 const PHYSICAL: &str = "0x8086 0x10c9";
 const VIRTUAL: &str = "0x8086 0x10ca";
 /// Classes: Ethernet, NVMe, a bridge to ISA.
-const CLASS_NVME: &str = "0x010802";
+pub(super) const CLASS_NVME: &str = "0x010802";
 const CLASS_ISA: &str = "0x060100";
 /// The host's address on the card, and a guest's.
 const HOST: &str = "10.99.0.1";
@@ -41,7 +41,7 @@ fn link(function: &str, name: &str) -> Option<String> {
     Some(target.file_name()?.to_str()?.to_owned())
 }
 
-fn driver(function: &str) -> Option<String> {
+pub(super) fn driver(function: &str) -> Option<String> {
     link(function, "driver")
 }
 
@@ -71,16 +71,16 @@ fn with_ids(ids: &str) -> Result<Vec<String>> {
     functions(|name| Ok(format!("{} {}", text(name, "vendor")?, text(name, "device")?) == ids))
 }
 
-fn with_class(class: &str) -> Result<String> {
+pub(super) fn with_class(class: &str) -> Result<String> {
     let found = functions(|name| Ok(text(name, "class")? == class))?;
     found.into_iter().next().with_context(|| format!("there is no function of class {class}"))
 }
 
-fn virtual_function(number: usize) -> Result<String> {
+pub(super) fn virtual_function(number: usize) -> Result<String> {
     with_ids(VIRTUAL)?.into_iter().nth(number).context("the card has too few virtual functions")
 }
 
-fn reaches_driver(function: &str, wanted: Option<&str>) -> Result<()> {
+pub(super) fn reaches_driver(function: &str, wanted: Option<&str>) -> Result<()> {
     let start = Instant::now();
     while driver(function).as_deref() != wanted {
         ensure!(
@@ -112,13 +112,13 @@ pub(crate) fn begin() -> Result<()> {
 }
 
 /// A function with vfio-pci in place of its driver, as a device plugin would have bound it, until dropped.
-struct Bound {
-    function: String,
+pub(super) struct Bound {
+    pub(super) function: String,
     driver: Option<String>,
 }
 
 impl Bound {
-    fn new(function: String) -> Result<Self> {
+    pub(super) fn new(function: String) -> Result<Self> {
         let bound = Self { driver: driver(&function), function };
         bound.give_to(Some("vfio-pci"))?;
         reaches_driver(&bound.function, Some("vfio-pci"))?;
@@ -137,7 +137,7 @@ impl Bound {
         }
     }
 
-    fn node(&self) -> Result<String> {
+    pub(super) fn node(&self) -> Result<String> {
         Ok(format!("/dev/vfio/{}", group(&self.function)?))
     }
 }
@@ -151,7 +151,7 @@ impl Drop for Bound {
 }
 
 /// Sends back what comes, once all of it has.
-fn echo() -> Result<std::thread::JoinHandle<std::io::Result<()>>> {
+pub(super) fn echo() -> Result<std::thread::JoinHandle<std::io::Result<()>>> {
     let listener = TcpListener::bind((HOST, PORT))?;
     Ok(std::thread::spawn(move || {
         let (mut stream, _) = listener.accept()?;
@@ -162,7 +162,7 @@ fn echo() -> Result<std::thread::JoinHandle<std::io::Result<()>>> {
 }
 
 /// What a container does with a virtual function: tells its driver, and exchanges data with the host through it.
-fn script() -> String {
+pub(super) fn script() -> String {
     format!(
         "for at in /sys/bus/pci/devices/*; do \
            [ $(cat $at/vendor) = 0x8086 ] && [ $(cat $at/device) = 0x10ca ] && function=$at; done; \
@@ -176,16 +176,17 @@ fn script() -> String {
     )
 }
 
-fn checks_out(outcome: &Outcome) -> Result<()> {
-    ensure!(outcome.stdout.contains("driver igbvf"), "no driver: {outcome:?}");
-    let sums: Vec<&str> = outcome.stdout.lines().filter(|line| line.ends_with("  -")).collect();
-    ensure!(sums.len() == 2 && sums[0] == sums[1], "the data has changed: {outcome:?}");
+/// Whether what it printed says that all of that worked.
+pub(super) fn checks_out(stdout: &str) -> Result<()> {
+    ensure!(stdout.contains("driver igbvf"), "no driver: {stdout}");
+    let sums: Vec<&str> = stdout.lines().filter(|line| line.ends_with("  -")).collect();
+    ensure!(sums.len() == 2 && sums[0] == sums[1], "the data has changed: {stdout}");
     // A number for the CPU, after the line's own number.
     let count =
         |line: &str| line.split_whitespace().nth(1).and_then(|word| word.parse::<u64>().ok());
     let interrupts: u64 =
-        outcome.stdout.lines().filter(|line| line.contains("MSI")).filter_map(count).sum();
-    ensure!(interrupts > 100, "{interrupts} interrupts: {outcome:?}");
+        stdout.lines().filter(|line| line.contains("MSI")).filter_map(count).sum();
+    ensure!(interrupts > 100, "{interrupts} interrupts: {stdout}");
     Ok(())
 }
 
@@ -200,7 +201,7 @@ pub(crate) fn virtual_function_of_a_device_plugin_works(bed: &Bed) -> Result<()>
         let options = [&["--device", &node, "--device", "/dev/vfio/vfio"], &NETWORK[..]].concat();
         let outcome = bed.run(Runtime::Vial, &options, &["sh", "-c", &script()])?.expect(0)?;
         ensure!(server.is_finished(), "the host was not reached in round {round}: {outcome:?}");
-        checks_out(&outcome).with_context(|| format!("round {round}"))?;
+        checks_out(&outcome.stdout).with_context(|| format!("round {round}"))?;
     }
     // It was not bound by Vial, and so it is not given back.
     ensure!(driver(&bound.function).as_deref() == Some("vfio-pci"), "it was unbound");
@@ -227,7 +228,7 @@ pub(crate) fn virtual_function_that_a_pod_names_works_and_is_given_back(bed: &Be
     let options = [&["--annotation", annotation.as_str()], &NETWORK[..]].concat();
     let outcome = bed.run(Runtime::Vial, &options, &["sh", "-c", &script()])?.expect(0)?;
     ensure!(server.is_finished(), "the host was not reached: {outcome:?}");
-    checks_out(&outcome)?;
+    checks_out(&outcome.stdout)?;
     reaches_driver(&function, Some("igbvf"))
 }
 
@@ -324,7 +325,7 @@ pub(crate) fn group_with_a_function_of_another_driver_is_refused(bed: &Bed) -> R
 }
 
 /// The only disk of the NVMe function, once its driver has made it.
-fn disk(function: &str) -> Result<PathBuf> {
+pub(super) fn disk(function: &str) -> Result<PathBuf> {
     let start = Instant::now();
     let at = Path::new(FUNCTIONS).join(function).join("nvme");
     while start.elapsed() < PATIENCE {

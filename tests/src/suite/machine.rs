@@ -85,6 +85,7 @@ fn machine(script: &str, disks: &[(&Path, bool)]) -> Result<Ended> {
         command_line: format!("console=ttyS0 quiet panic=-1 {}", setting("kernel_arguments", "")?),
         console: Some(files.add(both().create(true).truncate(true).open(&console)?)),
         devices,
+        hot_plug: false,
     };
     let program = setting("vmm", "/usr/lib/vial/vial-vmm")?;
     let mut vmm = Vmm::start(&PathBuf::from(program), PATIENCE)?;

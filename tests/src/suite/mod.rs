@@ -5,6 +5,7 @@ mod compare;
 mod control;
 mod devices;
 pub(crate) mod faults;
+mod hot_plug;
 mod input;
 mod isolation;
 mod lifecycle;
@@ -99,6 +100,11 @@ pub(crate) fn cases_of_devices() -> Vec<Case> {
         devices::function_is_given_back_when_vmm_or_shim_is_killed,
         devices::function_that_cannot_be_given_is_refused_and_left_alone,
         devices::group_with_a_function_of_another_driver_is_refused,
+        hot_plug::cri_function_of_a_container_comes_and_goes_with_it,
+        hot_plug::cri_pods_have_a_function_each,
+        hot_plug::cri_function_comes_into_a_vm_from_a_template,
+        hot_plug::cri_function_is_free_when_vmm_or_shim_is_killed_after_it_came,
+        hot_plug::cri_pod_that_gets_no_functions_later_refuses_them_and_lives,
     ]
 }
 

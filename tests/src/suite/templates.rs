@@ -23,7 +23,7 @@ const COLD: &str = "the VM boots cold";
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A node with a template directory of its own, until dropped.
-struct Node {
+pub(super) struct Node {
     _configuration: Configuration,
 }
 
@@ -37,7 +37,7 @@ impl Node {
     }
 
     /// One with a template for pods without limits, and that template's directory.
-    fn with_template() -> Result<(Self, PathBuf)> {
+    pub(super) fn with_template() -> Result<(Self, PathBuf)> {
         let node = Self::empty()?;
         let name = vial(&["template", "create"])?;
         let path = Path::new(DIRECTORY).join(name.trim());

@@ -11,7 +11,7 @@
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// The version of these types. The first message names it; another version is refused.
-pub const API_VERSION: u32 = 2;
+pub const API_VERSION: u32 = 3;
 
 /// The largest encoded message, in bytes.
 pub const MAX_MESSAGE_BYTES: usize = 64 << 10;
@@ -27,7 +27,7 @@ pub const MAX_COMMAND_LINE_BYTES: usize = 1536;
 /// The most devices a VM can have: one PCI bus less the host bridge.
 pub const MAX_DEVICES: usize = 31;
 
-/// The most functions of the host that a VM can have.
+/// The most functions of the host that a VM can have at one time.
 pub const MAX_PASSED_FUNCTIONS: usize = 16;
 
 /// An index into the descriptors attached to the message that holds it.
@@ -75,6 +75,23 @@ pub enum Action {
     /// Builds the machine that was saved and lets it run on. In place of [`Action::Boot`]; after a
     /// failure that may still follow.
     Restore(Box<RestoreConfig>),
+    /// Adds PCI functions of the host to a VM that runs and whose configuration has `hot_plug`.
+    /// The guest finds them when it looks for new ones, without addresses in their BARs. All of
+    /// the guest's memory is given to it and locked by that. After a failure none of them is there.
+    AddFunctions {
+        /// As in [`DeviceConfig::Passthrough`]. Not one that the VM has already.
+        container: Descriptor,
+        /// The groups of the functions.
+        groups: Vec<Descriptor>,
+        /// The functions.
+        functions: Vec<Descriptor>,
+    },
+    /// Takes functions from the VM, whether the guest has let go of them or not: they are reset,
+    /// reach nothing of its memory any more, and their descriptors are closed before the answer.
+    RemoveFunctions {
+        /// Which: [`AddedFunctions::set`].
+        set: u32,
+    },
 }
 
 /// What the VMM sends.
@@ -100,6 +117,17 @@ pub enum Reply {
     Status(VmState),
     /// The answer to [`Action::Boot`], [`Action::BootTemplate`] and [`Action::Restore`].
     Booted(BootReport),
+    /// The answer to [`Action::AddFunctions`].
+    FunctionsAdded(AddedFunctions),
+}
+
+/// Functions of the host that came together, and go together.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AddedFunctions {
+    /// What they are taken back by. No other set of the VM ever has the same.
+    pub set: u32,
+    /// The device number of each on the guest's PCI bus 0, 1 to 31, in the order of the request.
+    pub devices: Vec<u8>,
 }
 
 /// The phases of building the machine, each as its moment on the host's `CLOCK_MONOTONIC`, in
@@ -108,6 +136,8 @@ pub enum Reply {
 pub struct BootReport {
     /// Name and moment of each phase's end.
     pub marks: Vec<(String, u64)>,
+    /// The functions of [`DeviceConfig::Passthrough`], if there are any.
+    pub functions: Option<AddedFunctions>,
 }
 
 /// The states of a VM as its owner can see them.
@@ -231,6 +261,9 @@ pub struct VmConfig {
     pub console: Option<Descriptor>,
     /// See [`MAX_DEVICES`]. The order decides the devices' numbers on the PCI bus.
     pub devices: Vec<DeviceConfig>,
+    /// Whether [`Action::AddFunctions`] can follow. It leaves the VMM's threads a few system calls
+    /// more. A VM that is to be saved cannot have it.
+    pub hot_plug: bool,
 }
 
 /// A machine that was saved. Every descriptor is open, of the right kind, and given to the VMM.
@@ -252,6 +285,8 @@ pub struct RestoreConfig {
     /// First those that were saved, in their order, then others, which the guest finds when it
     /// looks for new ones.
     pub devices: Vec<DeviceConfig>,
+    /// As in [`VmConfig`].
+    pub hot_plug: bool,
 }
 
 /// A device of the machine.
@@ -294,8 +329,9 @@ pub enum DeviceConfig {
     },
     /// A source of random numbers (virtio 1.2, 5.4).
     Rng,
-    /// PCI functions of the host, which share an IOMMU address space. At most one entry, and no
-    /// guest memory that is copied on write. Each function has a device number on the bus.
+    /// PCI functions of the host, which share an IOMMU address space. At most one entry, and none
+    /// in a VM that is restored: those come by [`Action::AddFunctions`]. Each function has a device
+    /// number on the bus.
     Passthrough {
         /// `/dev/vfio/vfio`, to which the groups were joined and whose IOMMU type is set.
         container: Descriptor,
@@ -363,6 +399,7 @@ mod tests {
                 DeviceConfig::Vsock { guest_cid: 3, host_ports: vec![1024] },
                 DeviceConfig::Rng,
             ],
+            hot_plug: true,
         }
     }
 

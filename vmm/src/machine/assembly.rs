@@ -1,12 +1,13 @@
 //! Puts a machine's devices on its bus, as its configuration lists them.
 
-use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
-use vial_vmm_api::{Descriptor, DeviceConfig};
+use vial_vmm_api::{AddedFunctions, DeviceConfig};
 
+use super::passed::{Given, Passed};
 use super::{Descriptors, GuestConnected, MachineError, Platform};
-use crate::devices::{block, fs, net, rng, vfio, vsock};
+use crate::devices::vfio::Placed;
+use crate::devices::{block, fs, net, rng, vsock};
 use crate::kvm::Vm;
 use crate::memory::GuestRam;
 use crate::virtio::VirtioDevice;
@@ -16,20 +17,22 @@ use crate::virtio::pci::{DeviceState, VirtioPci, Workers};
 pub(super) struct Assembly<'a> {
     vm: &'a Arc<Vm>,
     ram: &'a GuestRam,
-    platform: &'a Platform,
+    platform: &'a Arc<Platform>,
     workers: Workers,
     pub(super) vsock: Option<vsock::VsockConnector>,
     pub(super) functions: Vec<Arc<Mutex<VirtioPci>>>,
-    pub(super) high_window: Range<u64>,
-    pub(super) passed: Option<vfio::Joined>,
+    pub(super) passed: Passed,
+    /// The functions of the host that the configuration lists.
+    pub(super) listed: Option<AddedFunctions>,
 }
 
 impl<'a> Assembly<'a> {
     pub(super) fn new(
         vm: &'a Arc<Vm>,
         ram: &'a GuestRam,
-        platform: &'a Platform,
+        platform: &'a Arc<Platform>,
         workers: Workers,
+        passed: Passed,
     ) -> Self {
         Self {
             vm,
@@ -38,37 +41,9 @@ impl<'a> Assembly<'a> {
             workers,
             vsock: None,
             functions: Vec::new(),
-            high_window: 0..0,
-            passed: None,
+            passed,
+            listed: None,
         }
-    }
-
-    /// Puts functions of the host on the bus, and lets them reach guest memory.
-    fn pass(
-        &mut self,
-        container: Descriptor,
-        groups: Vec<Descriptor>,
-        functions: Vec<Descriptor>,
-        descriptors: &mut Descriptors,
-    ) -> Result<(), String> {
-        let text = |error: vfio::VfioError| error.to_string();
-        let mut take =
-            |which, what| descriptors.take(which, what).map_err(|error| error.to_string());
-        let container = take(container, "the VFIO container")?;
-        let groups = groups
-            .into_iter()
-            .map(|group| take(group, "a VFIO group"))
-            .collect::<Result<Vec<_>, _>>()?;
-        for function in functions {
-            let function = take(function, "a passed function")?;
-            let window = self.high_window.clone();
-            let function =
-                vfio::function(function, self.vm, &self.platform.pci, window).map_err(text)?;
-            let added = self.platform.pci.add(Arc::new(Mutex::new(function)));
-            added.map_err(|error| error.to_string())?;
-        }
-        self.passed = Some(vfio::join(container, groups, self.vm, self.ram).map_err(text)?);
-        Ok(())
     }
 
     /// Adds a device, in the state that it had in another machine, if it had one.
@@ -82,9 +57,14 @@ impl<'a> Assembly<'a> {
     ) -> Result<(), MachineError> {
         let kind = kind(&config);
         if let DeviceConfig::Passthrough { container, groups, functions } = config {
-            return self
-                .pass(container, groups, functions, descriptors)
-                .map_err(|reason| MachineError::Device { number, kind, reason });
+            let given = Given { container, groups, functions };
+            let added = self.passed.add(given, descriptors, Placed::ByTheBus);
+            self.listed = Some(added.map_err(|error| MachineError::Device {
+                number,
+                kind,
+                reason: error.to_string(),
+            })?);
+            return Ok(());
         }
         let device = self
             .device(config, descriptors, guest_connected)

@@ -7,14 +7,15 @@ use std::fs::File;
 use std::sync::Arc;
 
 use kvm_bindings::kvm_cpuid_entry2;
-use vial_vmm_api::RestoreConfig;
+use vial_vmm_api::{BootReport, RestoreConfig};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    Descriptors, GuestConnected, Machine, MachineError, assembly::Assembly, passed_functions, vcpus,
+    Descriptors, GuestConnected, Machine, MachineError, assembly::Assembly, passed::Passed,
+    passed_functions, vcpus,
 };
 use crate::arch::vcpu_state::differing_leaf;
-use crate::arch::{generation, layout};
+use crate::arch::{cpuid, generation, layout};
 use crate::clock::monotonic_ns;
 use crate::kvm::{self, Vm};
 use crate::memory::map_saved_ram;
@@ -42,8 +43,8 @@ fn check(config: &RestoreConfig, snapshot: &Snapshot) -> Result<(), MachineError
     }
     if config.devices.iter().any(|device| passed_functions(device).is_some()) {
         return Err(MachineError::Config(
-            "a restored machine cannot have functions of the host, which do not see memory that is \
-             mapped privately; boot it"
+            "a restored machine cannot begin with functions of the host, which the saved one had \
+             not; boot it, or add them once it runs"
                 .into(),
         ));
     }
@@ -97,17 +98,23 @@ impl Machine {
         mark("vcpus restored");
 
         let workers = super::start_workers(&config.devices, None)?;
-        let platform = Arc::new(Platform { ports: Ports::new(None), pci: PciBus::new() });
-        let mut assembly = Assembly::new(&vm, &ram, &platform, workers);
+        // As the guest was told when it booted: the processor is the same.
+        let high_window = layout::high_window(cpuid::physical_address_bits(&supported));
+        let pci = PciBus::with_high_window(high_window.clone());
+        let platform = Arc::new(Platform { ports: Ports::new(None), pci });
+        let passed = Passed::new(&vm, &ram, &platform, high_window);
+        let mut assembly = Assembly::new(&vm, &ram, &platform, workers, passed);
         let mut guest_connected = Some(guest_connected);
         let saved = snapshot.devices.iter().map(Some).chain(std::iter::repeat(None));
         for ((number, device), saved) in config.devices.into_iter().enumerate().zip(saved) {
             assembly.add(number, device, saved, &mut descriptors, &mut guest_connected)?;
         }
-        let vsock = assembly.vsock;
+        let Assembly { vsock, passed, .. } = assembly;
         renew_generation(&vm, &ram)?;
         mark("devices restored");
-        Ok(Self { platform, vcpus: made.vcpus, vsock, vm, passed: None, marks, saving: None })
+        let report = BootReport { marks, functions: None };
+        let (vcpus, hot_plug) = (made.vcpus, config.hot_plug);
+        Ok(Self { platform, vcpus, vsock, vm, passed, hot_plug, report, saving: None })
     }
 }
 

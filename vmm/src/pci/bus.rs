@@ -111,6 +111,21 @@ impl PciBus {
         Ok(number)
     }
 
+    /// Takes a function off. What the guest has not let go of answers no more: its registers read
+    /// as ones, and its number is free.
+    pub fn remove(&self, number: u8) -> Option<SharedFunction> {
+        let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
+        let function = slots.get_mut(usize::from(number)).and_then(Option::take)?;
+        drop(slots);
+        // Whoever is at its registers now is done first; who waits finds it gone, see below.
+        let mut locked = lock(&function);
+        locked.detach();
+        let mut bars = self.bars.write().unwrap_or_else(PoisonError::into_inner);
+        bars.retain(|_, decoded| !Arc::ptr_eq(&decoded.function, &function));
+        drop((bars, locked));
+        Some(function)
+    }
+
     fn decode(&self, address: u64, size: u64, bar: u8, function: &SharedFunction) {
         // The guest may put a wide BAR to the very end of all addresses.
         let end = address.saturating_add(size);

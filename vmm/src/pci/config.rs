@@ -156,6 +156,22 @@ impl ConfigSpace {
         Ok(())
     }
 
+    /// Takes the addresses out of all BARs, which are decoded nowhere then, as after a reset.
+    pub fn undecode(&mut self) {
+        for bar in 0..BARS {
+            if self.bar_sizes[bar] == 0 {
+                continue;
+            }
+            let low = self.bytes[BAR0 + 4 * bar] & 0xf;
+            self.put(BAR0 + 4 * bar, &[low, 0, 0, 0]);
+            if self.wide[bar] {
+                self.put(BAR0 + 4 * bar + 4, &[0; 4]);
+            }
+        }
+        let command = self.command() & !COMMAND_MEMORY;
+        self.put(COMMAND, &command.to_le_bytes());
+    }
+
     /// Adds a capability: its id, and what follows the next pointer. Returns its offset.
     ///
     /// # Errors
@@ -352,6 +368,21 @@ mod tests {
         assert_eq!(space.add_wide_bar(3, 0x1000, 0, false), Err(ConfigError::BarNumber(3)));
         assert_eq!(space.add_wide_bar(5, 0x1000, 0, false), Err(ConfigError::BarNumber(5)));
         assert_eq!(space.add_wide_bar(4, 0x3000, 0, false), Err(ConfigError::BarSize(0x3000)));
+    }
+
+    #[test]
+    fn bars_without_addresses_are_decoded_where_they_are_put() {
+        let mut space = space();
+        space.add_wide_bar(2, 1 << 33, 0x80_0000_0000, true).unwrap();
+        space.undecode();
+        assert_eq!(space.decoded_bars().next(), None);
+        let registers = [0x10, 0x18, 0x1c].map(|register| u32_at(&space, register));
+        assert_eq!(registers, [0, 0xc, 0]);
+        space.write(0x10, &0xd000_0000u32.to_le_bytes());
+        space.write(0x1c, &0x90u32.to_le_bytes());
+        space.write(0x04, &2u16.to_le_bytes());
+        let decoded: Vec<_> = space.decoded_bars().collect();
+        assert_eq!(decoded, [(0, 0xd000_0000, 0x8000), (2, 0x90 << 32, 1 << 33)]);
     }
 
     #[test]

@@ -46,14 +46,24 @@ pub trait MsiRouter: Send + Sync {
     /// # Errors
     /// KVM refuses.
     fn detach(&self, gsi: u32, event: &EventFd) -> Result<(), MsiError>;
+
+    /// Gives back a line that is not attached, for another vector to take.
+    fn release(&self, gsi: u32);
 }
 
-/// A line, its event, and what the event sends now.
-#[derive(Debug)]
+/// A line, its event, and what the event sends now. Given back when dropped.
 pub(super) struct Line {
     gsi: u32,
     pub(super) event: Arc<EventFd>,
     attached: Option<MsiMessage>,
+    router: Arc<dyn MsiRouter>,
+}
+
+impl std::fmt::Debug for Line {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { gsi, attached, .. } = self;
+        f.debug_struct("Line").field("gsi", gsi).field("attached", attached).finish()
+    }
 }
 
 impl Line {
@@ -61,29 +71,38 @@ impl Line {
     ///
     /// # Errors
     /// No lines or descriptors are left.
-    pub(super) fn new(router: &dyn MsiRouter) -> Result<Self, MsiError> {
+    pub(super) fn new(router: Arc<dyn MsiRouter>) -> Result<Self, MsiError> {
         let gsi = router.allocate()?;
-        let event = EventFd::new(EFD_NONBLOCK).map_err(|error| MsiError {
-            action: "make an event for",
-            gsi,
-            reason: error.to_string(),
+        let event = EventFd::new(EFD_NONBLOCK).map_err(|error| {
+            router.release(gsi);
+            MsiError { action: "make an event for", gsi, reason: error.to_string() }
         })?;
-        Ok(Self { gsi, event: Arc::new(event), attached: None })
+        Ok(Self { gsi, event: Arc::new(event), attached: None, router })
     }
 
     /// Lets the event send `wanted` from here on, or nothing.
-    pub(super) fn send(&mut self, wanted: Option<MsiMessage>, router: &dyn MsiRouter) {
+    pub(super) fn send(&mut self, wanted: Option<MsiMessage>) {
         if wanted == self.attached {
             return;
         }
         let result = match wanted {
             // A message that changes while attached only changes the route.
-            Some(message) => router.attach(self.gsi, &self.event, message),
-            None => router.detach(self.gsi, &self.event),
+            Some(message) => self.router.attach(self.gsi, &self.event, message),
+            None => self.router.detach(self.gsi, &self.event),
         };
         match result {
             Ok(()) => self.attached = wanted,
             Err(error) => tracing::warn!(%error, "an interrupt of a device cannot be delivered"),
+        }
+    }
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        self.send(None);
+        // One that KVM does not let go of would send another vector's message.
+        if self.attached.is_none() {
+            self.router.release(self.gsi);
         }
     }
 }

@@ -29,6 +29,10 @@ pub trait PciFunction: Send {
 
     /// Writes to a BAR. `offset` and the end of `data` lie in it.
     fn write_bar(&mut self, bar: u8, offset: u64, data: &[u8]);
+
+    /// It is taken off the bus: from here on it decodes nothing, whatever is written to it by who
+    /// found it there just before.
+    fn detach(&mut self) {}
 }
 
 /// A function on the bus.

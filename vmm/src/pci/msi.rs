@@ -39,7 +39,6 @@ pub enum MsiSetupError {
 /// The vectors of a function.
 pub struct MsiVectors {
     vectors: Vec<Line>,
-    router: Arc<dyn MsiRouter>,
     capability: usize,
     enabled: bool,
     /// How many the guest uses, of those that there are.
@@ -53,9 +52,9 @@ impl MsiVectors {
     /// No lines or descriptors are left.
     pub fn new(count: u8, router: Arc<dyn MsiRouter>) -> Result<Self, MsiSetupError> {
         let vectors = (0..count.clamp(1, MAX_VECTORS))
-            .map(|_| Line::new(&*router))
+            .map(|_| Line::new(router.clone()))
             .collect::<Result<Vec<_>, MsiError>>()?;
-        Ok(Self { vectors, router, capability: 0, enabled: false, used: 1 })
+        Ok(Self { vectors, capability: 0, enabled: false, used: 1 })
     }
 
     /// Adds the capability.
@@ -100,7 +99,7 @@ impl MsiVectors {
         for (index, line) in (0u32..).zip(&mut self.vectors) {
             let live = self.enabled && index < used && masks >> index & 1 == 0;
             let message = MsiMessage { address, data: data & !(used - 1) | index };
-            line.send(live.then_some(message), &*self.router);
+            line.send(live.then_some(message));
         }
     }
 }
@@ -131,6 +130,9 @@ mod tests {
         fn detach(&self, gsi: u32, _: &EventFd) -> Result<(), MsiError> {
             self.0.lock().unwrap().1.push((gsi, None));
             Ok(())
+        }
+        fn release(&self, _: u32) {
+            self.0.lock().unwrap().0 -= 1;
         }
     }
 
@@ -173,7 +175,11 @@ mod tests {
 
     #[test]
     fn more_vectors_than_there_can_be_are_not_made() {
-        let msi = MsiVectors::new(255, Arc::new(Recorder::default())).unwrap();
+        let recorder = Arc::new(Recorder::default());
+        let msi = MsiVectors::new(255, recorder.clone()).unwrap();
         assert_eq!(msi.vectors.len(), usize::from(MAX_VECTORS));
+        assert_eq!(recorder.0.lock().unwrap().0, u32::from(MAX_VECTORS));
+        drop(msi);
+        assert_eq!(recorder.0.lock().unwrap().0, 0, "lines are kept");
     }
 }

@@ -39,7 +39,6 @@ pub struct MsixState {
 pub struct MsixTable {
     vectors: Vec<Vector>,
     control: u16,
-    router: Arc<dyn MsiRouter>,
 }
 
 impl MsixTable {
@@ -50,11 +49,11 @@ impl MsixTable {
     pub fn new(count: u16, router: Arc<dyn MsiRouter>) -> Result<Self, MsiError> {
         let vectors = (0..count.min(MAX_VECTORS))
             .map(|_| {
-                let line = Line::new(&*router)?;
+                let line = Line::new(router.clone())?;
                 Ok(Vector { message: MsiMessage::default(), masked: true, line })
             })
             .collect::<Result<_, MsiError>>()?;
-        Ok(Self { vectors, control: 0, router })
+        Ok(Self { vectors, control: 0 })
     }
 
     /// The capability's body after id and next pointer: control, table and pending bits.
@@ -182,7 +181,7 @@ impl MsixTable {
         let live = self.is_enabled() && self.control & CONTROL_FUNCTION_MASK == 0;
         let vector = &mut self.vectors[index];
         let wanted = (live && !vector.masked).then_some(vector.message);
-        vector.line.send(wanted, &*self.router);
+        vector.line.send(wanted);
     }
 }
 
@@ -199,7 +198,7 @@ mod tests {
     use super::*;
 
     #[derive(Default)]
-    struct Recorder(Mutex<Vec<(u32, Option<MsiMessage>)>>);
+    struct Recorder(Mutex<Vec<(u32, Option<MsiMessage>)>>, Mutex<Vec<u32>>);
 
     impl MsiRouter for Recorder {
         fn allocate(&self) -> Result<u32, MsiError> {
@@ -212,6 +211,9 @@ mod tests {
         fn detach(&self, gsi: u32, _: &EventFd) -> Result<(), MsiError> {
             self.0.lock().unwrap().push((gsi, None));
             Ok(())
+        }
+        fn release(&self, gsi: u32) {
+            self.1.lock().unwrap().push(gsi);
         }
     }
 
@@ -241,6 +243,16 @@ mod tests {
         table.write_table(ENTRY_SIZE + 12, &1u32.to_le_bytes());
         let log = recorder.0.lock().unwrap();
         assert_eq!(*log, [(24, Some(MESSAGE)), (24, None), (24, Some(MESSAGE)), (24, None)]);
+    }
+
+    #[test]
+    fn table_that_goes_detaches_its_vectors_and_gives_their_lines_back() {
+        let (recorder, mut table) = table(2);
+        program(&mut table, 1);
+        table.set_control(CONTROL_ENABLE);
+        drop(table);
+        assert_eq!(*recorder.0.lock().unwrap(), [(24, Some(MESSAGE)), (24, None)]);
+        assert_eq!(*recorder.1.lock().unwrap(), [24, 24]);
     }
 
     #[test]

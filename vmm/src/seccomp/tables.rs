@@ -79,8 +79,8 @@ const VCPU: &[Call] = &[
 ];
 
 const KVM_SET_USER_MEMORY_REGION: u64 = kvm(1, 32, 0x46);
-/// VFIO_DEVICE_SET_IRQS (linux/vfio.h).
-const VFIO_DEVICE_SET_IRQS: u64 = 0x3b << 8 | 110;
+/// Turns interrupts on and off.
+const VFIO_DEVICE_SET_IRQS: u64 = vfio(10);
 
 /// What the driver of a passed function does besides: it moves BARs, turns interrupts on,
 /// and reaches what of the function is not mapped by reads and writes of its descriptor.
@@ -195,6 +195,43 @@ const CONTROL: &[Call] = &[
     (libc::SYS_fsync, Any),
 ];
 
+/// A request's number of VFIO: no direction, no size (linux/vfio.h).
+const fn vfio(number: u64) -> u64 {
+    0x3b << 8 | (100 + number)
+}
+
+/// Adding functions of the host, whose descriptors the shim has opened, and removing them: what
+/// they are is asked for, their memory becomes slots, their interrupts lines, the guest's memory
+/// theirs.
+const CONTROL_WITH_FUNCTIONS: &[Call] = &[
+    (
+        libc::SYS_ioctl,
+        OneOf(
+            1,
+            &[
+                KVM_SET_USER_MEMORY_REGION,
+                KVM_SET_GSI_ROUTING,
+                KVM_IRQFD,
+                // KVM_CREATE_DEVICE and KVM_SET_DEVICE_ATTR, of the device that knows the groups.
+                kvm(3, 12, 0xe0),
+                kvm(1, 24, 0xe1),
+                // VFIO_DEVICE_GET_INFO, _GET_REGION_INFO, _GET_IRQ_INFO, _SET_IRQS, _RESET.
+                vfio(7),
+                vfio(8),
+                vfio(9),
+                VFIO_DEVICE_SET_IRQS,
+                vfio(11),
+                // VFIO_IOMMU_MAP_DMA, VFIO_IOMMU_UNMAP_DMA.
+                vfio(13),
+                vfio(14),
+            ],
+        ),
+    ),
+    (libc::SYS_eventfd2, Any),
+    (libc::SYS_pread64, Any),
+    (libc::SYS_pwrite64, Any),
+];
+
 /// Reading a machine out of KVM, and writing it to two files that the shim has opened.
 const SAVER: &[Call] = &[
     (
@@ -230,6 +267,7 @@ pub(super) fn of(kind: ThreadKind) -> impl Iterator<Item = &'static Call> {
         ThreadKind::Io => [EVENT_LOOP, IO, NOTHING, NOTHING],
         ThreadKind::FileServer => [EVENT_LOOP, FILES, IDENTITY, &[ASKING]],
         ThreadKind::Control => [CONTROL, NOTHING, NOTHING, NOTHING],
+        ThreadKind::ControlWithFunctions => [CONTROL, CONTROL_WITH_FUNCTIONS, NOTHING, NOTHING],
         ThreadKind::Saver => [CONTROL, SAVER, NOTHING, NOTHING],
     };
     EVERY_THREAD.iter().chain(own.into_iter().flatten())

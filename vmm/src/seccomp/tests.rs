@@ -9,12 +9,13 @@ use super::*;
 const KIND: &str = "VIAL_TEST_THREAD_KIND";
 const CALL: &str = "VIAL_TEST_CALL";
 
-const KINDS: [ThreadKind; 6] = [
+const KINDS: [ThreadKind; 7] = [
     ThreadKind::Vcpu,
     ThreadKind::VcpuWithFunctions,
     ThreadKind::Io,
     ThreadKind::FileServer,
     ThreadKind::Control,
+    ThreadKind::ControlWithFunctions,
     ThreadKind::Saver,
 ];
 
@@ -81,6 +82,9 @@ fn table(kind: ThreadKind) -> (&'static [Attempt], &'static [Attempt]) {
     const PASSED_MEMORY: Attempt =
         ("more of a container's memory", libc::SYS_ioctl, [CLOSED, 0x3b71, 0, 0]);
     const SLOT: Attempt = ("a memory slot", libc::SYS_ioctl, [CLOSED, 0x4020_ae46, 0, 0]);
+    const EVENT: Attempt = ("an event", libc::SYS_eventfd2, [0, -1, 0, 0]);
+    // VFIO_GROUP_GET_DEVICE_FD.
+    const GROUP: Attempt = ("a function of a group", libc::SYS_ioctl, [CLOSED, 0x3b6a, 0, 0]);
     const READ_AT: Attempt = ("read at a place", libc::SYS_pread64, [CLOSED, 0, 0, 0]);
     match kind {
         ThreadKind::Vcpu => (
@@ -97,9 +101,26 @@ fn table(kind: ThreadKind) -> (&'static [Attempt], &'static [Attempt]) {
         ThreadKind::FileServer => {
             (&[OPEN, IDENTITY, EPOLL, DUPLICATE], &[PAIR, RUN, RECEIVE, OWNER, POLL])
         }
-        ThreadKind::Control => {
-            (&[POLL, RECEIVE], &[OPEN, PAIR, IDENTITY, RUN, EPOLL, DUPLICATE, READ_OUT, WRITE_AT])
-        }
+        ThreadKind::Control => (
+            &[POLL, RECEIVE],
+            &[
+                OPEN,
+                PAIR,
+                IDENTITY,
+                RUN,
+                EPOLL,
+                DUPLICATE,
+                READ_OUT,
+                WRITE_AT,
+                SLOT,
+                PASSED_MEMORY,
+                EVENT,
+            ],
+        ),
+        ThreadKind::ControlWithFunctions => (
+            &[POLL, RECEIVE, SLOT, PASSED_MEMORY, PASSED_INTERRUPT, READ_AT, WRITE_AT, EVENT],
+            &[OPEN, PAIR, IDENTITY, RUN, EPOLL, DUPLICATE, READ_OUT, WRITE_INTO, GROUP],
+        ),
         ThreadKind::Saver => (
             &[POLL, RECEIVE, READ_OUT, WRITE_AT],
             &[OPEN, PAIR, IDENTITY, RUN, EPOLL, DUPLICATE, WRITE_INTO],
@@ -211,6 +232,11 @@ fn file_server_that_leaves_its_table_is_killed() {
 #[test]
 fn control_thread_that_leaves_its_table_is_killed() {
     each_call_of(ThreadKind::Control);
+}
+
+#[test]
+fn control_thread_with_functions_that_leaves_its_table_is_killed() {
+    each_call_of(ThreadKind::ControlWithFunctions);
 }
 
 #[test]

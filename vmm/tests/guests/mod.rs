@@ -63,6 +63,7 @@ pub(crate) fn request(kernel: File) -> Request {
         command_line: String::new(),
         console: None,
         devices: Vec::new(),
+        hot_plug: false,
     };
     Request { config, files }
 }

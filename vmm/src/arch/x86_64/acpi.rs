@@ -53,7 +53,7 @@ pub struct Platform {
     /// Whether there is a serial console.
     pub serial: bool,
     /// A window for 64-bit BARs, from its first byte to before its last and one.
-    pub high_window: Option<(u64, u64)>,
+    pub high_window: (u64, u64),
 }
 
 /// Writes the tables and returns where the root pointer lies.
@@ -165,7 +165,7 @@ fn device(name: &str, children: Vec<&dyn Aml>) -> Assembled {
     Assembled(aml)
 }
 
-fn host_bridge(high_window: Option<(u64, u64)>) -> Assembled {
+fn host_bridge((high_start, high_end): (u64, u64)) -> Assembled {
     let hid = Name::new("_HID".into(), &EISAName::new("PNP0A08"));
     let cid = Name::new("_CID".into(), &EISAName::new("PNP0A03"));
     let segment = Name::new("_SEG".into(), &0u8);
@@ -176,11 +176,8 @@ fn host_bridge(high_window: Option<(u64, u64)>) -> Assembled {
     let buses = AddressSpace::new_bus_number(0u16, 0u16);
     let uncached = AddressSpaceCacheable::NotCacheable;
     let low = AddressSpace::new_memory(uncached, true, PCI_MMIO_START as u32, window_end, None);
-    let high = high_window
-        .map(|(start, end)| AddressSpace::new_memory(uncached, true, start, end - 1, None));
-    let mut windows: Vec<&dyn Aml> = vec![&buses, &low];
-    windows.extend(high.iter().map(|window| window as &dyn Aml));
-    let resources = Name::new("_CRS".into(), &ResourceTemplate::new(windows));
+    let high = AddressSpace::new_memory(uncached, true, high_start, high_end - 1, None);
+    let resources = Name::new("_CRS".into(), &ResourceTemplate::new(vec![&buses, &low, &high]));
     device("PCI0", vec![&hid, &cid, &segment, &bus, &coherent, &resources])
 }
 
@@ -267,7 +264,7 @@ mod tests {
     #[test]
     fn every_table_is_reached_from_the_root_and_sums_to_zero() {
         let ram = map_ram(32 << 20).unwrap();
-        let platform = Platform { vcpus: 64, serial: true, high_window: Some((1 << 39, 1 << 40)) };
+        let platform = Platform { vcpus: 64, serial: true, high_window: (1 << 39, 1 << 40) };
         let root = write_tables(&ram, platform).unwrap();
         let rsdp = read(&ram, root.0, 36);
         assert_eq!(&rsdp[..8], b"RSD PTR ");

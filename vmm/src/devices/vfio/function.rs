@@ -50,6 +50,33 @@ pub trait Host: Send {
     /// # Errors
     /// The host refuses.
     fn set_interrupts(&self, kind: Interrupts, events: &[Arc<EventFd>]) -> io::Result<()>;
+
+    /// Stops whatever it does, and makes it as it is when switched on.
+    ///
+    /// # Errors
+    /// The host refuses.
+    fn reset(&self) -> io::Result<()>;
+}
+
+/// A host that has been let go of.
+struct Gone;
+
+impl Host for Gone {
+    fn write_config(&self, _: u16, _: &[u8]) -> io::Result<()> {
+        Err(io::ErrorKind::NotFound.into())
+    }
+    fn read_region(&self, _: u64, _: &mut [u8]) -> io::Result<()> {
+        Err(io::ErrorKind::NotFound.into())
+    }
+    fn write_region(&self, _: u64, _: &[u8]) -> io::Result<()> {
+        Err(io::ErrorKind::NotFound.into())
+    }
+    fn set_interrupts(&self, _: Interrupts, _: &[Arc<EventFd>]) -> io::Result<()> {
+        Err(io::ErrorKind::NotFound.into())
+    }
+    fn reset(&self) -> io::Result<()> {
+        Err(io::ErrorKind::NotFound.into())
+    }
 }
 
 /// Memory slots for what the guest reaches directly.
@@ -59,21 +86,41 @@ pub trait Windows: Send + Sync {
     /// # Errors
     /// KVM refuses, because something else is there as a rule.
     fn place(&self, window: u32, at: Option<u64>) -> io::Result<()>;
+
+    /// Shows it nowhere, and forgets it.
+    fn release(&self, window: u32);
+}
+
+/// A window, released when dropped.
+pub struct Window {
+    number: u32,
+    windows: Arc<dyn Windows>,
+}
+
+impl Window {
+    /// The window of that number.
+    pub fn new(number: u32, windows: Arc<dyn Windows>) -> Self {
+        Self { number, windows }
+    }
+}
+
+impl Drop for Window {
+    fn drop(&mut self) {
+        self.windows.release(self.number);
+    }
 }
 
 /// A BAR, as it is served.
-#[derive(Debug, Clone)]
 pub struct ServedBar {
     /// Where it begins in the function's descriptor.
     pub host_offset: u64,
-    /// Where each window begins in the BAR, and its number.
-    pub windows: Vec<(u64, u32)>,
+    /// Where each window begins in the BAR.
+    pub windows: Vec<(u64, Window)>,
 }
 
 /// A function of the host's.
 pub struct PassedFunction {
     host: Box<dyn Host>,
-    windows: Arc<dyn Windows>,
     /// Where in the guest's address space there are BARs and nothing else.
     places: [Range<u64>; 2],
     config: ConfigSpace,
@@ -85,6 +132,7 @@ pub struct PassedFunction {
     /// What VFIO was told to deliver.
     enabled: Option<Interrupts>,
     bus_master: bool,
+    gone: bool,
     complaints: AtomicU32,
 }
 
@@ -97,10 +145,8 @@ impl PassedFunction {
     ///
     /// # Errors
     /// The capabilities do not fit, or the host refuses the command register.
-    #[allow(clippy::too_many_arguments)] // Once, from one place.
     pub fn new(
         host: Box<dyn Host>,
-        windows: Arc<dyn Windows>,
         places: [Range<u64>; 2],
         mut config: ConfigSpace,
         bars: [Option<ServedBar>; 6],
@@ -129,7 +175,6 @@ impl PassedFunction {
         });
         let this = Self {
             host,
-            windows,
             places,
             config,
             bars,
@@ -138,6 +183,7 @@ impl PassedFunction {
             control,
             enabled: None,
             bus_master: false,
+            gone: false,
             complaints: AtomicU32::new(0),
         };
         this.write_command().map_err(PassedFunctionError::Command)?;
@@ -159,7 +205,7 @@ impl PassedFunction {
             let at = at.map(|at| at + offset);
             // It fails where the guest chose an address that something else has. Accesses there
             // reach whatever that is; this BAR answers by exits, if it is asked at all.
-            self.tell("be where the guest put it", self.windows.place(*window, at));
+            self.tell("be where the guest put it", window.windows.place(window.number, at));
         }
     }
 
@@ -287,6 +333,9 @@ impl PciFunction for PassedFunction {
     }
 
     fn write_config(&mut self, offset: u16, data: &[u8]) -> Vec<BarChange> {
+        if self.gone {
+            return Vec::new();
+        }
         let changes = self.config.write(offset, data);
         changes.iter().for_each(|change| self.apply(change));
         self.follow(offset, data);
@@ -323,6 +372,21 @@ impl PciFunction for PassedFunction {
                 let _ = self.host.write_region(served.host_offset + offset, data);
             }
         }
+    }
+
+    /// Stops the function, and closes and gives back all that it has: descriptor, windows, lines.
+    fn detach(&mut self) {
+        if self.gone {
+            return;
+        }
+        self.gone = true;
+        if let Some(kind) = self.enabled.take() {
+            self.tell("have its interrupts turned off", self.host.set_interrupts(kind, &[]));
+        }
+        self.tell("be reset", self.host.reset());
+        self.bars = [const { None }; 6];
+        (self.table, self.msi, self.control) = (None, None, None);
+        self.host = Box::new(Gone);
     }
 }
 

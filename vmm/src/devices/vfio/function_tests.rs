@@ -14,7 +14,9 @@ enum Done {
     Read(u64, usize),
     Write(u64, Vec<u8>),
     Interrupts(Interrupts, usize),
+    Reset,
     Place(u32, Option<u64>),
+    Release(u32),
 }
 
 #[derive(Default, Clone)]
@@ -48,12 +50,19 @@ impl Host for Recorder {
         self.add(Done::Interrupts(kind, events.len()));
         Ok(())
     }
+    fn reset(&self) -> io::Result<()> {
+        self.add(Done::Reset);
+        Ok(())
+    }
 }
 
 impl Windows for Recorder {
     fn place(&self, window: u32, at: Option<u64>) -> io::Result<()> {
         self.add(Done::Place(window, at));
         Ok(())
+    }
+    fn release(&self, window: u32) {
+        self.add(Done::Release(window));
     }
 }
 
@@ -67,6 +76,7 @@ impl MsiRouter for Recorder {
     fn detach(&self, _: u32, _: &EventFd) -> Result<(), MsiError> {
         Ok(())
     }
+    fn release(&self, _: u32) {}
 }
 
 const BAR0: u64 = 0xc000_0000;
@@ -88,7 +98,9 @@ fn function() -> (Recorder, PassedFunction) {
     config.add_bar(0, 0x4000, BAR0 as u32).unwrap();
     config.add_wide_bar(2, 0x1_0000, BAR2, true).unwrap();
     let served = |host_offset, windows: &[(u64, u32)]| {
-        Some(ServedBar { host_offset, windows: windows.to_vec() })
+        let window = |number| Window::new(number, Arc::new(recorder.clone()));
+        let windows = windows.iter().map(|(at, number)| (*at, window(*number))).collect();
+        Some(ServedBar { host_offset, windows })
     };
     let bars = [
         served(0x10_0000, &[(0, 0), (0x3000, 1)]),
@@ -106,7 +118,6 @@ fn function() -> (Recorder, PassedFunction) {
     let table = MsixTable::new(3, Arc::new(recorder.clone())).unwrap();
     let function = PassedFunction::new(
         Box::new(recorder.clone()),
-        Arc::new(recorder.clone()),
         [0xc000_0000..0xe000_0000, 1 << 39..1 << 40],
         config,
         bars,
@@ -130,7 +141,7 @@ fn capability(function: &PassedFunction, id: u8) -> u16 {
 
 #[test]
 fn memory_is_placed_and_answers_from_the_start() {
-    let (recorder, _) = function();
+    let (recorder, _function) = function();
     let mut log = recorder.take();
     assert_eq!(log.remove(0), Done::Config(COMMAND, vec![0x02, 0x04]));
     let place = |window, at| Done::Place(window, Some(at));
@@ -201,6 +212,31 @@ fn all_vectors_are_delivered_when_msix_is_turned_on_and_none_after() {
     assert_eq!(recorder.take(), [Done::Interrupts(Interrupts::Msix, 3)]);
     function.write_config(control, &0u16.to_le_bytes());
     assert_eq!(recorder.take(), [Done::Interrupts(Interrupts::Msix, 0)]);
+}
+
+#[test]
+fn function_that_is_taken_off_is_stopped_and_follows_no_write_any_more() {
+    let (recorder, mut function) = function();
+    let control = capability(&function, 0x11) + 2;
+    function.write_config(control, &0x8000u16.to_le_bytes());
+    recorder.take();
+    function.detach();
+    let released = [0, 1, 2].map(Done::Release);
+    let log = recorder.take();
+    assert_eq!(log[..2], [Done::Interrupts(Interrupts::Msix, 0), Done::Reset]);
+    assert_eq!(log[2..], released);
+    // What was found on the bus just before.
+    let changes = function.write_config(0x10, &0xd000_0000u32.to_le_bytes());
+    assert!(changes.is_empty());
+    function.write_bar(0, 0x10, &[1; 4]);
+    let mut data = [0; 4];
+    for offset in [0x10, TABLE, PENDING] {
+        function.read_bar(0, offset, &mut data);
+        assert_eq!(data, [0xff; 4], "{offset:#x}");
+    }
+    function.detach();
+    drop(function);
+    assert_eq!(recorder.take(), []);
 }
 
 #[test]

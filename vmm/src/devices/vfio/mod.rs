@@ -20,13 +20,13 @@ use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use function::{PassedFunction, PassedFunctionError, ServedBar, trapped_bytes};
+use function::{PassedFunction, PassedFunctionError, ServedBar, Window, trapped_bytes};
 use regions::{Area, HostRegion};
 use registers::{Bar, Found, HEADER_BYTES};
 use requests::{Container, HostFunction, HostFunctionError, Interrupts};
 
 use crate::arch::layout::{PCI_MMIO_SIZE, PCI_MMIO_START};
-use crate::kvm::{GroupsOfKvm, KvmError, Vm};
+use crate::kvm::{KvmError, Vm};
 use crate::memory::GuestRam;
 use crate::pci::PciBus;
 use crate::pci::bus::BusError;
@@ -92,12 +92,24 @@ pub enum VfioError {
     },
 }
 
-/// What keeps functions joined to a VM, for as long as it lives.
-#[derive(Debug)]
+/// What keeps functions joined to a VM. Dropping it takes the guest's memory away from them.
 pub struct Joined {
-    _kvm: GroupsOfKvm,
-    _container: Container,
-    _groups: Vec<OwnedFd>,
+    vm: Arc<Vm>,
+    ram: GuestRam,
+    container: Container,
+    groups: Vec<OwnedFd>,
+}
+
+impl Drop for Joined {
+    fn drop(&mut self) {
+        // Closing the descriptors would do both, unless somebody else had them, too.
+        if let Err(error) = self.container.unmap(&self.ram) {
+            tracing::warn!(%error, "guest memory of passed functions is not unmapped before");
+        }
+        if let Err(error) = self.vm.leave_groups(&self.groups) {
+            tracing::warn!(%error, "the groups of passed functions stay with KVM");
+        }
+    }
 }
 
 /// Tells KVM of the groups, and lets their functions reach the guest's memory.
@@ -107,17 +119,32 @@ pub struct Joined {
 pub fn join(
     container: OwnedFd,
     groups: Vec<OwnedFd>,
-    vm: &Vm,
+    vm: &Arc<Vm>,
     ram: &GuestRam,
 ) -> Result<Joined, VfioError> {
     use vm_memory::{GuestMemory, GuestMemoryRegion};
-    let kvm = vm.join_groups(&groups)?;
     let container = Container::new(container);
-    container.map(ram).map_err(|error| {
-        let bytes: u64 = ram.iter().map(GuestMemoryRegion::len).sum();
-        VfioError::Memory { mib: bytes >> 20, error }
-    })?;
-    Ok(Joined { _kvm: kvm, _container: container, _groups: groups })
+    let mapped = vm.join_groups(&groups).map_err(VfioError::from).and_then(|()| {
+        container.map(ram).map_err(|error| {
+            let bytes: u64 = ram.iter().map(GuestMemoryRegion::len).sum();
+            VfioError::Memory { mib: bytes >> 20, error }
+        })
+    });
+    if let Err(error) = mapped {
+        // What is mapped goes with the container.
+        let _ = vm.leave_groups(&groups);
+        return Err(error);
+    }
+    Ok(Joined { vm: vm.clone(), ram: ram.clone(), container, groups })
+}
+
+/// Where a function's BARs are at first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Placed {
+    /// Where the bus has room, for a guest that has not looked yet.
+    ByTheBus,
+    /// Nowhere: a guest that runs has places of its own for what it finds.
+    ByTheGuest,
 }
 
 /// Makes a function of its descriptor; adding it to the bus is the caller's.
@@ -129,6 +156,7 @@ pub fn function(
     vm: &Arc<Vm>,
     bus: &PciBus,
     high_window: Range<u64>,
+    placed: Placed,
 ) -> Result<PassedFunction, VfioError> {
     let host = HostFunction::new(descriptor)?;
     let mut header = [0; HEADER_BYTES];
@@ -139,20 +167,24 @@ pub fn function(
     found.msix = found.msix.filter(|msix| host.vectors(Interrupts::Msix) >= msix.vectors.into());
     found.msi = found.msi.filter(|msi| host.vectors(Interrupts::Msi) >= msi.vectors.into());
     let mut config = ConfigSpace::new(registers::identity(&header));
-    let bars = serve_bars(&host, &found, &mut config, vm, bus)?;
+    let on_bus = (placed == Placed::ByTheBus).then_some(bus);
+    let bars = serve_bars(&host, &found, &mut config, vm, on_bus)?;
+    if placed == Placed::ByTheGuest {
+        config.undecode();
+    }
     let table = found.msix.map(|msix| MsixTable::new(msix.vectors, vm.clone())).transpose()?;
     let msi = found.msi.map(|msi| MsiVectors::new(msi.vectors, vm.clone())).transpose()?;
     let windows = [PCI_MMIO_START..PCI_MMIO_START + PCI_MMIO_SIZE, high_window];
     let host = Box::new(host);
-    Ok(PassedFunction::new(host, vm.clone(), windows, config, bars, &found, table, msi)?)
+    Ok(PassedFunction::new(host, windows, config, bars, &found, table, msi)?)
 }
 
 fn serve_bars(
     host: &HostFunction,
     found: &Found,
     config: &mut ConfigSpace,
-    vm: &Vm,
-    bus: &PciBus,
+    vm: &Arc<Vm>,
+    bus: Option<&PciBus>,
 ) -> Result<[Option<ServedBar>; 6], VfioError> {
     let mut bars = [const { None }; 6];
     for bar in &found.bars {
@@ -170,7 +202,7 @@ fn serve_bars(
                 let memory = host
                     .map(region.offset, area)
                     .map_err(|error| VfioError::Map { bar: number, error })?;
-                Ok((area.start, vm.add_window(memory)))
+                Ok((area.start, Window::new(vm.add_window(memory), vm.clone())))
             })
             .collect::<Result<_, VfioError>>()?;
         let HostRegion { offset: host_offset, .. } = region;
@@ -179,14 +211,20 @@ fn serve_bars(
     Ok(bars)
 }
 
-fn show_bar(config: &mut ConfigSpace, bus: &PciBus, bar: Bar, size: u64) -> Result<(), VfioError> {
+fn show_bar(
+    config: &mut ConfigSpace,
+    bus: Option<&PciBus>,
+    bar: Bar,
+    size: u64,
+) -> Result<(), VfioError> {
     let number = bar.number;
     let place = |error| VfioError::Place { bar: number, bytes: size, error };
     let shown = if bar.wide {
-        let at = bus.allocate_wide_bar(size).map_err(place)?;
+        let at = bus.map_or(Ok(0), |bus| bus.allocate_wide_bar(size)).map_err(place)?;
         config.add_wide_bar(number, size, at, bar.prefetchable)
     } else {
-        config.add_bar(number, size, bus.allocate_bar(size).map_err(place)?)
+        let at = bus.map_or(Ok(0), |bus| bus.allocate_bar(size)).map_err(place)?;
+        config.add_bar(number, size, at)
     };
     shown.map_err(|error| VfioError::Bar { bar: number, error })
 }

@@ -16,7 +16,8 @@ use vfio_bindings::bindings::vfio::{
     VFIO_DMA_MAP_FLAG_WRITE, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_DATA_EVENTFD,
     VFIO_IRQ_SET_DATA_NONE, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_NUM_REGIONS,
     VFIO_REGION_INFO_CAP_SPARSE_MMAP, VFIO_REGION_INFO_FLAG_CAPS, VFIO_REGION_INFO_FLAG_MMAP,
-    vfio_device_info, vfio_iommu_type1_dma_map, vfio_irq_info, vfio_region_info,
+    vfio_device_info, vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap, vfio_irq_info,
+    vfio_region_info,
 };
 use vm_memory::{GuestMemory, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
@@ -35,6 +36,7 @@ const DEVICE_GET_IRQ_INFO: libc::c_ulong = vfio(9);
 const DEVICE_SET_IRQS: libc::c_ulong = vfio(10);
 const DEVICE_RESET: libc::c_ulong = vfio(11);
 const IOMMU_MAP_DMA: libc::c_ulong = vfio(13);
+const IOMMU_UNMAP_DMA: libc::c_ulong = vfio(14);
 
 /// The most bytes of a region's description that are asked for, capabilities included.
 const MAX_REGION_INFO_BYTES: usize = 4096;
@@ -59,7 +61,14 @@ impl Container {
     }
 
     /// Lets the functions reach all of the guest's memory, at the guest's own addresses. It is
-    /// pinned by that: the host gives it all of its pages now, and never takes one back.
+    /// pinned by that: the host gives it all of its pages now, and takes none back before
+    /// [`Container::unmap`].
+    ///
+    /// Memory that is mapped privately from a file is as good as any: the pages are pinned for
+    /// writing, so each becomes this process's own copy first, and a pinned copy is exclusive: no
+    /// later write copies it again (Linux mm/gup.c, `FOLL_WRITE | FOLL_LONGTERM` of
+    /// drivers/vfio/vfio_iommu_type1.c). What could replace it is not done here: this process never
+    /// forks, merges no pages (`MADV_MERGEABLE`) and gives none back (`MADV_DONTNEED`).
     ///
     /// # Errors
     /// The kernel refuses; for want of a limit on locked memory as a rule.
@@ -83,6 +92,28 @@ impl Container {
             answer(unsafe { libc::ioctl(self.0.as_raw_fd(), IOMMU_MAP_DMA, &raw const map) })?;
         }
         Ok(())
+    }
+
+    /// Ends what [`Container::map`] began. All regions are tried.
+    ///
+    /// # Errors
+    /// The first that the kernel refuses, because it is not mapped.
+    pub fn unmap(&self, ram: &GuestRam) -> io::Result<()> {
+        let mut result = Ok(());
+        for region in ram.iter() {
+            let mut unmap = vfio_iommu_type1_dma_unmap {
+                argsz: size::<vfio_iommu_type1_dma_unmap>(),
+                flags: 0,
+                iova: region.start_addr().0,
+                size: region.len(),
+                ..Default::default()
+            };
+            // SAFETY: the structure is as large as it says; nothing of this process is changed.
+            let answered =
+                answer(unsafe { libc::ioctl(self.0.as_raw_fd(), IOMMU_UNMAP_DMA, &raw mut unmap) });
+            result = result.and(answered);
+        }
+        result
     }
 }
 
@@ -122,9 +153,7 @@ impl HostFunction {
             return Err(HostFunctionError::NoReset);
         }
         let mut this = Self { file: Arc::new(file), config_offset: 0, vectors: [0; 3] };
-        // SAFETY: no argument is looked at.
-        answer(unsafe { libc::ioctl(this.file.as_raw_fd(), DEVICE_RESET, 0) })
-            .map_err(refused("be reset"))?;
+        this.reset().map_err(refused("be reset"))?;
         this.config_offset = this
             .region(VFIO_PCI_CONFIG_REGION_INDEX)
             .map_err(refused("show its registers"))?
@@ -134,6 +163,11 @@ impl HostFunction {
                 this.ask_vectors(kind).map_err(refused("tell its interrupts"))?;
         }
         Ok(this)
+    }
+
+    fn reset(&self) -> io::Result<()> {
+        // SAFETY: no argument is looked at.
+        answer(unsafe { libc::ioctl(self.file.as_raw_fd(), DEVICE_RESET, 0) })
     }
 
     fn ask_vectors(&self, kind: Interrupts) -> io::Result<u32> {
@@ -242,6 +276,10 @@ impl super::function::Host for HostFunction {
 
     fn write_region(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.file.write_all_at(data, offset)
+    }
+
+    fn reset(&self) -> io::Result<()> {
+        Self::reset(self)
     }
 
     /// `struct vfio_irq_set`, followed by a descriptor for each vector.

@@ -1,0 +1,250 @@
+//! Functions of the host in a VM: those that the pod asks for, and those that containers bring into
+//! it while it runs, and take with them.
+//!
+//! Coming: checked, written down, opened, handed to the VMM, found by the agent. Going: the agent
+//! takes them from their drivers, the VMM resets them and closes them, whether the guest has let go
+//! or not, and they are given back. The VMM holds the only descriptors, so that its end, however
+//! it comes, is the end of all that.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use tokio::time::timeout;
+use vial_agent_protocol::agent::FunctionName;
+use vial_vmm_api::{Action, AddedFunctions, MAX_PASSED_FUNCTIONS, Reply};
+
+use super::{Given, Plan, Sandbox, vmm};
+use crate::{
+    devices::{
+        DeviceError, binding,
+        binding::Record,
+        handles::{self, Handles},
+        passed::{Passed, Set},
+        pci::Sysfs,
+        wanted::Wanted,
+    },
+    error::ServiceError,
+    state_dir::{State, StateDir},
+    undo::UndoStack,
+    vmm_client::VmmError,
+};
+
+/// How long the VMM may take to give all of a guest's memory to functions: it is zeroed by that.
+const ADD_PATIENCE: Duration = Duration::from_secs(60);
+/// How long it may take to let go of them.
+const REMOVE_PATIENCE: Duration = Duration::from_secs(10);
+
+/// What the VM has, and what is written down of it.
+#[derive(Debug)]
+pub(super) struct Functions {
+    pub(super) passed: Passed,
+    /// As on disk.
+    pub(super) state: State,
+    /// Whether more can come.
+    pub(super) hot_plug: bool,
+}
+
+impl Functions {
+    /// Those that the VM was started with, which `state` has.
+    pub(super) fn begin(
+        state: State,
+        listed: Option<&AddedFunctions>,
+        hot_plug: bool,
+    ) -> Result<Self, ServiceError> {
+        let mut passed = Passed::default();
+        if let Some(AddedFunctions { set, devices }) = listed {
+            passed.add(None, *set, &state.devices, devices)?;
+        }
+        Ok(Self { passed, state, hot_plug })
+    }
+}
+
+/// Binds the functions that the pod asks for, and opens them. What is about to be bound is written
+/// down first.
+pub(super) fn pass_devices(
+    plan: &Plan,
+    dir: &StateDir,
+    state: &mut State,
+    undo: &mut UndoStack,
+) -> Result<Option<Handles>, ServiceError> {
+    if plan.devices.is_empty() {
+        return Ok(None);
+    }
+    let sysfs = Sysfs::default();
+    let records = binding::check(&sysfs, &plan.devices)?;
+    state.devices.clone_from(&records);
+    dir.write_state(state)?;
+    // Before the step: it may come half of its way.
+    undo.push("bind the pod's PCI functions", || async move {
+        // Their driver lets go of them when the last descriptor is closed, with the VMM.
+        let given = tokio::task::spawn_blocking(move || {
+            binding::give_back(&Sysfs::default(), &records).map_err(|error| error.to_string())
+        });
+        given.await.unwrap_or_else(|error| Err(error.to_string()))
+    });
+    binding::bind(&sysfs, &state.devices)?;
+    let handles = handles::open_all(&state.devices)?;
+    plan.timeline.mark("PCI functions opened");
+    Ok(Some(handles))
+}
+
+impl Sandbox {
+    /// Gives the VM the functions that a container's devices stand for, as far as it has not got
+    /// them.
+    ///
+    /// # Errors
+    /// [`ServiceError`]; the VM has what it had then.
+    pub async fn give_functions(
+        &self,
+        container: &str,
+        wanted: &Wanted,
+    ) -> Result<(), ServiceError> {
+        let mut functions = self.functions.lock().await;
+        let missing = functions.passed.missing(&wanted.groups);
+        if let Some(group) = missing.first() {
+            if !functions.hot_plug {
+                return Err(DeviceError::Late(*group).into());
+            }
+            self.plug(&mut functions, container, missing).await?;
+        }
+        functions.passed.join(container, &wanted.groups);
+        Ok(())
+    }
+
+    async fn plug(
+        &self,
+        functions: &mut Functions,
+        container: &str,
+        groups: BTreeSet<u32>,
+    ) -> Result<(), ServiceError> {
+        let wanted = Wanted { groups, addresses: BTreeSet::new() };
+        let records = binding::check(&Sysfs::default(), &wanted)?;
+        if functions.passed.records().count() + records.len() > MAX_PASSED_FUNCTIONS {
+            return Err(DeviceError::TooMany(MAX_PASSED_FUNCTIONS).into());
+        }
+        functions.state.devices.extend(records.iter().cloned());
+        self.dir.write_state(&functions.state)?;
+        let added = self.hand_over(functions, container, &records).await;
+        if added.is_err() {
+            self.forget(&mut functions.state, &records);
+        }
+        added
+    }
+
+    async fn hand_over(
+        &self,
+        functions: &mut Functions,
+        container: &str,
+        records: &[Record],
+    ) -> Result<(), ServiceError> {
+        let handles = handles::open_all(records)?;
+        // Each set is an address space of its own, which counts all memory by itself.
+        let sets = u32::try_from(functions.passed.sets() + 1).unwrap_or(u32::MAX);
+        self.process.allow_locked_memory(functions.state.memory_mib, sets)?;
+        let AddedFunctions { set, devices } = self.ask_vmm(handles).await?;
+        if let Err(error) = functions.passed.add(Some(container), set, records, &devices) {
+            self.remove_from_vm(set).await?;
+            return Err(error.into());
+        }
+        let devices = devices.into_iter().map(u32::from).collect();
+        match self.agent.add_functions(devices).await {
+            Ok(drivers) => {
+                for (record, driver) in records.iter().zip(drivers) {
+                    let driver: String = driver.chars().take(32).collect();
+                    tracing::info!("the guest has {}; its driver: {driver:?}", record.address);
+                }
+                Ok(())
+            }
+            Err(error) => {
+                for set in functions.passed.leave(container) {
+                    self.unplug(functions, &set).await;
+                }
+                Err(error.into())
+            }
+        }
+    }
+
+    async fn ask_vmm(
+        &self,
+        Handles { container, groups, functions }: Handles,
+    ) -> Result<AddedFunctions, ServiceError> {
+        let mut given = Given::default();
+        let action = Action::AddFunctions {
+            container: given.add(&container),
+            groups: groups.iter().map(|group| given.add(group)).collect(),
+            functions: functions.iter().map(|function| given.add(function)).collect(),
+        };
+        let asked = timeout(ADD_PATIENCE, self.vmm.request(action, &given.0)).await;
+        match asked.unwrap_or(Err(VmmError::Late(ADD_PATIENCE))) {
+            Ok(Reply::FunctionsAdded(added)) => Ok(added),
+            Ok(_) => Err(vmm("give functions to the VM")(VmmError::Answer)),
+            Err(error) => Err(vmm("give functions to the VM")(error)),
+        }
+    }
+
+    /// A container has gone: takes the functions from the VM that nobody else uses. What cannot be
+    /// taken stays with the pod, to its end.
+    pub async fn take_functions(&self, container: &str) {
+        let mut functions = self.functions.lock().await;
+        for set in functions.passed.leave(container) {
+            self.unplug(&mut functions, &set).await;
+        }
+    }
+
+    async fn unplug(&self, functions: &mut Functions, set: &Set) {
+        if self.end().is_none()
+            && let Err(error) = self.take_from_vm(set).await
+        {
+            tracing::error!("the VM keeps its PCI functions {}: {error}", names(set));
+            return;
+        }
+        functions.passed.remove(set.number);
+        let records: Vec<Record> = set.records().cloned().collect();
+        self.forget(&mut functions.state, &records);
+        tracing::info!("the VM has no longer {}", names(set));
+    }
+
+    async fn take_from_vm(&self, set: &Set) -> Result<(), ServiceError> {
+        if let Err(error) = self.agent.remove_functions(set.devices()).await {
+            tracing::warn!("the guest does not let go of {}: {error}", names(set));
+        }
+        self.remove_from_vm(set.number).await
+    }
+
+    async fn remove_from_vm(&self, set: u32) -> Result<(), ServiceError> {
+        let asked = self.vmm.request(Action::RemoveFunctions { set }, &[]);
+        let asked = timeout(REMOVE_PATIENCE, asked).await;
+        match asked.unwrap_or(Err(VmmError::Late(REMOVE_PATIENCE))) {
+            // With its process, its descriptors are gone.
+            Ok(Reply::Done) | Err(VmmError::Closed) => Ok(()),
+            Ok(_) => Err(vmm("take functions from the VM")(VmmError::Answer)),
+            Err(error) => Err(vmm("take functions from the VM")(error)),
+        }
+    }
+
+    /// Gives functions back that the VM has not, and strikes them out on disk.
+    fn forget(&self, state: &mut State, records: &[Record]) {
+        if let Err(error) = binding::give_back(&Sysfs::default(), records) {
+            tracing::error!("cannot give back what the VM had: {error}");
+        }
+        state.devices.retain(|device| !records.contains(device));
+        if let Err(error) = self.dir.write_state(state) {
+            tracing::error!("{error}");
+        }
+    }
+
+    /// What the VM's functions are called on the host and in the guest.
+    pub async fn function_names(&self) -> Vec<FunctionName> {
+        let names = self.functions.lock().await.passed.names().into_iter();
+        names
+            .map(|(host, guest)| FunctionName {
+                host: host.to_string(),
+                guest: guest.to_string(),
+                ..Default::default()
+            })
+            .collect()
+    }
+}
+
+fn names(set: &Set) -> String {
+    set.records().map(|record| record.address.to_string()).collect::<Vec<_>>().join(", ")
+}
