@@ -8,10 +8,11 @@ mod guests;
 use std::fs::File;
 use std::io::{Read, Seek};
 
-use client::Vmm;
+use client::{Attachments, Vmm};
 use guests::{POWER_OFF, Request, file, kernel, out, request, start};
 use vial_vmm_api::{
-    Action, Descriptor, DeviceConfig, Event, ExitReason, FailureKind, Reply, VmState,
+    Action, Descriptor, DeviceConfig, Event, ExitReason, Failure, FailureKind,
+    MAX_PASSED_FUNCTIONS, Reply, VmState,
 };
 
 /// `mov eax, [address]; mov dx, 0x3f8; out dx, al; shr eax, 8; …` for all four bytes.
@@ -142,6 +143,44 @@ fn wrong_request_is_refused_in_a_sentence_and_the_next_may_be_right() {
         assert!(failure.message.contains(words), "{words}: {}", failure.message);
     }
     boot(&mut vmm, request(kernel(&FOREVER))).expect("boot after refusals");
+}
+
+/// Why functions are refused whose descriptors are those of plain files.
+fn functions_refused(vmm: &mut Vmm, functions: Vec<Descriptor>) -> Failure {
+    let mut files = Attachments::default();
+    let container = files.add(file(b""));
+    files.add(file(b""));
+    let action = Action::AddFunctions { container, groups: Vec::new(), functions };
+    vmm.ask(action, &files.all()).unwrap_err()
+}
+
+#[test]
+fn functions_that_cannot_be_added_are_refused_and_the_vm_runs_on() {
+    let mut vmm = start();
+    let failure = functions_refused(&mut vmm, vec![Descriptor(1)]);
+    assert_eq!(failure.kind, FailureKind::State, "{failure:?}");
+    boot(&mut vmm, request(kernel(&FOREVER))).expect("boot");
+    let failure = functions_refused(&mut vmm, vec![Descriptor(1)]);
+    assert!(failure.message.contains("hot_plug"), "{failure:?}");
+
+    let mut vmm = start();
+    let mut request = request(kernel(&FOREVER));
+    request.config.hot_plug = true;
+    boot(&mut vmm, request).expect("boot");
+    let cases: [(Vec<Descriptor>, &str, FailureKind); 5] = [
+        (vec![], "no function", FailureKind::Invalid),
+        (vec![Descriptor(1); MAX_PASSED_FUNCTIONS + 1], "more than 16", FailureKind::Invalid),
+        (vec![Descriptor(2)], "missing or named twice", FailureKind::Invalid),
+        (vec![Descriptor(1); 2], "missing or named twice", FailureKind::Invalid),
+        (vec![Descriptor(1)], "does not describe itself", FailureKind::Host),
+    ];
+    for (functions, words, kind) in cases {
+        let failure = functions_refused(&mut vmm, functions);
+        assert!(failure.message.contains(words) && failure.kind == kind, "{words}: {failure:?}");
+    }
+    let failure = vmm.ask(Action::RemoveFunctions { set: 0 }, &[]).unwrap_err();
+    assert!(failure.message.contains("no set 0"), "{failure:?}");
+    assert_eq!(vmm.ask(Action::Status, &[]), Ok(Reply::Status(VmState::Running)));
 }
 
 #[test]
