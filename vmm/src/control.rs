@@ -82,7 +82,7 @@ impl Control {
     ///
     /// # Errors
     /// The socket fails, or brings what is no request.
-    pub fn run(mut self) -> Result<ExitReason, ControlError> {
+    pub fn run(&mut self) -> Result<ExitReason, ControlError> {
         loop {
             let (readable, woken) = self.wait()?;
             if woken {

@@ -1,5 +1,6 @@
 //! The `vial-vmm` program: runs one virtual machine for whoever holds the other end of its socket.
 
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -90,7 +91,10 @@ fn serve(options: &Serve) -> Result<ExitCode> {
         tracing::debug!("this kernel has no Landlock: the jail and the filters hold alone");
     }
     let socket = inherited_socket(number)?;
-    let reason = Control::new(socket)?.run()?;
+    // What a machine has goes with the process. To take it apart would need system calls that this
+    // thread no longer may.
+    let mut control = ManuallyDrop::new(Control::new(socket)?);
+    let reason = control.run()?;
     // The shim hears of it by the socket and the exit status.
     tracing::debug!(%reason, "the VM ended");
     // Threads in the guest or in a system call are not waited for.

@@ -145,7 +145,11 @@ pub(crate) fn cri_function_comes_into_a_vm_from_a_template(bed: &Bed) -> Result<
     let (node, _) = Node::with_template()?;
     let bound = Bound::new(nvme)?;
     let log = bed.log_length();
-    let pod = Pod::new(Runtime::Vial)?;
+    let pod = Pod::with(Runtime::Vial, |config| {
+        let security =
+            config.linux.get_or_insert_default().security_context.get_or_insert_default();
+        security.privileged = true;
+    })?;
     ensure!(!bed.lines_since(log, RESTORED).is_empty(), "the VM came from elsewhere");
     let script = "until [ -f /sys/block/nvme0n1/dev ]; do sleep 0.1; done; \
         mknod /dev/disk b $(tr : ' ' < /sys/block/nvme0n1/dev); \
