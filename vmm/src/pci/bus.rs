@@ -117,7 +117,7 @@ impl PciBus {
         let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
         let function = slots.get_mut(usize::from(number)).and_then(Option::take)?;
         drop(slots);
-        // Whoever is at its registers now is done first; who waits finds it gone, see below.
+        // Whoever is at its registers now is done first; who waits for them finds it detached.
         let mut locked = lock(&function);
         locked.detach();
         let mut bars = self.bars.write().unwrap_or_else(PoisonError::into_inner);
@@ -242,6 +242,7 @@ mod tests {
     struct Memory {
         config: ConfigSpace,
         bytes: [u8; 16],
+        detached: bool,
     }
 
     impl PciFunction for Memory {
@@ -249,7 +250,10 @@ mod tests {
             &self.config
         }
         fn write_config(&mut self, offset: u16, data: &[u8]) -> Vec<BarChange> {
-            self.config.write(offset, data)
+            if self.detached { Vec::new() } else { self.config.write(offset, data) }
+        }
+        fn detach(&mut self) {
+            self.detached = true;
         }
         fn read_bar(&mut self, _: u8, offset: u64, data: &mut [u8]) {
             let at = offset as usize;
@@ -271,7 +275,7 @@ mod tests {
             subsystem: 0,
         });
         config.add_bar(0, 16, bus.allocate_bar(16).unwrap()).unwrap();
-        Arc::new(Mutex::new(Memory { config, bytes: [0; 16] }))
+        Arc::new(Mutex::new(Memory { config, bytes: [0; 16], detached: false }))
     }
 
     #[test]
@@ -299,6 +303,27 @@ mod tests {
         assert_eq!(data, [0xff; 4]);
         bus.read_memory(0xd000_0004, &mut data);
         assert_eq!(data, [1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn function_that_is_removed_answers_nowhere_and_its_number_is_free() {
+        let bus = PciBus::new();
+        bus.add(memory(&bus)).unwrap();
+        let stays = bus.add(memory(&bus)).unwrap();
+        // Where its guest put it.
+        bus.write_config(1 << 15 | 0x10, &0xd000_0000u32.to_le_bytes());
+        bus.write_memory(0xd000_0000, &[7; 4]);
+        let removed = bus.remove(1).unwrap();
+        let mut data = [0; 4];
+        bus.read_config(1 << 15, &mut data);
+        assert_eq!(data, [0xff; 4]);
+        bus.read_memory(0xd000_0000, &mut data);
+        assert_eq!(data, [0xff; 4]);
+        bus.read_config(u64::from(stays) << 15, &mut data);
+        assert_eq!(data, [1, 0, 2, 0]);
+        assert!(bus.remove(1).is_none() && bus.remove(255).is_none());
+        assert!(lock(&removed).write_config(0x10, &0xd100_0000u32.to_le_bytes()).is_empty());
+        assert_eq!(bus.add(memory(&bus)), Ok(1));
     }
 
     #[test]
