@@ -196,10 +196,15 @@ const NETWORK: [&str; 3] = ["--net-host", "--cap-add", "CAP_NET_ADMIN"];
 pub(crate) fn virtual_function_of_a_device_plugin_works(bed: &Bed) -> Result<()> {
     let bound = Bound::new(virtual_function(0)?)?;
     let node = bound.node()?;
+    let named = format!("PCIDEVICE_SUITE={}", bound.function);
+    let script = format!("{}; cat /sys/bus/pci/devices/$PCIDEVICE_SUITE/device", script());
     for round in 0..2 {
         let server = echo()?;
-        let options = [&["--device", &node, "--device", "/dev/vfio/vfio"], &NETWORK[..]].concat();
-        let outcome = bed.run(Runtime::Vial, &options, &["sh", "-c", &script()])?.expect(0)?;
+        let devices = ["--device", &node, "--device", "/dev/vfio/vfio", "--env", &named];
+        let options = [&devices, &NETWORK[..]].concat();
+        let outcome = bed.run(Runtime::Vial, &options, &["sh", "-c", &script])?.expect(0)?;
+        let address = outcome.stdout.lines().last();
+        ensure!(address == Some("0x10ca"), "the environment names {address:?}: {outcome:?}");
         ensure!(server.is_finished(), "the host was not reached in round {round}: {outcome:?}");
         checks_out(&outcome.stdout).with_context(|| format!("round {round}"))?;
     }
