@@ -13,6 +13,7 @@
 //! | `cgroupsPath` | the container's cgroup below [`crate::cgroup::CONTAINERS`] |
 //! | hooks, `intelRdt`, AppArmor profile, SELinux labels | dropped: programs and facilities of the host |
 //! | `noNewPrivileges: false` | absent, which is the same and lets the filter be loaded early |
+//! | `cpu.cpus`, `cpu.mems` | dropped: numbers of the host's, by which the shim places the VM |
 //! | `cpu.shares` | `cpu.weight` among `unified`, where it is not set by itself |
 //! | `rootfsPropagation` of `rslave` and the like | `slave` and the like, which the library takes for the whole tree |
 //! | hugepage limits without a hugetlb controller | dropped |
@@ -185,6 +186,10 @@ fn rewrite_linux(linux: &mut Linux, guest: &Guest) -> Result<bool, SpecError> {
     if let Some(resources) = linux.resources_mut() {
         if !guest.hugetlb {
             resources.set_hugepage_limits(None);
+        }
+        if let Some(cpu) = resources.cpu_mut() {
+            cpu.set_cpus(None);
+            cpu.set_mems(None);
         }
         weigh_shares(resources);
     }

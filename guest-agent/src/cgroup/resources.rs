@@ -1,7 +1,8 @@
 //! New limits for a running container: an OCI `linux.resources` as what is written to which file.
 //!
 //! [`changes`] is pure. Rules for devices are not read, for an update comes with those that the
-//! container was created with; neither are huge pages, which a guest has none of.
+//! container was created with; neither are huge pages, which a guest has none of, nor the numbers
+//! of CPUs and nodes, which are the host's.
 
 use std::fs;
 use std::io;
@@ -148,11 +149,6 @@ fn cpu_changes(cpu: &LinuxCpu, changes: &mut Vec<Change>) -> Result<(), Resource
     if let Some(idle) = cpu.idle() {
         changes.push(("cpu.idle".into(), idle.to_string()));
     }
-    for (file, list) in [("cpuset.cpus", cpu.cpus()), ("cpuset.mems", cpu.mems())] {
-        if let Some(list) = list.as_ref().filter(|list| !list.is_empty()) {
-            changes.push((file.into(), list.clone()));
-        }
-    }
     Ok(())
 }
 
@@ -237,7 +233,7 @@ mod tests {
         expect(json!({}), &[]);
         expect(
             json!({"cpu": {"shares": 1024, "quota": 50000, "period": 100_000, "cpus": "0"}}),
-            &[("cpu.weight", "100"), ("cpu.max", "50000 100000"), ("cpuset.cpus", "0")],
+            &[("cpu.weight", "100"), ("cpu.max", "50000 100000")],
         );
         expect(json!({"cpu": {"quota": -1}}), &[("cpu.max", "max 100000")]);
         for (shares, weight) in

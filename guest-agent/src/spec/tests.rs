@@ -45,6 +45,7 @@ fn ctr_spec() -> Value {
         "linux": {
             "resources": {
                 "devices": [{"allow": false, "access": "rwm"}],
+                "cpu": {"quota": 50000, "cpus": "64-65", "mems": "1"},
                 "hugepageLimits": [{"pageSize": "2MB", "limit": 0}]
             },
             "cgroupsPath": "/default/demo",
@@ -87,6 +88,7 @@ fn ctr_spec_changes_where_the_guest_differs_and_nowhere_else() {
     want["linux"]["namespaces"].as_array_mut().unwrap().pop();
     want["linux"].as_object_mut().unwrap().remove("intelRdt");
     want["linux"]["resources"].as_object_mut().unwrap().remove("hugepageLimits");
+    want["linux"]["resources"]["cpu"] = json!({"quota": 50000});
     want["process"].as_object_mut().unwrap().remove("apparmorProfile");
     want["process"].as_object_mut().unwrap().remove("selinuxLabel");
     want["process"]["terminal"] = json!(false);
