@@ -10,6 +10,10 @@ use std::{
 use crate::{
     config::Config,
     jail::user_ids::Range,
+    numa::{
+        huge_pages, list,
+        topology::{Node, Topology},
+    },
     template::{self, NoTemplate},
 };
 
@@ -90,6 +94,8 @@ pub fn run() -> Vec<Finding> {
     }
     findings.push(containerd());
     findings.push(cgroups());
+    findings.push(numa());
+    findings.push(huge_pages());
     findings.push(optional("tun", "/dev/net/tun", "`modprobe tun`; pods need it for networks"));
     findings.push(optional(
         "vhost-net",
@@ -201,6 +207,36 @@ fn cgroups() -> Finding {
     }
     let text = "/sys/fs/cgroup: boot with systemd.unified_cgroup_hierarchy=1";
     finding("cgroup v2", Verdict::Missing, text)
+}
+
+/// The nodes of this host.
+fn numa() -> Finding {
+    let optional = |verdict, text| Finding { required: false, ..finding("NUMA", verdict, text) };
+    match Topology::of_host() {
+        Ok(host) if host.nodes.len() < 2 => optional(Verdict::Ok, "one node".to_owned()),
+        Ok(host) => {
+            let node = |(number, node): (&u32, &Node)| match list::show(&node.cpus) {
+                none if none.is_empty() => format!("node {number} without CPUs"),
+                cpus => format!("node {number} with CPUs {cpus}"),
+            };
+            let nodes: Vec<String> = host.nodes.iter().map(node).collect();
+            optional(Verdict::Ok, nodes.join(", "))
+        }
+        Err(error) => optional(Verdict::Broken, error.to_string()),
+    }
+}
+
+/// The huge pages that pods can ask for.
+fn huge_pages() -> Finding {
+    let (verdict, text) = match huge_pages::shown() {
+        Some(text) => (Verdict::Ok, text),
+        None => (
+            Verdict::Missing,
+            "none are reserved; pods that ask for them need some: `sysctl vm.nr_hugepages=512`"
+                .to_owned(),
+        ),
+    };
+    Finding { required: false, ..finding("huge pages", verdict, text) }
 }
 
 struct Answer {

@@ -9,6 +9,7 @@ use crate::{
     life::NoSuchStep,
     metrics::MetricsError,
     network::NetworkError,
+    numa::NumaError,
     plan::PlanError,
     pod_files::PodFileError,
     share::ShareError,
@@ -104,6 +105,9 @@ pub enum ServiceError {
     /// See [`WrongNumbers`].
     #[error(transparent)]
     WrongNumbers(#[from] WrongNumbers),
+    /// See [`NumaError`].
+    #[error(transparent)]
+    Numa(#[from] NumaError),
     /// See [`ShareError`].
     #[error(transparent)]
     Share(#[from] ShareError),
@@ -149,7 +153,12 @@ impl ServiceError {
                 | ShareError::Source { .. },
             ) => Code::INVALID_ARGUMENT,
             Self::Device(error) if error.is_of_the_pod() => Code::INVALID_ARGUMENT,
-            Self::State(_) | Self::Precondition(_) | Self::Device(_) => Code::FAILED_PRECONDITION,
+            Self::Numa(error) | Self::Spec(SpecError::Numa(error)) if error.is_of_the_pod() => {
+                Code::INVALID_ARGUMENT
+            }
+            Self::State(_) | Self::Precondition(_) | Self::Device(_) | Self::Numa(_) => {
+                Code::FAILED_PRECONDITION
+            }
             Self::Unimplemented(_) => Code::UNIMPLEMENTED,
             Self::VmEnded(_) | Self::BootTimeout(..) => Code::UNAVAILABLE,
             Self::Agent(AgentError::Status(status)) => {

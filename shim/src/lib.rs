@@ -18,7 +18,8 @@
 //! - [`jail`] is what the VMM is started in, whatever program it is.
 //! - [`share`] and [`spec`] put a container's files where the guest can see them; [`stdio`]
 //!   copies its streams. [`network`] joins the pod's network namespace with the VM.
-//! - [`devices`] gives a pod functions of the host, and takes them back.
+//! - [`devices`] gives a pod functions of the host, and takes them back; [`numa`] says on which CPUs
+//!   and nodes of the host its VM is.
 //! - [`life`] holds the states as pure functions; [`state_dir`], [`timeline`] and [`cleanup`]
 //!   what is kept on disk, and how it goes away after a crash.
 //! - [`config`] is the operator's file; [`check`] and [`ps`] are behind the `vial` command.
@@ -36,6 +37,7 @@ pub mod jail;
 pub mod life;
 pub mod metrics;
 pub mod network;
+pub mod numa;
 pub mod pids;
 pub mod plan;
 pub mod pod;

@@ -17,10 +17,12 @@ use containerd_shim_protos::{
     sandbox_api::CreateSandboxRequest,
 };
 use vial_agent_protocol::agent::ConfigurePodRequest;
+use vial_vmm_api::HugePages;
 
 use crate::{
     config::Config,
     devices::wanted::Wanted,
+    numa::{self, NumaError, claim::Claim},
     pod_files::PodFiles,
     sandbox::Plan,
     size::{self, Limits},
@@ -40,6 +42,9 @@ pub enum PlanError {
     /// See [`SpecError`].
     #[error(transparent)]
     Spec(#[from] SpecError),
+    /// See [`NumaError`].
+    #[error(transparent)]
+    Numa(#[from] NumaError),
     /// The options of a sandbox are of another type.
     #[error("the options of a sandbox have to be a {POD_CONFIG}, not '{0}'")]
     Options(String),
@@ -74,9 +79,12 @@ impl Place {
         let cgroups_path = spec.linux.cgroups_path.clone();
         let config = self.config.as_ref().map_err(|error| PlanError::Config(error.clone()))?;
         let devices = spec.wanted_devices(&config.pci_devices)?;
+        let numa = numa::Wanted::new(&spec.annotations)?;
+        let claim = spec.claim()?;
         if spec.role()? != Role::Sandbox {
-            let plan = self.plan(Limits::default(), network, ConfigurePodRequest::default())?;
-            return Ok(Plan { cgroups_path, devices, ..plan });
+            let pod = ConfigurePodRequest::default();
+            let plan = self.plan(Limits::default(), network, pod, numa)?;
+            return Ok(Plan { cgroups_path, devices, claim, ..plan });
         }
         spec.check_sandbox()?;
         let pod = ConfigurePodRequest {
@@ -84,8 +92,8 @@ impl Place {
             sysctls: spec.linux.sysctl,
             ..Default::default()
         };
-        let plan = self.plan(Limits::of_annotations(&spec.annotations), network, pod)?;
-        Ok(Plan { cgroups_path, devices, ..plan })
+        let plan = self.plan(Limits::of_annotations(&spec.annotations), network, pod, numa)?;
+        Ok(Plan { cgroups_path, devices, claim, ..plan })
     }
 
     /// The plan for a sandbox that is asked for by the Sandbox API.
@@ -102,20 +110,22 @@ impl Place {
             Some(options) => cgroup_of(options, &self.id)?,
             None => None,
         };
-        let devices = match request.options.as_ref() {
-            Some(options) => self.devices_of(options)?,
-            None => Wanted::default(),
+        let (devices, numa) = match request.options.as_ref() {
+            Some(options) => self.annotations_of(options)?,
+            None => Default::default(),
         };
-        Ok(Plan { files: Some(files), cgroups_path, devices, ..self.plan(limits, network, pod)? })
+        let plan = self.plan(limits, network, pod, numa)?;
+        Ok(Plan { files: Some(files), cgroups_path, devices, ..plan })
     }
 
     /// What the pod's annotations ask for.
-    fn devices_of(&self, options: &Any) -> Result<Wanted, PlanError> {
+    fn annotations_of(&self, options: &Any) -> Result<(Wanted, numa::Wanted), PlanError> {
         let config = self.config.as_ref().map_err(|error| PlanError::Config(error.clone()))?;
         let annotations = Fields::read(&options.value)?.map(field::CONFIG_ANNOTATIONS)?;
         check_annotations(&annotations)?;
-        Wanted::new(&annotations, std::iter::empty(), &config.pci_devices)
-            .map_err(|error| SpecError::from(error).into())
+        let devices = Wanted::new(&annotations, std::iter::empty(), &config.pci_devices)
+            .map_err(SpecError::from)?;
+        Ok((devices, numa::Wanted::new(&annotations)?))
     }
 
     fn plan(
@@ -123,9 +133,13 @@ impl Place {
         limits: Limits,
         network_namespace: Option<PathBuf>,
         pod: ConfigurePodRequest,
+        numa: numa::Wanted,
     ) -> Result<Plan, PlanError> {
         let mut config = self.config.clone().map_err(PlanError::Config)?;
         (config.vcpus, config.memory_mib) = size::of_vm(limits, config.vcpus, config.memory_mib);
+        // The most memory is a multiple of both sizes of pages.
+        let page_mib = numa.huge_pages.map_or(1, HugePages::mib);
+        config.memory_mib = config.memory_mib.next_multiple_of(page_mib);
         Ok(Plan {
             config,
             namespace: self.namespace.clone(),
@@ -134,6 +148,8 @@ impl Place {
             network_namespace,
             cgroups_path: None,
             devices: Wanted::default(),
+            numa,
+            claim: Claim::default(),
             pod,
             files: None,
             timeline: self.timeline.clone(),
@@ -160,6 +176,7 @@ mod field {
     pub(super) const NAMESPACES_IPC: u32 = 3;
     pub(super) const RESOURCES_PERIOD: u32 = 1;
     pub(super) const RESOURCES_QUOTA: u32 = 2;
+    pub(super) const RESOURCES_SHARES: u32 = 3;
     pub(super) const RESOURCES_MEMORY: u32 = 4;
 }
 
@@ -262,6 +279,7 @@ fn read_pod_config(options: &Any) -> Result<(Limits, ConfigurePodRequest, PodFil
     let limits = Limits {
         cpu_quota: resources.number(field::RESOURCES_QUOTA).cast_signed(),
         cpu_period: resources.number(field::RESOURCES_PERIOD).cast_signed(),
+        cpu_shares: resources.number(field::RESOURCES_SHARES).cast_signed(),
         memory: resources.number(field::RESOURCES_MEMORY).cast_signed(),
     };
     let hostname = String::from_utf8_lossy(config.bytes(field::CONFIG_HOSTNAME)).into_owned();
@@ -308,14 +326,14 @@ mod tests {
     #[test]
     fn pod_config_is_read_by_its_numbers() {
         let sysctl = [bytes(1, b"net.core.somaxconn"), bytes(2, b"77")].concat();
-        let resources = [varint(1, 100), varint(2, 50), varint(4, 127)].concat();
+        let resources = [varint(1, 100), varint(2, 50), varint(3, 2), varint(4, 127)].concat();
         let linux = [bytes(1, b"/parent"), bytes(3, &sysctl), bytes(5, &resources)].concat();
         let dns =
             [bytes(1, b"192.0.2.1"), bytes(1, b"192.0.2.2"), bytes(2, b"a.b"), bytes(2, b"c")];
         let dns = [dns.concat(), bytes(3, b"ndots:5")].concat();
         let config = [bytes(1, b"x"), bytes(2, b"web"), bytes(4, &dns), bytes(8, &linux)].concat();
         let (limits, pod, files) = read_pod_config(&options(config)).unwrap();
-        assert_eq!(limits, Limits { cpu_quota: 50, cpu_period: 100, memory: 127 });
+        assert_eq!(limits, Limits { cpu_quota: 50, cpu_period: 100, cpu_shares: 2, memory: 127 });
         assert_eq!(pod.hostname, "web");
         assert_eq!(pod.sysctls["net.core.somaxconn"], "77");
         let resolver =

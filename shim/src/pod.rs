@@ -228,6 +228,7 @@ impl Pod {
             return Err(error);
         }
         let sandbox = running(&mut slot, plan).await?;
+        let claim = spec.claim()?;
         let devices = spec.wanted_devices(&plan.config.pci_devices)?;
         sandbox.give_functions(&new.id, &devices).await?;
         let made = match role {
@@ -235,10 +236,16 @@ impl Pod {
                 Ok(Container::new(new.id.clone(), new.bundle.clone(), false, pause(&new)))
             }
             Role::Alone | Role::Member(_) => {
-                match spec.joins_pids().then(|| self.joined_pids()).transpose() {
+                let pids = spec.joins_pids().then(|| self.joined_pids()).transpose();
+                let placed = sandbox.placed.claim(&new.id, claim).map_err(ServiceError::from);
+                let made = match placed.and(pids) {
                     Ok(pids) => make(plan, &sandbox, &new, (bytes, &mut spec), pids).await,
                     Err(error) => Err(error),
+                };
+                if made.is_err() {
+                    sandbox.placed.release(&new.id);
                 }
+                made
             }
         };
         if made.is_err() {
@@ -484,6 +491,7 @@ impl Pod {
             }
             sandbox.take_functions(id).await;
             sandbox.share.remove_container(id)?;
+            sandbox.placed.release(id);
             self.containers_mut().remove(id);
             self.events
                 .publish(TaskDelete {

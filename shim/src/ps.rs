@@ -9,6 +9,7 @@ use std::{
 use serde::Serialize;
 
 use crate::{
+    numa::decide::Placement,
     state_dir::{State, StateDir, StateDirError},
     timeline::Mark,
 };
@@ -23,6 +24,8 @@ pub struct Listed {
     pub alive: bool,
     /// How long ago it was created.
     pub age_seconds: u64,
+    /// Where on the host it is; none when it may be anywhere.
+    pub placement: Option<Placement>,
     /// The phases of its start.
     pub timeline: Vec<Mark>,
 }
@@ -43,6 +46,7 @@ pub fn list(root: &Path) -> Result<Vec<Listed>, StateDirError> {
             listed.push(Listed {
                 alive: state.vmm.is_some_and(|vmm| vmm.is_alive()),
                 age_seconds: now.saturating_sub(state.created_unix_seconds),
+                placement: dir.read_placement()?,
                 timeline: dir.read_timeline()?.unwrap_or_default(),
                 state,
             });
@@ -72,20 +76,23 @@ fn names(dir: &Path) -> Result<Vec<String>, StateDirError> {
 /// The sandboxes as a table.
 pub fn table(sandboxes: &[Listed]) -> String {
     let mut text = format!(
-        "{:<12} {:<24} {:>8} {:>6} {:>10} {:>8}  STATE\n",
-        "NAMESPACE", "SANDBOX", "VMM", "VCPUS", "MEMORY", "AGE"
+        "{:<12} {:<24} {:>8} {:>6} {:>10} {:>8}  {:<8} {:<6} {:<6}\n",
+        "NAMESPACE", "SANDBOX", "VMM", "VCPUS", "MEMORY", "AGE", "STATE", "NODES", "CPUS"
     );
-    for Listed { state, alive, age_seconds, .. } in sandboxes {
+    for Listed { state, alive, age_seconds, placement, .. } in sandboxes {
+        let shown = |what: fn(&Placement) -> String| placement.as_ref().map_or("-".into(), what);
         let pid = state.vmm.map_or_else(|| "-".into(), |vmm| vmm.pid.to_string());
         // Writing to a string does not fail.
         let _ = writeln!(
             text,
-            "{:<12} {:<24} {pid:>8} {:>6} {:>6} MiB {age_seconds:>6} s  {}",
+            "{:<12} {:<24} {pid:>8} {:>6} {:>6} MiB {age_seconds:>6} s  {:<8} {:<6} {}",
             state.namespace,
             state.id,
             state.vcpus,
             state.memory_mib,
             if *alive { "running" } else { "ended" },
+            shown(Placement::nodes_shown),
+            shown(Placement::cpus_shown),
         );
     }
     text
@@ -148,12 +155,20 @@ mod tests {
             created_unix_seconds: 0,
         })
         .unwrap();
+        let placement = Placement {
+            cpus: [2, 3].into(),
+            pins: vec![3, 2],
+            mems: [1].into(),
+            ..Default::default()
+        };
+        dir.write_placement(&placement).unwrap();
         let mark = |name: &str, at_ns| Mark { name: name.into(), at_ns };
         dir.write_timeline(&[mark("shim exec", 1_000_000), mark("booted", 3_500_000)]).unwrap();
         let sandboxes = list(root.path()).unwrap();
         assert!(sandboxes[0].alive);
         let table = table(&sandboxes);
         assert!(table.contains("demo") && table.contains("256 MiB"), "{table}");
+        assert!(table.ends_with("running  1      =2-3\n"), "{table}");
         assert!(timelines(&sandboxes).contains("2.5 ms"), "{}", timelines(&sandboxes));
     }
 }

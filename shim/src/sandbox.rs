@@ -29,7 +29,7 @@ use vial_agent_protocol::{
     agent::{ConfigureNetworkRequest, ConfigurePodRequest},
 };
 use vial_vmm_api::{
-    API_VERSION, Action, AddedFunctions, Descriptor, DeviceConfig, Reply, VmConfig,
+    self as api, API_VERSION, Action, AddedFunctions, Descriptor, DeviceConfig, Reply, VmConfig,
 };
 
 use self::functions::{Functions, pass_devices};
@@ -49,6 +49,7 @@ use crate::{
         descriptors,
     },
     network::{self, Tap},
+    numa::{self, claim::Claim, placed::Placed},
     pod_files::PodFiles,
     share::{self, Share},
     state_dir::{ProcessIdentity, STATE_VERSION, State, StateDir},
@@ -90,6 +91,10 @@ pub struct Plan {
     pub cgroups_path: Option<String>,
     /// The functions of the host that it asks for.
     pub devices: Wanted,
+    /// What its annotations ask for of the host's nodes.
+    pub numa: numa::Wanted,
+    /// What its container asks for of them, when that is known with it.
+    pub claim: Claim,
     /// Where the phases are marked.
     pub timeline: Arc<Timeline>,
 }
@@ -107,6 +112,8 @@ pub struct Sandbox {
     pub agent: Agent,
     /// The number of the next stream in the guest.
     pub next_stream: AtomicU64,
+    /// Where on the host it is.
+    pub placed: Placed,
     functions: tokio::sync::Mutex<Functions>,
     process: Arc<VmmProcess>,
     ended: watch::Receiver<Option<String>>,
@@ -155,6 +162,7 @@ impl Sandbox {
         timeline.mark("network joined");
 
         let passed = pass_devices(plan, &dir, &mut state, undo)?;
+        let (placed, placement) = start::place(plan, &dir, &state)?;
 
         let mounted = dir.path().to_path_buf();
         undo.push("mount the shared tree", || async move {
@@ -197,11 +205,18 @@ impl Sandbox {
 
         let console = if config.debug_console { Some(open_console(&dir)?) } else { None };
         let hot_plug = config.hot_plug_devices && handles::are_any();
-        let console_file = console.as_ref();
-        let handed =
-            Handed { files: &files, console: console_file, share: &share, taps, passed, hot_plug };
+        let handed = Handed {
+            files: &files,
+            console: console.as_ref(),
+            share: &share,
+            taps,
+            passed,
+            hot_plug,
+            placement,
+        };
         let boot = async {
             let (started, listed) = boot(plan, handed, &process, &client).await?;
+            placed.started(state.vmm)?;
             let (ready, agent) = start::meet_agent(plan, started, &client, &mut events).await?;
             if plan.pod != ConfigurePodRequest::default() {
                 agent.configure_pod(&plan.pod).await?;
@@ -245,6 +260,7 @@ impl Sandbox {
             vmm: client,
             agent,
             next_stream: AtomicU64::new(1),
+            placed,
             functions: functions.into(),
             process,
             ended,
@@ -384,6 +400,7 @@ struct Handed<'a> {
     taps: Vec<Tap>,
     passed: Option<Handles>,
     hot_plug: bool,
+    placement: api::Placement,
 }
 
 impl Files {
@@ -464,7 +481,7 @@ pub(crate) fn base_devices(root: Descriptor, own_descriptors: Descriptor) -> Vec
 /// where its functions of the host are, too.
 async fn boot(
     plan: &Plan,
-    Handed { files, console, share, taps, passed, hot_plug }: Handed<'_>,
+    Handed { files, console, share, taps, passed, hot_plug, placement }: Handed<'_>,
     process: &VmmProcess,
     client: &VmmClient,
 ) -> Result<(Started, Option<AddedFunctions>), ServiceError> {
@@ -491,7 +508,7 @@ async fn boot(
         });
     }
     let kvm = given.add(&files.kvm);
-    let template = start::find_template(plan, &devices);
+    let template = start::find_template(plan, &devices, &placement);
     if let Some(template) = &template {
         let saved = Saved {
             memory: given.add(&template.memory),
@@ -515,6 +532,7 @@ async fn boot(
         console: console.map(|console| given.add(console)),
         devices,
         hot_plug,
+        placement,
     };
     let action = Action::Boot(Box::new(config));
     let answer = client.request(action, &given.0).await;

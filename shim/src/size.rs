@@ -9,10 +9,13 @@ use vial_vmm_api::{MEMORY_MIB, VCPUS};
 
 const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
+const CPU_SHARES: &str = "io.kubernetes.cri.sandbox-cpu-shares";
 const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
 
 /// CFS's default period, in microseconds.
 const DEFAULT_PERIOD: i64 = 100_000;
+/// `cpu.shares` of one CPU, as Kubernetes counts them.
+const SHARES_OF_CPU: i64 = 1024;
 
 /// What the containers of a pod may use together. 0 or less: as much as there is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -21,6 +24,8 @@ pub struct Limits {
     pub cpu_quota: i64,
     /// That period, in microseconds; 0 for the default.
     pub cpu_period: i64,
+    /// A weight by which Kubernetes tells the CPUs that are asked for.
+    pub cpu_shares: i64,
     /// Bytes.
     pub memory: i64,
 }
@@ -34,6 +39,7 @@ impl Limits {
         Self {
             cpu_quota: number(CPU_QUOTA),
             cpu_period: number(CPU_PERIOD),
+            cpu_shares: number(CPU_SHARES),
             memory: number(MEMORY),
         }
     }
@@ -42,15 +48,17 @@ impl Limits {
 /// The vCPUs and the memory, in MiB, of a VM for `limits`.
 ///
 /// The containers may use all of the vCPUs, which are at least the configuration's: the agent needs
-/// none for itself. Memory is the limit and, for kernel and agent, the configuration's. Both within
+/// none for itself. A pod with CPUs of its own may have no limit (a quota of -1): then what it asks
+/// for counts, which is the same. Memory is the limit and, for kernel and agent, the configuration's. Both within
 /// [`VCPUS`] and [`MEMORY_MIB`].
 pub fn of_vm(limits: Limits, vcpus: u8, memory_mib: u32) -> (u8, u32) {
     let period = if limits.cpu_period > 0 { limits.cpu_period } else { DEFAULT_PERIOD };
-    let wanted = if limits.cpu_quota > 0 {
-        // Rounded up, without a sum that could overflow.
-        limits.cpu_quota / period + i64::from(limits.cpu_quota % period != 0)
-    } else {
-        0
+    // Rounded up, without a sum that could overflow.
+    let cpus = |number: i64, one: i64| number / one + i64::from(number % one != 0);
+    let wanted = match limits.cpu_quota {
+        1.. => cpus(limits.cpu_quota, period),
+        ..=-1 if limits.cpu_shares >= SHARES_OF_CPU => cpus(limits.cpu_shares, SHARES_OF_CPU),
+        _ => 0,
     };
     let wanted = u8::try_from(wanted).unwrap_or(u8::MAX);
     let limit = u64::try_from(limits.memory).unwrap_or(0).div_ceil(1 << 20);
@@ -67,7 +75,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn limits(cpu_quota: i64, cpu_period: i64, memory: i64) -> Limits {
-        Limits { cpu_quota, cpu_period, memory }
+        Limits { cpu_quota, cpu_period, cpu_shares: 0, memory }
     }
 
     #[test]
@@ -92,6 +100,9 @@ mod tests {
         assert_eq!(of_vm(limits(200_000, 0, 1), 1, 128), (2, 129));
         assert_eq!(of_vm(limits(50_000, 100_000, 0), 4, 128), (4, 128));
         assert_eq!(of_vm(limits(-1, 100_000, -1), 1, 128), (1, 128));
+        let own = Limits { cpu_shares: 3072, ..limits(-1, 0, 0) };
+        assert_eq!(of_vm(own, 1, 128), (3, 128));
+        assert_eq!(of_vm(Limits { cpu_quota: 0, ..own }, 1, 128), (1, 128));
     }
 
     proptest! {

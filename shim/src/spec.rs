@@ -11,11 +11,16 @@ use std::{
 use serde::Deserialize;
 use vial_agent_protocol::MAX_SPEC_BYTES;
 
-use crate::devices::{self, DeviceError, address::Address, wanted::Wanted};
+use crate::{
+    devices::{self, DeviceError, address::Address, wanted::Wanted},
+    numa::{self, NumaError, claim},
+};
 
 const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
 /// How annotations begin that are for Vial.
 const OURS: &str = "io.vial/";
+/// Those that there are.
+const ANNOTATIONS: [&str; 3] = [devices::ANNOTATION, numa::ANNOTATION, numa::HUGE_PAGES];
 const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 /// Where a container has memory to share, and where CRI gives it the pod's.
 pub(crate) const SHARED_MEMORY: &str = "/dev/shm";
@@ -58,6 +63,9 @@ pub struct Linux {
     /// The device nodes that it gets.
     #[serde(default)]
     pub devices: Vec<Device>,
+    /// What it may use.
+    #[serde(default)]
+    pub resources: claim::Resources,
 }
 
 /// One of a spec's `linux.devices`.
@@ -163,11 +171,14 @@ pub enum SpecError {
     )]
     OfTheHost(&'static str),
     /// An annotation of ours that there is not.
-    #[error("the annotation {0} is none of Vial's; it knows {known}", known = devices::ANNOTATION)]
+    #[error("the annotation {0} is none of Vial's; it knows {known}", known = ANNOTATIONS.join(", "))]
     Annotation(String),
     /// The devices that are asked for.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// The CPUs, nodes or pages that are asked for.
+    #[error(transparent)]
+    Numa(#[from] NumaError),
 }
 
 impl Spec {
@@ -222,6 +233,19 @@ impl Spec {
         Ok(Wanted::new(&self.annotations, nodes, listed)?)
     }
 
+    /// What the container asks for of the host's CPUs and nodes. Only Kubernetes tells by limits
+    /// and weights how many CPUs a container is meant to have; others mean those that they name.
+    ///
+    /// # Errors
+    /// [`SpecError::Numa`] and [`SpecError::Role`].
+    pub fn claim(&self) -> Result<claim::Claim, SpecError> {
+        let claim = claim::Claim::new(&self.linux.resources)?;
+        Ok(match self.role()? {
+            Role::Alone => claim::Claim { count: None, ..claim },
+            Role::Sandbox | Role::Member(_) => claim,
+        })
+    }
+
     /// Whether the container joins a PID namespace.
     pub fn joins_pids(&self) -> bool {
         let is = |namespace: &Namespace| {
@@ -267,7 +291,7 @@ impl Spec {
 /// # Errors
 /// [`SpecError::Annotation`].
 pub fn check_annotations(annotations: &HashMap<String, String>) -> Result<(), SpecError> {
-    let unknown = |key: &&String| key.starts_with(OURS) && *key != devices::ANNOTATION;
+    let unknown = |key: &&String| key.starts_with(OURS) && !ANNOTATIONS.contains(&key.as_str());
     match annotations.keys().find(unknown) {
         Some(key) => Err(SpecError::Annotation(key.chars().take(64).collect())),
         None => Ok(()),
@@ -310,6 +334,7 @@ mod tests {
     fn annotation_that_only_looks_like_ours_is_refused() {
         let with = |key: &str| check_annotations(&HashMap::from([(key.into(), "x".into())]));
         with("io.vial/pci-devices").unwrap();
+        with("io.vial/numa").unwrap();
         with("example.org/io.vial/else").unwrap();
         let error = with("io.vial/pci-device").unwrap_err().to_string();
         assert!(error.contains("io.vial/pci-device ") && error.contains("-devices"), "{error}");
@@ -321,6 +346,17 @@ mod tests {
                        "minor": 0}, {"path": "/dev/fuse", "type": "c"}]}}"#;
         let wanted = spec(json).wanted_devices(&[]).unwrap();
         assert!(wanted.groups.contains(&7) && wanted.groups.len() == 1);
+    }
+
+    #[test]
+    fn weight_tells_of_cpus_in_kubernetes_alone() {
+        let resources = r#""linux": {"resources": {"cpu": {"cpus": "2-3", "shares": 1024}}}"#;
+        let alone = spec(&format!("{{{resources}}}")).claim().unwrap();
+        assert_eq!((alone.cpus.len(), alone.count), (2, None));
+        let member = r#""annotations": {"io.kubernetes.cri.container-type": "container",
+                        "io.kubernetes.cri.sandbox-id": "pod"}"#;
+        let member = spec(&format!("{{{resources}, {member}}}")).claim().unwrap();
+        assert_eq!(member.count, Some(1));
     }
 
     #[test]

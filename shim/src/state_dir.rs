@@ -2,6 +2,7 @@
 //!
 //! - `state.json`: what is needed to clean up when the shim is no longer there ([`State`]).
 //! - `timeline.json`: the phases of the start.
+//! - `placement.json`: the CPUs and NUMA nodes of the VM, when it does not have them all.
 //! - `staging/`, `containers/`, `share/`: what the guest sees, see [`crate::share`].
 //! - `console.log`: the guest's serial console, with `debug_console`.
 //!
@@ -15,6 +16,8 @@ use std::{
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use vial_agent_protocol::is_valid_id;
+
+use crate::numa::decide::Placement;
 
 /// What is kept about a sandbox that started, or tried to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -209,6 +212,38 @@ impl StateDir {
     /// [`StateDirError::Io`] and [`StateDirError::Json`].
     pub fn read_timeline(&self) -> Result<Option<Vec<crate::timeline::Mark>>, StateDirError> {
         read_json(&self.path.join("timeline.json"))
+    }
+
+    /// Replaces `placement.json`.
+    ///
+    /// # Errors
+    /// [`StateDirError::Io`].
+    pub fn write_placement(&self, placement: &Placement) -> Result<(), StateDirError> {
+        self.write_json("placement.json", placement)
+    }
+
+    /// Reads `placement.json`; `None` when there is none.
+    ///
+    /// # Errors
+    /// [`StateDirError::Io`] and [`StateDirError::Json`].
+    pub fn read_placement(&self) -> Result<Option<Placement>, StateDirError> {
+        read_json(&self.path.join("placement.json"))
+    }
+
+    /// The directories of all sandboxes below `root`, as far as they can be listed.
+    pub fn all(root: &Path) -> Vec<Self> {
+        let names = |directory: &Path| -> Vec<String> {
+            let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+            entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
+        };
+        let mut all = Vec::new();
+        for namespace in names(root) {
+            for id in names(&root.join(&namespace)) {
+                // What has no proper name was not made by a shim.
+                all.extend(Self::new(root, &namespace, &id));
+            }
+        }
+        all
     }
 
     fn write_json(&self, name: &str, value: &impl Serialize) -> Result<(), StateDirError> {

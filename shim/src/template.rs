@@ -107,6 +107,9 @@ pub enum NoTemplate {
     /// The VM has devices that cannot be added to a guest that runs already.
     #[error("the VM has devices of the host")]
     Devices,
+    /// The VM's memory has to be of another kind, or elsewhere.
+    #[error("none has what the pod asks for of its memory: {0}")]
+    Placed(&'static str),
     /// There is none of that size.
     #[error(
         "there is none for {vcpus} vCPUs and {memory_mib} MiB below {directory}; `vial template \

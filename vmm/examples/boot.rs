@@ -8,7 +8,7 @@ mod client;
 use std::fs::{File, OpenOptions};
 use std::path::Path;
 
-use vial_vmm_api::{API_VERSION, Action, DeviceConfig, Event, VmConfig};
+use vial_vmm_api::{API_VERSION, Action, DeviceConfig, Event, Placement, VmConfig};
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -34,6 +34,7 @@ fn main() {
         console: Some(files.add(std::io::stdout().try_clone_to_owned())),
         devices,
         hot_plug: false,
+        placement: Placement::default(),
     };
     let mut vmm = client::Vmm::start(Path::new(vmm));
     let report = vmm.ask(Action::Boot(Box::new(config)), &files.all());

@@ -23,6 +23,7 @@ pub mod kvm;
 pub mod landlock;
 pub mod machine;
 pub mod memory;
+pub mod numa;
 pub mod pci;
 pub mod ports;
 pub mod privileges;

@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex};
 use kvm_ioctls::VcpuFd;
 use vial_vmm_api::{
     API_VERSION, AddedFunctions, BootReport, Descriptor, DeviceConfig, MAX_COMMAND_LINE_BYTES,
-    MAX_DEVICES, MAX_PASSED_FUNCTIONS, MEMORY_MIB, VCPUS, VmConfig,
+    MAX_DEVICES, MAX_PASSED_FUNCTIONS, MEMORY_MIB, Placement, VCPUS, VmConfig,
 };
 use vmm_sys_util::eventfd::EventFd;
 
@@ -32,7 +32,8 @@ use crate::devices::vfio::Placed;
 use crate::devices::vsock;
 use crate::event_loop::{EventLoop, EventLoopError};
 use crate::kvm::{self, Vm};
-use crate::memory::{GuestRam, map_ram};
+use crate::memory::{GuestRam, map_placed};
+use crate::numa;
 use crate::pci::PciBus;
 use crate::ports::{Console, Ports};
 use crate::privileges::{self, PrivilegeError};
@@ -174,6 +175,7 @@ impl Descriptors {
 /// [`MachineError::Config`].
 pub fn check(config: &VmConfig) -> Result<(), MachineError> {
     check_common(config.version, config.vcpus, config.memory_mib, &config.devices)?;
+    numa::check(config).map_err(MachineError::Config)?;
     let wrong = |text: String| Err(MachineError::Config(text));
     if config.command_line.len() > MAX_COMMAND_LINE_BYTES {
         return wrong(format!(
@@ -251,6 +253,12 @@ impl Purpose {
             other => Some(kind(other)),
         };
         let console = config.console.map(|_| "console");
+        if self == Self::Template && config.placement != Placement::default() {
+            return Err(MachineError::Config(
+                "a machine whose memory is placed cannot be saved; leave its place to the host"
+                    .into(),
+            ));
+        }
         match config.devices.iter().find_map(kept).or(console) {
             _ if self == Self::Template && config.hot_plug => Err(MachineError::Config(
                 "a machine that can be given functions cannot be saved; leave `hot_plug` out"
@@ -308,7 +316,7 @@ impl Machine {
         let mut mark = |name: &str| marks.push((name.to_owned(), monotonic_ns()));
         let kvm = kvm::adopt(descriptors.take(config.kvm, "/dev/kvm")?)?;
         let vm = Vm::new(&kvm)?;
-        let ram = map_ram(u64::from(config.memory_mib) << 20)?;
+        let ram = map_placed(u64::from(config.memory_mib) << 20, &config.placement)?;
         vm.set_memory(&ram)?;
         mark("vm created");
 
@@ -333,7 +341,7 @@ impl Machine {
         let Assembly { vsock, functions, passed, listed, .. } = assembly;
         mark("devices added");
 
-        let made = vcpus::create(&supported, &vm, config.vcpus)?;
+        let made = vcpus::create(&supported, &vm, config.vcpus, config.placement.nodes.len())?;
         vcpus::set_boot_state(&made.vcpus, entry)?;
         let saving = match purpose {
             Purpose::Run => None,
@@ -475,6 +483,7 @@ fn load_guest(
         vcpus: config.vcpus,
         serial: config.console.is_some(),
         high_window: (high_window.start, high_window.end),
+        placement: &config.placement,
     };
     let acpi_root = acpi::write_tables(ram, platform)?;
     boot::write_parameters(ram, &config.command_line, initrd, acpi_root)?;
@@ -528,6 +537,7 @@ mod tests {
             console: None,
             devices: Vec::new(),
             hot_plug: false,
+            placement: Placement::default(),
         }
     }
 

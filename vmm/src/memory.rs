@@ -3,9 +3,11 @@
 use std::fs::File;
 use std::sync::Arc;
 
+use vial_vmm_api::{HugePages, Placement};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 use crate::arch::layout::{HIGH_RAM_START, LOW_RAM_END};
+use crate::numa::{self, NumaError};
 
 /// The guest's memory. Cloning it is cheap: all clones are the same memory.
 pub type GuestRam = GuestMemoryMmap<()>;
@@ -23,6 +25,22 @@ pub enum MemoryError {
         /// What the host said.
         reason: String,
     },
+    /// The host has too few huge pages.
+    #[error(
+        "map {mib} MiB of guest memory in pages of {page_mib} MiB: {reason}; reserve more of them \
+         (/sys/kernel/mm/hugepages/*/nr_hugepages), or give the pod less memory"
+    )]
+    MapHuge {
+        /// The mapping's size.
+        mib: u64,
+        /// A page's.
+        page_mib: u32,
+        /// What the host said.
+        reason: String,
+    },
+    /// It is not where it should be.
+    #[error(transparent)]
+    Numa(#[from] NumaError),
     /// The file ends before the memory does.
     #[error("map {bytes} bytes of saved guest memory: the file has {file_bytes}; make it again")]
     Short {
@@ -56,7 +74,17 @@ pub fn ram_ranges(bytes: u64) -> Vec<(GuestAddress, u64)> {
 /// # Errors
 /// The host refuses the mapping.
 pub fn map_ram(bytes: u64) -> Result<GuestRam, MemoryError> {
-    map(bytes, None)
+    map(bytes, None, None)
+}
+
+/// As [`map_ram`], from where the placement says. Huge pages are taken at once.
+///
+/// # Errors
+/// The host refuses the mapping, a node, or so many huge pages.
+pub fn map_placed(bytes: u64, placement: &Placement) -> Result<GuestRam, MemoryError> {
+    let ram = map(bytes, None, placement.huge_pages)?;
+    numa::place(&ram, placement)?;
+    Ok(ram)
 }
 
 /// Maps `file`, which holds the ranges one behind the other, for this machine alone: what the
@@ -71,24 +99,40 @@ pub fn map_saved_ram(bytes: u64, file: File) -> Result<GuestRam, MemoryError> {
     if file_bytes < bytes {
         return Err(MemoryError::Short { bytes, file_bytes });
     }
-    map(bytes, Some(Arc::new(file)))
+    map(bytes, Some(Arc::new(file)), None)
 }
 
-fn map(bytes: u64, file: Option<Arc<File>>) -> Result<GuestRam, MemoryError> {
+fn map(
+    bytes: u64,
+    file: Option<Arc<File>>,
+    huge_pages: Option<HugePages>,
+) -> Result<GuestRam, MemoryError> {
     let kind = if file.is_some() { 0 } else { libc::MAP_ANONYMOUS };
+    // Huge pages are reserved with the mapping, so that another process cannot take them away.
+    let pages = match huge_pages {
+        None => libc::MAP_NORESERVE,
+        Some(HugePages::Mib2) => libc::MAP_HUGETLB | libc::MAP_HUGE_2MB,
+        Some(HugePages::Gib1) => libc::MAP_HUGETLB | libc::MAP_HUGE_1GB,
+    };
     let mut offset = 0;
     let regions = ram_ranges(bytes)
         .into_iter()
         .map(|(start, length)| {
             let file = file.as_ref().map(|file| FileOffset::from_arc(file.clone(), offset));
             offset += length;
-            let refused = |reason: String| MemoryError::Map { bytes: length, reason };
+            let refused = |reason: String| match huge_pages {
+                None => MemoryError::Map { bytes: length, reason },
+                Some(pages) => {
+                    let (mib, page_mib) = (length >> 20, pages.mib());
+                    MemoryError::MapHuge { mib, page_mib, reason }
+                }
+            };
             let size = usize::try_from(length).map_err(|error| refused(error.to_string()))?;
             let mapping = MmapRegion::build(
                 file,
                 size,
                 libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_NORESERVE | kind,
+                libc::MAP_PRIVATE | pages | kind,
             )
             .map_err(|error| refused(error.to_string()))?;
             GuestRegionMmap::new(mapping, start)

@@ -13,10 +13,14 @@ use std::{
 
 use rustix::fs::{CWD, Mode, OFlags};
 
+use crate::numa::list::{self, Set};
+
 /// Where the hierarchy is mounted.
 pub const ROOT: &str = "/sys/fs/cgroup";
 /// What the limits need.
 const CONTROLLERS: [&str; 2] = ["memory", "pids"];
+/// What a place on the host needs, besides.
+const CPUSET: [&str; 1] = ["cpuset"];
 /// Threads of a VMM besides its vCPUs, and those that KVM starts for it, with room.
 const OTHER_TASKS: u64 = 32;
 /// How long a cgroup may stay busy after its processes were killed.
@@ -162,7 +166,7 @@ impl Cgroup {
         }
         let parent = self.path.parent().unwrap_or(&self.root);
         std::fs::create_dir_all(parent).map_err(io("create", parent, WRITABLE))?;
-        self.pass_controllers_down(parent)?;
+        self.pass_controllers_down(parent, &CONTROLLERS)?;
         match std::fs::create_dir(&self.path) {
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
                 let processes = self.path.join("cgroup.procs");
@@ -181,14 +185,18 @@ impl Cgroup {
     }
 
     /// Lets the controllers reach the children of `parent`. Most have them already.
-    fn pass_controllers_down(&self, parent: &Path) -> Result<(), CgroupError> {
+    fn pass_controllers_down(
+        &self,
+        parent: &Path,
+        controllers: &[&str],
+    ) -> Result<(), CgroupError> {
         let mut ancestors: Vec<&Path> =
             parent.ancestors().take_while(|ancestor| ancestor.starts_with(&self.root)).collect();
         ancestors.reverse();
         for ancestor in ancestors {
             let file = ancestor.join("cgroup.subtree_control");
             let has = std::fs::read_to_string(&file).map_err(io("read", &file, WRITABLE))?;
-            let wanted: Vec<String> = CONTROLLERS
+            let wanted: Vec<String> = controllers
                 .iter()
                 .filter(|name| !has.split_ascii_whitespace().any(|other| other == **name))
                 .map(|name| format!("+{name}"))
@@ -202,6 +210,57 @@ impl Cgroup {
             }
         }
         Ok(())
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Keeps what is in it to these CPUs and memory nodes, lists of which an empty one means all
+    /// that there are above it.
+    ///
+    /// # Errors
+    /// [`CgroupError::Io`].
+    pub fn confine(&self, cpus: &str, mems: &str) -> Result<(), CgroupError> {
+        let is_confined = self.path.join("cpuset.cpus").exists();
+        if cpus.is_empty() && mems.is_empty() && !is_confined {
+            return Ok(());
+        }
+        let parent = self.path.parent().unwrap_or(&self.root);
+        if !is_confined {
+            self.pass_controllers_down(parent, &CPUSET)?;
+        }
+        for (name, list) in [("cpuset.cpus", cpus), ("cpuset.mems", mems)] {
+            let file = self.path.join(name);
+            let read =
+                |path: &Path| std::fs::read_to_string(path).map_err(io("read", path, DELEGATED));
+            let list = match list {
+                "" if read(&file)?.trim().is_empty() => continue,
+                // With a process in it, it cannot be empty again.
+                "" => read(&parent.join(format!("{name}.effective")))?,
+                list => list.into(),
+            };
+            std::fs::write(&file, list.trim()).map_err(io("write", &file, DELEGATED))?;
+        }
+        Ok(())
+    }
+
+    /// The CPUs that what is above it may use; `None` when nobody says.
+    ///
+    /// # Errors
+    /// [`CgroupError::Io`].
+    pub fn cpus_of_parent(&self) -> Result<Option<Set>, CgroupError> {
+        let above = self.path.ancestors().skip(1).take_while(|path| path.starts_with(&self.root));
+        for directory in above {
+            let file = directory.join("cpuset.cpus.effective");
+            match std::fs::read_to_string(&file) {
+                Ok(text) => return Ok(list::parse(&text)),
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) => return Err(io("read", &file, WRITABLE)(error)),
+            }
+        }
+        Ok(None)
     }
 
     fn set(&self, name: &str, value: u64) -> Result<(), CgroupError> {
@@ -281,6 +340,20 @@ mod tests {
         assert_eq!(limits.pids_max(), 96);
         let pages = u64::from(limits.memory_mib) << 8;
         assert!(limits.memory_max() >= ((65536 + 128) << 20) + pages * 24 * 2);
+    }
+
+    #[test]
+    fn cpus_are_those_of_the_nearest_that_says() {
+        let root = tempfile::tempdir().unwrap();
+        let cgroup = Cgroup::below(root.path(), Path::new("a/b/c"));
+        std::fs::create_dir_all(root.path().join("a/b")).unwrap();
+        assert_eq!(cgroup.cpus_of_parent().unwrap(), None);
+        std::fs::write(root.path().join("cpuset.cpus.effective"), "0-7\n").unwrap();
+        std::fs::write(root.path().join("a/cpuset.cpus.effective"), "2-3\n").unwrap();
+        assert_eq!(cgroup.cpus_of_parent().unwrap(), Some(Set::from([2, 3])));
+        // Nothing is made of a cgroup that nothing is asked of.
+        cgroup.confine("", "").unwrap();
+        assert!(cgroup.confine("2", "").is_err());
     }
 
     #[test]

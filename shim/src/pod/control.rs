@@ -14,7 +14,8 @@ use vial_agent_protocol::MAX_SPEC_BYTES;
 
 use super::{Pod, guest::explain};
 use crate::{
-    container::Container, error::ServiceError, life::ProcessEvent, metrics, sandbox::Sandbox,
+    container::Container, error::ServiceError, life::ProcessEvent, metrics, numa::claim::Resources,
+    sandbox::Sandbox,
 };
 
 /// The least time between two tellings of a want of memory, so that a guest cannot flood
@@ -49,9 +50,18 @@ impl Pod {
             let text = format!("the resources have more than {MAX_SPEC_BYTES} bytes");
             return Err(ServiceError::Invalid(text));
         }
+        let asked: Resources = serde_json::from_slice(&resources).map_err(|error| {
+            ServiceError::Invalid(format!("the resources are no OCI linux.resources: {error}"))
+        })?;
+        let before = sandbox.placed.update(id, &asked)?;
         match sandbox.agent.update(id, resources).await {
             Ok(()) => Ok(()),
-            Err(error) => Err(explain(&sandbox, error.into()).await),
+            Err(error) => {
+                if let Err(error) = sandbox.placed.claim(id, before) {
+                    tracing::warn!("the VM stays where the failed update wanted it: {error}");
+                }
+                Err(explain(&sandbox, error.into()).await)
+            }
         }
     }
 

@@ -1,15 +1,25 @@
-//! How a VM comes to run besides by a boot, from a template, and how its agent is met either way.
+//! How a VM comes to run besides by a boot, from a template, where on the host it does, and how its
+//! agent is met either way.
 
 use std::os::fd::OwnedFd;
 
 use tokio::{net::UnixStream, sync::mpsc};
 use vial_agent_protocol::{AGENT_PORT, READY_PORT};
-use vial_vmm_api::{API_VERSION, Action, Descriptor, DeviceConfig, Reply, RestoreConfig};
+use vial_vmm_api::{
+    API_VERSION, Action, Descriptor, DeviceConfig, Placement, Reply, RestoreConfig,
+};
 
 use super::{Given, Plan, vmm};
 use crate::{
     agent::Agent,
+    devices::pci::Sysfs,
     error::ServiceError,
+    jail::cgroup::Cgroup,
+    numa::{
+        Mode,
+        placed::{Placed, Subject},
+    },
+    state_dir::{State, StateDir},
     template::{self, NoTemplate, Template},
     timeline::Timeline,
     vmm_client::{self, VmmClient, VmmEvent},
@@ -31,7 +41,11 @@ pub(super) fn mark_report(plan: &Plan, marks: Vec<(String, u64)>) {
 }
 
 /// The template that the VM can go on from.
-pub(super) fn find_template(plan: &Plan, devices: &[DeviceConfig]) -> Option<Template> {
+pub(super) fn find_template(
+    plan: &Plan,
+    devices: &[DeviceConfig],
+    placement: &Placement,
+) -> Option<Template> {
     // Others cannot be added to a machine while it is restored.
     let fits = |device: &DeviceConfig| {
         matches!(
@@ -42,9 +56,17 @@ pub(super) fn find_template(plan: &Plan, devices: &[DeviceConfig]) -> Option<Tem
                 | DeviceConfig::Net { .. }
         )
     };
-    let found = match devices.iter().all(fits) {
-        true => template::open(&plan.config),
-        false => Err(NoTemplate::Devices),
+    // What no pod of a template writes comes from where the first of them has read it.
+    let own = match placement {
+        _ if plan.numa.mode == Mode::Strict => Some("`strict`, and its pages are on any node"),
+        Placement { huge_pages: Some(_), .. } => Some("huge pages"),
+        Placement { nodes, .. } if nodes.len() > 1 => Some("several NUMA nodes"),
+        _ => None,
+    };
+    let found = match (devices.iter().all(fits), own) {
+        (false, _) => Err(NoTemplate::Devices),
+        (true, Some(what)) => Err(NoTemplate::Placed(what)),
+        (true, None) => template::open(&plan.config),
     };
     match found {
         Ok(template) => {
@@ -60,6 +82,26 @@ pub(super) fn find_template(plan: &Plan, devices: &[DeviceConfig]) -> Option<Tem
             None
         }
     }
+}
+
+/// Prepares where the VM goes. The VMM's cgroup is bound by it before there is a VMM.
+pub(super) fn place(
+    plan: &Plan,
+    dir: &StateDir,
+    state: &State,
+) -> Result<(Placed, Placement), ServiceError> {
+    let sysfs = Sysfs::default();
+    let node = |address| sysfs.node(address).map(|node| (address, node));
+    let subject = Subject {
+        wanted: plan.numa,
+        vcpus: plan.config.vcpus,
+        memory_mib: plan.config.memory_mib,
+        functions: state.devices.iter().filter_map(|record| node(record.address)).collect(),
+        cgroup: state.jail.as_ref().map(|jail| Cgroup::new(&jail.cgroup)),
+        dir: dir.clone(),
+        state_directory: plan.config.state_directory.clone(),
+    };
+    Ok(Placed::new(subject, Some((plan.id.clone(), plan.claim.clone())))?)
 }
 
 /// Where the parts of a saved machine are among the descriptors that are given.

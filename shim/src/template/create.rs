@@ -19,7 +19,7 @@ use rustix::fs::{AtFlags, CWD, FlockOperation, Mode, OFlags, RenameFlags};
 use sha2::{Digest, Sha256};
 use tokio::{io::AsyncReadExt, sync::mpsc};
 use vial_agent_protocol::READY_PORT;
-use vial_vmm_api::{API_VERSION, Action, Descriptor, FailureKind, VmConfig};
+use vial_vmm_api::{API_VERSION, Action, Descriptor, FailureKind, Placement, VmConfig};
 
 use super::{MANIFEST, MANIFEST_VERSION, MEMORY, Manifest, STATE, Stamp, UNFINISHED, prefix};
 use crate::{
@@ -250,6 +250,7 @@ async fn boot(
         console: None,
         devices: base_devices(Descriptor(3), Descriptor(4)),
         hot_plug: false,
+        placement: Placement::default(),
     };
     let booted = client.request(Action::BootTemplate(Box::new(machine)), &given).await;
     booted.map(drop).map_err(vmm("boot the guest of a template"))

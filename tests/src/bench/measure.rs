@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use vial_tests::node::setting;
 use vial_tests::vmm::{Files, Vmm};
-use vial_vmm_api::{API_VERSION, DeviceConfig, VmConfig};
+use vial_vmm_api::{API_VERSION, DeviceConfig, Placement, VmConfig};
 
 use super::report::{Measured, Series};
 use super::subject::{Idle, Subject, since};
@@ -265,6 +265,7 @@ fn machine_until_ready() -> Result<f64> {
             },
         ],
         hot_plug: false,
+        placement: Placement::default(),
     };
     vmm.boot(config, &files)?;
     vmm.guest_connected(READY_PORT)?;

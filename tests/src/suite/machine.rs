@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use vial_rootfs::cpio::{self, Content, Entry};
 use vial_tests::node::setting;
 use vial_tests::vmm::{Files, Vmm};
-use vial_vmm_api::{API_VERSION, DeviceConfig, ExitReason, VmConfig};
+use vial_vmm_api::{API_VERSION, DeviceConfig, ExitReason, Placement, VmConfig};
 
 use super::bed::{Bed, run};
 
@@ -86,6 +86,7 @@ fn machine(script: &str, disks: &[(&Path, bool)]) -> Result<Ended> {
         console: Some(files.add(both().create(true).truncate(true).open(&console)?)),
         devices,
         hot_plug: false,
+        placement: Placement::default(),
     };
     let program = setting("vmm", "/usr/lib/vial/vial-vmm")?;
     let mut vmm = Vmm::start(&PathBuf::from(program), PATIENCE)?;

@@ -30,6 +30,13 @@ pub const MAX_DEVICES: usize = 31;
 /// The most functions of the host that a VM can have at one time.
 pub const MAX_PASSED_FUNCTIONS: usize = 16;
 
+/// The most NUMA nodes that a guest can have. The guest's kernel knows no more.
+pub const MAX_NODES: usize = 8;
+/// The number of a NUMA node of the host.
+pub const HOST_NODES: std::ops::RangeInclusive<u16> = 0..=1023;
+/// How far one node's memory is for another, as ACPI counts it (ACPI 6.5, 5.2.17): 10 is its own.
+pub const DISTANCES: std::ops::RangeInclusive<u8> = 10..=254;
+
 /// An index into the descriptors attached to the message that holds it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Descriptor(pub u8);
@@ -264,6 +271,58 @@ pub struct VmConfig {
     /// Whether [`Action::AddFunctions`] can follow. It leaves the VMM's threads a few system calls
     /// more. A VM that is to be saved cannot have it.
     pub hot_plug: bool,
+    /// Where the memory lies.
+    pub placement: Placement,
+}
+
+/// Where a machine's memory lies on the host, and what the guest is told of it. By default, it
+/// lies where the host puts it, and the guest is told nothing.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Placement {
+    /// The guest's NUMA nodes, at most [`MAX_NODES`], or none. The first has the lowest memory and
+    /// the first vCPUs, and so on; together they have all of both. A guest with one is told
+    /// nothing.
+    pub nodes: Vec<NodeConfig>,
+    /// How far node `b` is for node `a`, at `a * nodes + b`; see [`DISTANCES`]. For one node,
+    /// nothing.
+    pub distances: Vec<u8>,
+    /// The node that the PCI bus is near to.
+    pub bus_node: Option<u8>,
+    /// The pages that the memory consists of, all of which are taken at the start: the sizes of
+    /// all nodes are multiples of theirs.
+    pub huge_pages: Option<HugePages>,
+}
+
+/// A NUMA node of a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeConfig {
+    /// In MiB, 1 or more.
+    pub memory_mib: u32,
+    /// How many of the vCPUs.
+    pub vcpus: u8,
+    /// The host's node that its memory comes from, see [`HOST_NODES`].
+    pub host_node: u16,
+    /// Whether it comes from there alone. Without, what that node does not have comes from others.
+    pub bound: bool,
+}
+
+/// Sizes of pages beyond the usual.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum HugePages {
+    /// 2 MiB.
+    Mib2,
+    /// 1 GiB.
+    Gib1,
+}
+
+impl HugePages {
+    /// Their size in MiB.
+    pub const fn mib(self) -> u32 {
+        match self {
+            Self::Mib2 => 2,
+            Self::Gib1 => 1024,
+        }
+    }
 }
 
 /// A machine that was saved. Every descriptor is open, of the right kind, and given to the VMM.
@@ -400,6 +459,7 @@ mod tests {
                 DeviceConfig::Rng,
             ],
             hot_plug: true,
+            placement: Placement::default(),
         }
     }
 

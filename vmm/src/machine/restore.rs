@@ -89,7 +89,7 @@ impl Machine {
         mark("vm created");
 
         let supported = kvm::supported_cpuid(&kvm)?;
-        let made = vcpus::create(&supported, &vm, config.vcpus)?;
+        let made = vcpus::create(&supported, &vm, config.vcpus, 0)?;
         check_processor(&made.cpuid, &snapshot.cpuid)?;
         for ((index, vcpu), state) in (0..).zip(&made.vcpus).zip(&snapshot.vcpus) {
             state.apply(vcpu, index)?;

@@ -22,17 +22,18 @@ pub(super) struct Vcpus {
     pub(super) cpuid: Vec<Vec<kvm_cpuid_entry2>>,
 }
 
-/// Makes vCPUs that have nothing but their CPUID.
+/// Makes vCPUs that have nothing but their CPUID, for a guest of so many NUMA nodes.
 pub(super) fn create(
     supported: &kvm_bindings::CpuId,
     vm: &Vm,
     count: u8,
+    nodes: usize,
 ) -> Result<Vcpus, MachineError> {
     let mut made = Vcpus { vcpus: Vec::new(), cpuid: Vec::new() };
     for index in 0..count {
         let vcpu = vm.create_vcpu(index)?;
         let tsc_khz = vcpu.get_tsc_khz().ok();
-        let entries = cpuid::for_vcpu(supported, index, count, tsc_khz);
+        let entries = cpuid::for_vcpu(supported, index, count, nodes, tsc_khz);
         kvm_bindings::CpuId::from_entries(&entries)
             .map_err(|error| MachineError::Cpuid(index, format!("{error:?}")))
             .and_then(|cpuid| {

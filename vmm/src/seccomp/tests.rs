@@ -38,6 +38,7 @@ const NEVER: &[Attempt] = &[
     ("clone3", libc::SYS_clone3, [0; 4]),
     ("executable memory", libc::SYS_mmap, [0, 4096, EXECUTABLE, MAP]),
     ("memory made executable", libc::SYS_mprotect, [0, 4096, EXECUTABLE, 0]),
+    ("memory of another node", libc::SYS_mbind, [0, 4096, 0, 0]),
     ("memfd", libc::SYS_memfd_create, [0; 4]),
     ("ptrace", libc::SYS_ptrace, [libc::PTRACE_TRACEME as i64, 0, 0, 0]),
     ("bpf", libc::SYS_bpf, [0; 4]),

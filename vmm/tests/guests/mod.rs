@@ -5,7 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::Path;
 
-use vial_vmm_api::{API_VERSION, VmConfig};
+use vial_vmm_api::{API_VERSION, Placement, VmConfig};
 
 use crate::client::{Attachments, Vmm};
 
@@ -64,6 +64,7 @@ pub(crate) fn request(kernel: File) -> Request {
         console: None,
         devices: Vec::new(),
         hot_plug: false,
+        placement: Placement::default(),
     };
     Request { config, files }
 }

@@ -1,6 +1,9 @@
 //! The ACPI tables (ACPI 6.5, 5.2): hardware-reduced, so that the guest looks for none of a PC's
 //! old devices. They tell it of its processors, of PCI configuration space, of the registers that
-//! power it off and reset it, of pvpanic, and of the VM generation identifier. Hot-plug is not theirs: the agent does that.
+//! power it off and reset it, of pvpanic, of the VM generation identifier, and of NUMA nodes where
+//! there are several. Hot-plug is not theirs: the agent does that.
+
+mod numa;
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -16,6 +19,7 @@ use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
+use vial_vmm_api::Placement;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::layout::{
@@ -47,20 +51,22 @@ pub enum AcpiError {
 
 /// What the tables describe.
 #[derive(Debug, Clone, Copy)]
-pub struct Platform {
+pub struct Platform<'a> {
     /// Processors, with APIC ids from 0.
     pub vcpus: u8,
     /// Whether there is a serial console.
     pub serial: bool,
     /// A window for 64-bit BARs, from its first byte to before its last and one.
     pub high_window: (u64, u64),
+    /// Its NUMA nodes.
+    pub placement: &'a Placement,
 }
 
 /// Writes the tables and returns where the root pointer lies.
 ///
 /// # Errors
 /// They do not fit between `ACPI_START` and `ACPI_END`.
-pub fn write_tables(ram: &GuestRam, platform: Platform) -> Result<GuestAddress, AcpiError> {
+pub fn write_tables(ram: &GuestRam, platform: Platform<'_>) -> Result<GuestAddress, AcpiError> {
     let mut place = Place { ram, next: ACPI_START + Rsdp::len() as u64 };
     let dsdt = place.put(&dsdt(platform))?;
     let fadt = place.put(&fadt(dsdt))?;
@@ -71,6 +77,10 @@ pub fn write_tables(ram: &GuestRam, platform: Platform) -> Result<GuestAddress, 
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     for table in [fadt, madt, mcfg] {
         xsdt.add_entry(table);
+    }
+    if platform.placement.nodes.len() > 1 {
+        xsdt.add_entry(place.put(&numa::srat(&platform.placement.nodes))?);
+        xsdt.add_entry(place.put(&numa::slit(&platform.placement.distances))?);
     }
     let xsdt = place.put(&xsdt)?;
     let mut bytes = Vec::new();
@@ -131,12 +141,14 @@ fn madt(vcpus: u8) -> impl Aml {
     madt
 }
 
-fn dsdt(platform: Platform) -> Sdt {
+fn dsdt(platform: Platform<'_>) -> Sdt {
     let mut aml = Vec::new();
     // _S5: what the guest writes as the sleep type of registers A and B.
     Name::new("_S5_".into(), &Package::new(vec![&SLEEP_TYPE_OFF, &SLEEP_TYPE_OFF]))
         .to_aml_bytes(&mut aml);
-    let bridge = host_bridge(platform.high_window);
+    let nodes = platform.placement.nodes.len();
+    let bus_node = platform.placement.bus_node.filter(|_| nodes > 1);
+    let bridge = host_bridge(platform.high_window, bus_node);
     let (reserved, pvpanic) = (reserved_for_ecam(), pvpanic());
     let (generation, events) = (generation_identifier(), generic_events());
     let serial = platform.serial.then(serial);
@@ -165,7 +177,7 @@ fn device(name: &str, children: Vec<&dyn Aml>) -> Assembled {
     Assembled(aml)
 }
 
-fn host_bridge((high_start, high_end): (u64, u64)) -> Assembled {
+fn host_bridge((high_start, high_end): (u64, u64), bus_node: Option<u8>) -> Assembled {
     let hid = Name::new("_HID".into(), &EISAName::new("PNP0A08"));
     let cid = Name::new("_CID".into(), &EISAName::new("PNP0A03"));
     let segment = Name::new("_SEG".into(), &0u8);
@@ -178,7 +190,11 @@ fn host_bridge((high_start, high_end): (u64, u64)) -> Assembled {
     let low = AddressSpace::new_memory(uncached, true, PCI_MMIO_START as u32, window_end, None);
     let high = AddressSpace::new_memory(uncached, true, high_start, high_end - 1, None);
     let resources = Name::new("_CRS".into(), &ResourceTemplate::new(vec![&buses, &low, &high]));
-    device("PCI0", vec![&hid, &cid, &segment, &bus, &coherent, &resources])
+    // Linux asks a root bridge alone, for all that is behind it.
+    let proximity = bus_node.map(|node| Name::new("_PXM".into(), &node));
+    let mut children: Vec<&dyn Aml> = vec![&hid, &cid, &segment, &bus, &coherent, &resources];
+    children.extend(proximity.iter().map(|name| name as &dyn Aml));
+    device("PCI0", children)
 }
 
 /// Linux uses ECAM only where ACPI reserves it as a motherboard resource.
@@ -243,6 +259,9 @@ fn serial() -> Assembled {
 
 #[cfg(test)]
 mod tests {
+    use vial_vmm_api::NodeConfig;
+
+    use super::super::layout::{HIGH_RAM_START, LOW_RAM_END};
     use super::*;
     use crate::memory::map_ram;
 
@@ -261,29 +280,75 @@ mod tests {
         bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
     }
 
-    #[test]
-    fn every_table_is_reached_from_the_root_and_sums_to_zero() {
+    /// The tables by name, all of which are whole, and the DSDT.
+    fn tables(placement: &Placement) -> Vec<Vec<u8>> {
         let ram = map_ram(32 << 20).unwrap();
-        let platform = Platform { vcpus: 64, serial: true, high_window: (1 << 39, 1 << 40) };
+        let high_window = (1 << 39, 1 << 40);
+        let platform = Platform { vcpus: 64, serial: true, high_window, placement };
         let root = write_tables(&ram, platform).unwrap();
         let rsdp = read(&ram, root.0, 36);
         assert_eq!(&rsdp[..8], b"RSD PTR ");
         assert_eq!(sum(&rsdp), 0);
         let xsdt = table(&ram, u64::from_le_bytes(rsdp[24..32].try_into().unwrap()));
         assert_eq!(sum(&xsdt), 0);
-        let mut names = Vec::new();
+        let mut tables = Vec::new();
         for entry in xsdt[36..].chunks_exact(8) {
             let bytes = table(&ram, u64::from_le_bytes(entry.try_into().unwrap()));
             assert_eq!(sum(&bytes), 0);
-            names.push(bytes[..4].to_vec());
             if &bytes[..4] == b"FACP" {
                 let dsdt = table(&ram, u64::from_le_bytes(bytes[140..148].try_into().unwrap()));
                 assert_eq!((&dsdt[..4], sum(&dsdt)), (&b"DSDT"[..], 0));
+                tables.push(dsdt);
             }
-            if &bytes[..4] == b"APIC" {
-                assert_eq!(bytes.len(), 44 + 64 * 8 + 12);
-            }
+            tables.push(bytes);
         }
-        assert_eq!(names, [b"FACP", b"APIC", b"MCFG"]);
+        tables
+    }
+
+    fn names(tables: &[Vec<u8>]) -> Vec<&[u8]> {
+        tables.iter().map(|table| &table[..4]).collect()
+    }
+
+    #[test]
+    fn every_table_is_reached_from_the_root_and_sums_to_zero() {
+        let tables = tables(&Placement::default());
+        assert_eq!(names(&tables), [b"DSDT", b"FACP", b"APIC", b"MCFG"]);
+        assert_eq!(tables[2].len(), 44 + 64 * 8 + 12);
+    }
+
+    #[test]
+    fn nodes_are_told_when_there_are_several() {
+        let node = |vcpus| NodeConfig { memory_mib: 1792, vcpus, host_node: 1, bound: false };
+        let one = Placement { nodes: vec![node(64)], bus_node: Some(0), ..Default::default() };
+        let has_proximity = |table: &[u8]| table.windows(4).any(|name| name == b"_PXM");
+        let of_one = tables(&one);
+        assert_eq!(names(&of_one), [b"DSDT", b"FACP", b"APIC", b"MCFG"]);
+        assert!(!has_proximity(&of_one[0]));
+
+        let two = Placement {
+            nodes: vec![node(63), node(1)],
+            distances: vec![10, 21, 20, 10],
+            bus_node: Some(1),
+            huge_pages: None,
+        };
+        let tables = tables(&two);
+        assert_eq!(names(&tables)[4..], [b"SRAT", b"SLIT"]);
+        assert!(has_proximity(&tables[0]));
+        let (processors, memory) = tables[4][48..].split_at(64 * 16);
+        let domains: Vec<(u8, u8)> =
+            processors.chunks_exact(16).map(|entry| (entry[3], entry[2])).collect();
+        assert_eq!(domains[62..], [(62, 0), (63, 1)]);
+        let ranges: Vec<(u8, u64, u64)> = memory
+            .chunks_exact(40)
+            .map(|entry| {
+                let number = |at: usize| u64::from_le_bytes(entry[at..at + 8].try_into().unwrap());
+                (entry[2], number(8), number(16))
+            })
+            .collect();
+        let first = 1792 << 20;
+        let below = LOW_RAM_END - first;
+        assert_eq!(ranges, [(0, 0, first), (1, first, below), (1, HIGH_RAM_START, first - below)]);
+        assert_eq!(tables[5][36..44], 2u64.to_le_bytes());
+        assert_eq!(tables[5][44..], [10, 21, 20, 10]);
     }
 }

@@ -2,7 +2,8 @@
 //! our own, so that nothing of the host's cores, threads and packages shows.
 //!
 //! The topology is one package of `vcpus` cores with one thread each, and APIC ids equal to the
-//! vCPUs' numbers. (Intel SDM volume 2, CPUID; AMD APM volume 3, appendix E.)
+//! vCPUs' numbers. They share its last cache, unless there are several NUMA nodes: no cache spans
+//! those, and a kernel that is told so complains. (Intel SDM volume 2, CPUID; AMD APM volume 3, appendix E.)
 
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 
@@ -33,12 +34,13 @@ pub fn physical_address_bits(supported: &CpuId) -> u8 {
     sizes.map_or(36, |entry| entry.eax as u8)
 }
 
-/// The answers for vCPU number `index` of `vcpus`, from those that KVM supports. `tsc_khz` is the
-/// guest's time stamp counter's frequency, where the host knows it.
+/// The answers for vCPU number `index` of `vcpus` on `nodes` NUMA nodes (0 is 1), from those that
+/// KVM supports. `tsc_khz` is the guest's time stamp counter's frequency, where the host knows it.
 pub fn for_vcpu(
     supported: &CpuId,
     index: u8,
     vcpus: u8,
+    nodes: usize,
     tsc_khz: Option<u32>,
 ) -> Vec<kvm_cpuid_entry2> {
     let mut entries: Vec<kvm_cpuid_entry2> = supported
@@ -49,7 +51,7 @@ pub fn for_vcpu(
         .copied()
         .collect();
     for entry in &mut entries {
-        set_topology(entry, index, vcpus);
+        set_topology(entry, index, vcpus, nodes);
     }
     let max_leaf = entries.iter().find(|e| e.function == 0).map_or(0, |e| e.eax);
     if max_leaf >= 0xb {
@@ -73,7 +75,7 @@ pub fn for_vcpu(
     entries
 }
 
-fn set_topology(entry: &mut kvm_cpuid_entry2, index: u8, vcpus: u8) {
+fn set_topology(entry: &mut kvm_cpuid_entry2, index: u8, vcpus: u8, nodes: usize) {
     let index = u32::from(index);
     let count = u32::from(vcpus);
     match entry.function {
@@ -87,7 +89,7 @@ fn set_topology(entry: &mut kvm_cpuid_entry2, index: u8, vcpus: u8) {
         // cache, less 1; Intel's leaf also has the cores of the package, less 1, in bits 31:26.
         0x4 | 0x8000_001d if entry.eax & 0x1f != 0 => {
             let level = entry.eax >> 5 & 0x7;
-            let shared = if level >= 3 { count - 1 } else { 0 };
+            let shared = if level >= 3 && nodes <= 1 { count - 1 } else { 0 };
             entry.eax = (entry.eax & 0x3fff) | (shared << 14);
             if entry.function == 0x4 {
                 entry.eax |= ((1 << core_bits(vcpus)) - 1) << 26;
@@ -149,16 +151,23 @@ mod tests {
 
     #[test]
     fn timing_leaf_is_announced_by_the_hypervisor_leaf() {
-        let entries = for_vcpu(&supported(), 0, 1, Some(2_600_000));
+        let entries = for_vcpu(&supported(), 0, 1, 0, Some(2_600_000));
         assert_eq!(leaf(&entries, LEAF_TIMING, 0).eax, 2_600_000);
         assert_eq!(leaf(&entries, LEAF_HYPERVISOR, 0).eax, LEAF_TIMING);
+    }
+
+    #[test]
+    fn last_cache_is_shared_unless_there_are_several_nodes() {
+        let sharers =
+            |nodes| leaf(&for_vcpu(&supported(), 0, 4, nodes, None), 4, 0).eax >> 14 & 0xfff;
+        assert_eq!((sharers(0), sharers(1), sharers(2)), (3, 3, 0));
     }
 
     proptest! {
         #[test]
         fn every_vcpu_shows_its_own_id_and_nothing_of_the_host(vcpus in 1u8..=64, pick: u8) {
             let index = pick % vcpus;
-            let entries = for_vcpu(&supported(), index, vcpus, None);
+            let entries = for_vcpu(&supported(), index, vcpus, 1, None);
             prop_assert_eq!(leaf(&entries, 1, 0).ebx >> 24, u32::from(index));
             prop_assert_eq!(leaf(&entries, 1, 0).ebx >> 16 & 0xff, u32::from(vcpus));
             prop_assert_eq!(leaf(&entries, 0x8000_001e, 0).eax, u32::from(index));
