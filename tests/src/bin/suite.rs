@@ -30,13 +30,16 @@ struct Cli {
     /// Lists the cases and runs none
     #[arg(long)]
     list: bool,
-    /// Runs the cases of passed functions instead, on a host that has some: `vial-host run --devices`
+    /// Runs the cases of passed functions and NUMA nodes instead, on a host that has some: `vial-host run --devices`
     #[arg(long)]
     devices: bool,
     /// Writes the names of cases that held to this file, and leaves out those that stand there: a run that a host
     /// has died under goes on where it was
     #[arg(long, value_name = "FILE")]
     record: Option<std::path::PathBuf>,
+    /// Runs the cases of vCPUs with a CPU each instead: `vial-host run --devices --cpus 4`
+    #[arg(long, conflicts_with = "devices")]
+    cpus: bool,
     /// Archives to import first, each for `ctr image import`
     #[arg(long, value_name = "FILE")]
     import: Vec<std::path::PathBuf>,
@@ -60,7 +63,11 @@ fn main() -> ExitCode {
     let wanted = |name: &str| cli.filter.split(',').any(|word| name.contains(word));
     let (part, parts) = cli.part;
     // Every so many, since cases of a kind stand together and take equally long.
-    let all = if cli.devices { suite::cases_of_devices() } else { suite::cases() };
+    let all = match (cli.devices, cli.cpus) {
+        (true, _) => suite::cases_of_devices(),
+        (_, true) => suite::cases_of_cpus(),
+        _ => suite::cases(),
+    };
     let cases: Vec<_> =
         all.into_iter().filter(|case| wanted(case.name)).skip(part - 1).step_by(parts).collect();
     if cli.list {

@@ -11,6 +11,7 @@ mod interactive;
 mod lifecycle;
 mod log;
 mod network;
+mod placement;
 pub(crate) mod pod;
 mod process;
 mod resources;
@@ -60,6 +61,14 @@ pub(crate) fn cases() -> Vec<Case> {
         faults::pod_whose_shim_is_killed_ends_and_goes,
         faults::pod_killed_while_it_starts_leaves_nothing,
         faults::pod_outlives_a_killed_containerd,
+    ]
+}
+
+/// The cases that need a host with two NUMA nodes.
+pub(crate) fn cases_of_nodes() -> Vec<Case> {
+    cases![
+        placement::vm_of_a_pod_goes_where_its_containers_are,
+        placement::container_of_a_strict_pod_that_is_apart_is_refused,
     ]
 }
 

@@ -257,6 +257,7 @@ messages! {
         [int64] memory_limit_in_bytes: i64 = 4;
         [int64] oom_score_adj: i64 = 5;
         [string] cpuset_cpus: String = 6;
+        [string] cpuset_mems: String = 7;
     }
     Int64Value {
         [int64] value: i64 = 1;

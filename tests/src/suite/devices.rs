@@ -214,14 +214,14 @@ pub(crate) fn virtual_function_of_a_device_plugin_works(bed: &Bed) -> Result<()>
 }
 
 /// The node's configuration with functions that pods may name, until dropped.
-fn listed(functions: &[&str]) -> Result<Configuration> {
+pub(super) fn listed(functions: &[&str]) -> Result<Configuration> {
     let configuration = Configuration::keep();
     let text = format!("{}\npci_devices = {functions:?}\n", configuration.text());
     configuration.write(&text)?;
     Ok(configuration)
 }
 
-fn annotation(functions: &[&str]) -> String {
+pub(super) fn annotation(functions: &[&str]) -> String {
     format!("io.vial/pci-devices={}", functions.join(","))
 }
 
@@ -237,7 +237,7 @@ pub(crate) fn virtual_function_that_a_pod_names_works_and_is_given_back(bed: &Be
     reaches_driver(&function, Some("igbvf"))
 }
 
-fn detached(bed: &Bed, options: &[&str]) -> Result<Detached> {
+pub(super) fn detached(bed: &Bed, options: &[&str]) -> Result<Detached> {
     let name = bed.name();
     let options = [&["-d", "--null-io"], options].concat();
     run(&mut bed.command(Runtime::Vial, &options, &name, &["sleep", "1000"]))?.expect(0)?;
@@ -267,7 +267,7 @@ pub(crate) fn function_is_given_back_when_vmm_or_shim_is_killed(bed: &Bed) -> Re
 }
 
 /// Runs a container that has to be refused with these words.
-fn refused(bed: &Bed, options: &[&str], words: &[&str]) -> Result<()> {
+pub(super) fn refused(bed: &Bed, options: &[&str], words: &[&str]) -> Result<()> {
     let outcome = bed.run(Runtime::Vial, options, &["true"])?;
     let told = words.iter().all(|word| outcome.stderr.contains(word));
     ensure!(outcome.status != 0 && told, "{words:?} were due: {outcome:?}");

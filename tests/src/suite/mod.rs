@@ -11,6 +11,7 @@ mod isolation;
 mod lifecycle;
 mod machine;
 mod network;
+pub(crate) mod placement;
 pub(crate) mod record;
 mod streams;
 mod templates;
@@ -91,9 +92,9 @@ pub(crate) fn cases() -> Vec<Case> {
     cases
 }
 
-/// The cases of passed functions, which need a host with some.
+/// The cases of passed functions and of NUMA nodes, which need a host with some.
 pub(crate) fn cases_of_devices() -> Vec<Case> {
-    cases![
+    let mut cases = cases![
         devices::virtual_function_of_a_device_plugin_works,
         devices::virtual_function_that_a_pod_names_works_and_is_given_back,
         devices::nvme_disk_holds_what_the_guest_wrote,
@@ -105,6 +106,21 @@ pub(crate) fn cases_of_devices() -> Vec<Case> {
         hot_plug::cri_function_comes_into_a_vm_from_a_template,
         hot_plug::cri_function_is_free_when_vmm_or_shim_is_killed_after_it_came,
         hot_plug::cri_pod_that_gets_no_functions_later_refuses_them_and_lives,
+        placement::memory_comes_from_the_node_that_the_spec_names,
+        placement::pod_that_asks_for_no_place_has_none,
+        placement::strict_pod_that_is_apart_is_refused,
+        placement::huge_pages_are_the_vms_from_its_start_and_given_back,
+    ];
+    cases.extend(cri::cases_of_nodes());
+    cases
+}
+
+/// The cases of vCPUs with a CPU each, which need a host with two nodes of two CPUs.
+pub(crate) fn cases_of_cpus() -> Vec<Case> {
+    cases![
+        placement::vcpus_have_a_cpu_each,
+        placement::vms_with_the_same_cpus_are_not_pinned_to_them,
+        placement::guest_of_two_nodes_sees_them,
     ]
 }
 
