@@ -179,7 +179,7 @@ impl Bench<'_> {
     }
 
     /// A directory of the host, mounted into the container: data in and out, and many small files. It is in memory: what a
-    /// disk takes says nothing of a runtime, and a clock that counts instructions runs away while it is waited for.
+    /// disk takes says nothing of a runtime.
     fn files(&mut self, subjects: &[Subject]) -> Result<()> {
         let steps = [
             ("fs_write_16m", "dd if=/dev/zero of=/volume/data bs=128k count=128 conv=fsync"),
@@ -189,7 +189,11 @@ impl Bench<'_> {
             ("fs_remove_200_files", "rm /volume/file*"),
         ];
         let ids = steps.map(|(id, _)| id);
-        if !self.wanted(&ids) {
+        // The emulator delivers an interrupt to a nested guest twice when it stops to look at its clock
+        // right after the first time, which it does often when that counts instructions. Few starts
+        // are lost by that, but nearly every run of thousands of requests.
+        let too_many = self.plan.mode == "icount" && self.plan.only.is_empty();
+        if too_many || !self.wanted(&ids) {
             return Ok(());
         }
         let script =

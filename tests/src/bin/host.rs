@@ -51,8 +51,8 @@ fn run_command(run: &Run) -> Result<u8> {
     let mut signals = ending_signals().context("cannot watch for signals")?;
     let started = Instant::now();
     let mut emulator = Emulator::start(&run.machine, Task::Script(&script))?;
-    let outcome =
-        session::wait(&mut emulator, &mut signals, Some(Duration::from_secs(run.timeout)))?;
+    let limit = Some(Duration::from_secs(run.timeout));
+    let outcome = session::wait(&mut emulator, &mut signals, limit, run.machine.icount)?;
     if let Some(report) = &run.report {
         write_report(report, &outcome, started.elapsed())?;
     }
@@ -69,7 +69,7 @@ fn run_shell(machine: &Machine) -> Result<u8> {
         .ok()
         .filter(|output| output.status.success());
     let mut emulator = Emulator::start(machine, Task::Shell)?;
-    let outcome = session::wait(&mut emulator, &mut signals, None)?;
+    let outcome = session::wait(&mut emulator, &mut signals, None, machine.icount)?;
     let status = conclude(&emulator, &outcome, None);
     drop(emulator);
     if let Some(saved) = saved {

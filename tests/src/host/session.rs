@@ -17,6 +17,9 @@ use super::emulator::Emulator;
 
 /// Without a sign of life for so long, the host is dead. It sends one every few seconds, and machines can be busy.
 const SILENCE_LIMIT: Duration = Duration::from_secs(120);
+/// The same where instructions are counted. A second of that clock takes about ten of ours; more than three times as long
+/// means that a nested guest spins, see `docs/development.md`.
+const SILENCE_LIMIT_ICOUNT: Duration = Duration::from_secs(45);
 /// How long QEMU may take to end after the command's status came.
 const POWER_OFF_LIMIT: Duration = Duration::from_secs(20);
 /// Lines of the console that go into the reason of a death.
@@ -82,15 +85,17 @@ struct Session<'a> {
     status: Option<u8>,
     broken: Option<String>,
     last_sign: Instant,
+    silence_limit: Duration,
     buffer: Vec<u8>,
 }
 
 /// Waits for the run's end, passing the command's output to our standard output as it comes.
-/// `limit` counts from now.
+/// `limit` counts from now; `icount` is whether the host counts instructions.
 pub(crate) fn wait(
     emulator: &mut Emulator,
     signals: &mut File,
     limit: Option<Duration>,
+    icount: bool,
 ) -> Result<Outcome> {
     let deadline = limit.map(|limit| Instant::now() + limit);
     let pid = Pid::from_child(&emulator.child);
@@ -105,6 +110,7 @@ pub(crate) fn wait(
         status: None,
         broken: None,
         last_sign: Instant::now(),
+        silence_limit: if icount { SILENCE_LIMIT_ICOUNT } else { SILENCE_LIMIT },
         buffer: vec![0; 256 * 1024],
     };
     session.run(deadline)
@@ -134,10 +140,9 @@ impl Session<'_> {
                     Some(status) => Outcome::Exited(status),
                     None => self.died("QEMU ended before the command did"),
                 });
-            } else if self.last_sign.elapsed() > SILENCE_LIMIT {
-                return Ok(
-                    self.died(&format!("no sign of life for {} seconds", SILENCE_LIMIT.as_secs()))
-                );
+            } else if self.last_sign.elapsed() > self.silence_limit {
+                let seconds = self.silence_limit.as_secs();
+                return Ok(self.died(&format!("no sign of life for {seconds} seconds")));
             } else if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 return Ok(Outcome::TimeLimit);
             }
