@@ -12,10 +12,10 @@ PAYLOAD := target/payload
 export VIAL_STARTED := $(or $(VIAL_STARTED),$(shell date +%s))
 STEP := tests/host/step
 
-.PHONY: help deps build kernel image images host payload shell suite demo bench baseline test fmt clippy clean
+.PHONY: help deps build kernel image images host payload shell suite demo bench baseline fuzz fuzz-smoke test fmt clippy clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 deps: ## install what is missing (apt on Debian and Ubuntu; elsewhere name it)
 	@tests/host/install-deps
@@ -59,6 +59,12 @@ bench: payload ## measure starts, memory and files beside runc: a table, and tar
 
 baseline: payload ## write what a start costs now, in counted instructions, to tests/bench/baseline.json
 	@tests/bench/run --baseline
+
+fuzz: deps ## run the fuzz targets for an hour each; FUZZ="--seconds N TARGET..." for less
+	@tests/fuzz/run --seconds 3600 $(FUZZ)
+
+fuzz-smoke: deps ## run the fuzz targets for a minute each
+	@tests/fuzz/run --seconds 60
 
 test: deps ## every check and test; ends with "N passed, N failed"
 	@tests/host/run-all

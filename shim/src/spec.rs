@@ -194,9 +194,16 @@ impl Spec {
             return Err(SpecError::TooLarge { path, bytes });
         }
         let text = std::fs::read(&path).map_err(read)?;
-        let spec =
-            serde_json::from_slice(&text).map_err(|error| SpecError::Parse { path, error })?;
+        let spec = Self::parse(&text).map_err(|error| SpecError::Parse { path, error })?;
         Ok((text, spec))
+    }
+
+    /// What the bytes of a `config.json` mean here.
+    ///
+    /// # Errors
+    /// They are no JSON, or not of the specification's form.
+    pub fn parse(text: &[u8]) -> serde_json::Result<Self> {
+        serde_json::from_slice(text)
     }
 
     /// The network namespace that somebody made for the container, CNI as a rule.

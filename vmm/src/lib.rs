@@ -19,6 +19,8 @@ pub mod console_input;
 pub mod control;
 pub mod devices;
 pub mod event_loop;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 pub mod kvm;
 pub mod landlock;
 pub mod machine;

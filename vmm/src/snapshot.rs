@@ -165,7 +165,12 @@ impl Snapshot {
         if bytes.len() > most {
             return Err(SnapshotError::TooLarge);
         }
-        let snapshot = match postcard::take_from_bytes::<Self>(open(&bytes)?) {
+        Self::of_body(open(&bytes)?)
+    }
+
+    /// Of what lies behind the header.
+    pub(crate) fn of_body(body: &[u8]) -> Result<Self, SnapshotError> {
+        let snapshot = match postcard::take_from_bytes::<Self>(body) {
             Ok((snapshot, [])) => snapshot,
             Ok(_) => {
                 return Err(SnapshotError::Encoding(postcard::Error::DeserializeBadEncoding));

@@ -8,7 +8,8 @@ pub mod fs;
 pub mod net;
 mod one_queue;
 pub mod rng;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
+#[cfg_attr(fuzzing, allow(dead_code))]
 pub(crate) mod testing;
 pub mod vfio;
 pub mod vsock;

@@ -445,5 +445,7 @@ impl MutEventSubscriber for NetWorker {
     }
 }
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod on_socket;
 #[cfg(test)]
 mod tests;

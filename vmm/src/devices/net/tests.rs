@@ -2,33 +2,9 @@ use std::fs::File;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
+use super::on_socket::OnSocket;
 use super::*;
 use crate::devices::testing::{BUFFERS, Bench, DriverQueue, RAM_BYTES, WRITE, drain, ram};
-
-/// A device whose tap is a packet socket of the test's, which keeps packets apart as a tap does.
-struct OnSocket {
-    tap: OwnedFd,
-    payload: usize,
-}
-
-impl VirtioDevice for OnSocket {
-    fn id(&self) -> u32 {
-        1
-    }
-    fn queue_sizes(&self) -> &[u16] {
-        &[64, 64]
-    }
-    fn features(&self) -> u64 {
-        MRG_RXBUF | FEATURE_EVENT_IDX
-    }
-    fn config(&self) -> &[u8] {
-        &[]
-    }
-    fn activate(&mut self, activation: Activation) -> Result<Box<dyn Worker>, ActivateError> {
-        let tap = self.tap.try_clone().unwrap();
-        Ok(Box::new(NetWorker::new(tap, self.payload, activation)?))
-    }
-}
 
 fn bench(features: u64, payload: usize) -> (Bench, OwnedFd) {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
