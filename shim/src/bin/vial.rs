@@ -1,5 +1,6 @@
 //! The `vial` command: looks at a machine and at the sandboxes on it.
 
+use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -85,6 +86,8 @@ fn main() -> ExitCode {
     let Arguments { command } = Arguments::parse();
     match run(command) {
         Ok(code) => code,
+        // Whoever reads has seen enough, as `head` has.
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("vial: {error:#}");
             ExitCode::FAILURE
@@ -92,12 +95,27 @@ fn main() -> ExitCode {
     }
 }
 
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let io = error.downcast_ref::<std::io::Error>();
+    io.is_some_and(|error| error.kind() == ErrorKind::BrokenPipe)
+}
+
+/// Writes to standard output.
+fn tell(text: impl std::fmt::Display) -> std::io::Result<()> {
+    let mut output = std::io::stdout().lock();
+    write!(output, "{text}").and_then(|()| output.flush())
+}
+
+fn tell_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
+    Ok(tell(serde_json::to_string_pretty(value)? + "\n")?)
+}
+
 fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Check => {
             let findings = check::run();
             for finding in &findings {
-                println!("{finding}");
+                tell(format_args!("{finding}\n"))?;
             }
             let ready = findings.iter().all(|finding| !finding.stands_in_the_way());
             Ok(if ready { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -107,8 +125,8 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             let sandboxes = ps::list(&config.state_directory)?;
             let found = list::list(&Sysfs::default(), &config.pci_devices, &sandboxes, all)?;
             match json {
-                true => println!("{}", serde_json::to_string_pretty(&found)?),
-                false => print!("{}", list::table(&found)),
+                true => tell_json(&found)?,
+                false => tell(list::table(&found))?,
             }
             Ok(ExitCode::SUCCESS)
         }
@@ -120,11 +138,11 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
                 anyhow::ensure!(!sandboxes.is_empty(), "no sandbox '{id}' runs here");
             }
             if json {
-                println!("{}", serde_json::to_string_pretty(&sandboxes)?);
+                tell_json(&sandboxes)?;
             } else if timeline.is_some() {
-                print!("{}", ps::timelines(&sandboxes));
+                tell(ps::timelines(&sandboxes))?;
             } else {
-                print!("{}", ps::table(&sandboxes));
+                tell(ps::table(&sandboxes))?;
             }
             Ok(ExitCode::SUCCESS)
         }
@@ -138,13 +156,14 @@ fn run_template(command: TemplateCommand, mut config: Config) -> anyhow::Result<
             config.vcpus = vcpus.unwrap_or(config.vcpus);
             config.memory_mib = memory_mib.unwrap_or(config.memory_mib);
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            println!("{}", runtime.block_on(template::create::create(&config))?);
+            let name = runtime.block_on(template::create::create(&config))?;
+            tell(format_args!("{name}\n"))?;
         }
         TemplateCommand::List { json } => {
             let listed = template::list::list(&config);
             match json {
-                true => println!("{}", serde_json::to_string_pretty(&listed)?),
-                false => print!("{}", template::list::table(&listed)),
+                true => tell_json(&listed)?,
+                false => tell(template::list::table(&listed))?,
             }
         }
         TemplateCommand::Remove { name, all } => {
