@@ -153,6 +153,16 @@ fn control_connections(listener: Listener) -> impl FuturesStream<Item = io::Resu
     })
 }
 
+/// Serves each connection in a task of its own.
+async fn serve_each<F>(listener: Listener, serve: impl Fn(Stream) -> F)
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    loop {
+        tokio::spawn(serve(listener.accept().await));
+    }
+}
+
 /// Serves until someone asks for the end.
 ///
 /// # Errors
@@ -186,21 +196,15 @@ async fn serve_async(
     let stdio = Listener::bind(endpoint, STREAM_PORT, "stream.sock")?;
     let control = Listener::bind(endpoint, AGENT_PORT, "agent.sock")?;
     let reaping = tokio::spawn(reaper.run());
-    tokio::spawn(async move {
-        loop {
-            let stream = stdio.accept().await;
-            let streams = streams.clone();
-            tokio::spawn(async move { streams.accept(stream).await });
-        }
-    });
-    tokio::spawn(async move {
-        let forwards = Forwards::new();
-        loop {
-            let stream = forwarded.accept().await;
-            let forwards = forwards.clone();
-            tokio::spawn(async move { forwards.serve(stream).await });
-        }
-    });
+    tokio::spawn(serve_each(stdio, move |stream| {
+        let streams = streams.clone();
+        async move { streams.accept(stream).await }
+    }));
+    let forwards = Forwards::new();
+    tokio::spawn(serve_each(forwarded, move |stream| {
+        let forwards = forwards.clone();
+        async move { forwards.serve(stream).await }
+    }));
     marks.push(Mark::now("listening"));
     let is_template = matches!(endpoint, Endpoint::Vsock) && boot::is_template();
     let adoption = Arc::new(match is_template {

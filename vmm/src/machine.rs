@@ -522,10 +522,11 @@ fn start_workers(
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn config() -> VmConfig {
+    /// A machine that can be.
+    pub(crate) fn config() -> VmConfig {
         VmConfig {
             version: API_VERSION,
             kvm: Descriptor(0),

@@ -1,7 +1,7 @@
 //! Tests of placements.
 
 use proptest::prelude::*;
-use vial_vmm_api::{API_VERSION, Descriptor, MEMORY_MIB};
+use vial_vmm_api::MEMORY_MIB;
 
 use super::*;
 use crate::arch::layout::{HIGH_RAM_START, LOW_RAM_END};
@@ -13,22 +13,14 @@ fn node(memory_mib: u32, vcpus: u8) -> NodeConfig {
 
 fn config() -> VmConfig {
     VmConfig {
-        version: API_VERSION,
-        kvm: Descriptor(0),
         vcpus: 3,
-        memory_mib: 128,
-        kernel: Descriptor(1),
-        initrd: None,
-        command_line: String::new(),
-        console: None,
-        devices: Vec::new(),
-        hot_plug: false,
         placement: Placement {
             nodes: vec![node(86, 2), node(42, 1)],
             distances: vec![10, 21, 254, 10],
             bus_node: Some(1),
             huge_pages: Some(HugePages::Mib2),
         },
+        ..crate::machine::tests::config()
     }
 }
 

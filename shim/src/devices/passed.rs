@@ -5,10 +5,9 @@
 
 use std::collections::BTreeSet;
 
-use super::{address::Address, binding::Record};
+use vial_agent_protocol::FUNCTION_DEVICES;
 
-/// The device numbers on the guest's bus 0 that the VMM can tell of.
-const DEVICES: std::ops::RangeInclusive<u8> = 1..=31;
+use super::{address::Address, binding::Record};
 
 /// Functions that came together, and go together.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -74,7 +73,8 @@ impl Passed {
         let known = |device: &u8| {
             self.sets.iter().flat_map(|set| &set.functions).any(|(_, known)| known == device)
         };
-        let is_wrong = |device: &u8| !DEVICES.contains(device) || known(device);
+        let is_wrong =
+            |device: &u8| !FUNCTION_DEVICES.contains(&u32::from(*device)) || known(device);
         if devices.len() != records.len()
             || distinct.len() != devices.len()
             || devices.iter().any(is_wrong)

@@ -9,6 +9,7 @@ pub mod net;
 mod one_queue;
 pub mod rng;
 #[cfg(any(test, fuzzing))]
+// Fuzz targets use a part of what tests do.
 #[cfg_attr(fuzzing, allow(dead_code))]
 pub(crate) mod testing;
 pub mod vfio;
