@@ -20,15 +20,18 @@ help: ## this list
 deps: ## install what is missing (apt on Debian and Ubuntu; elsewhere name it)
 	@tests/host/install-deps
 
+# cargo and the kernel's make count their own jobs: beside each other, each fills the pauses of the other.
+OWN_JOBS := env -u MAKEFLAGS -u MFLAGS
+
 build: deps ## the programs: vial-vmm, containerd-shim-vial-v2, vial, vial-agent
-	@$(STEP) build "building the programs" env LIBSECCOMP_LINK_TYPE=static LIBCAPNG_LINK_TYPE=static \
+	@$(STEP) build "building the programs" $(OWN_JOBS) LIBSECCOMP_LINK_TYPE=static LIBCAPNG_LINK_TYPE=static \
 		RUSTFLAGS="-C target-feature=+crt-static -C force-unwind-tables=no" \
 		LIBSECCOMP_LIB_PATH="$$(dirname "$$(gcc -print-file-name=libseccomp.a)")" \
 		LIBCAPNG_LIB_PATH="$$(dirname "$$(gcc -print-file-name=libcap-ng.a)")" \
 		cargo build --release --bins --target $(TRIPLE) --workspace
 
 kernel: deps ## the guest kernel, in the cache outside the checkout
-	@kernel-config/build
+	@$(OWN_JOBS) kernel-config/build
 
 image: build ## the guest image, in target/guest/
 	@mkdir -p $(GUEST)
@@ -40,7 +43,8 @@ images: deps ## the OCI images of demo and tests, made locally
 host: deps ## the emulated host, in the cache outside the checkout
 	@tests/host/build
 
-payload: build image ## all that a host needs to run pods, in target/payload/
+payload: deps ## all that a host needs to run pods, in target/payload/
+	@$(MAKE) --no-print-directory -j2 image kernel >/dev/null
 	@kernel=$$(kernel-config/build) && images=$$(tests/images/build) && \
 		tests/host/payload $(RELEASE) "$$kernel" $(GUEST)/initrd.img "$$images" $(PAYLOAD)
 
