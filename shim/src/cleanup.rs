@@ -3,7 +3,7 @@
 //! containerd runs `containerd-shim-vial-v2 delete` when it finds a shim dead or cannot reach it.
 //! Everything is found by the state directory, whichever step the start had come to.
 
-use std::{path::Path, time::Duration};
+use std::{os::unix::net::UnixStream, path::Path, time::Duration};
 
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
@@ -51,8 +51,8 @@ pub enum CleanupError {
     },
 }
 
-/// Removes all that is left of the container `id`, and of its sandbox if that is the same.
-/// Returns the process number of the VMM that there was, or 0.
+/// Removes all that is left of the container `id`, and of its sandbox if that is the same, whose
+/// shim serves, or served, `socket`. Returns the process number of the VMM that there was, or 0.
 ///
 /// # Errors
 /// [`CleanupError`]; what could be removed is removed.
@@ -61,6 +61,7 @@ pub fn clean(
     namespace: &str,
     id: &str,
     bundle: &Path,
+    socket: &Path,
 ) -> Result<u32, CleanupError> {
     // A bundle that cannot be read does not keep the sandbox of that name from going.
     let role = Spec::read(bundle).ok().and_then(|(_, spec)| spec.role().ok());
@@ -76,7 +77,11 @@ pub fn clean(
         None
     });
     let vmm = state.as_ref().and_then(|state| state.vmm);
-    let killed = state.as_ref().map_or(Ok(()), kill_both);
+    let killed = match &state {
+        Some(state) => kill_both(state),
+        // It had not come to write anything down, or still is about to.
+        None => server_of(socket).map_or(Ok(()), |shim| kill("shim", shim)),
+    };
     let detached = match state.as_ref().and_then(|state| state.network.as_ref()) {
         Some(attachment) => network::detach(attachment),
         None => Ok(()),
@@ -91,8 +96,9 @@ pub fn clean(
         None => Ok(()),
     };
     dir.remove()?;
+    // They may have gone with their shim. An older shim may have had another.
+    let _ = std::fs::remove_file(socket);
     if let Some(state) = state {
-        // It may have gone with its shim.
         let _ = std::fs::remove_file(state.socket);
     }
     killed?;
@@ -100,6 +106,14 @@ pub fn clean(
     given_back?;
     released?;
     Ok(vmm.map_or(0, |vmm| vmm.pid))
+}
+
+/// The process that listens on a socket.
+fn server_of(socket: &Path) -> Option<ProcessIdentity> {
+    let connection = UnixStream::connect(socket).ok()?;
+    // Those of whoever called listen(2), see unix(7).
+    let credentials = rustix::net::sockopt::socket_peercred(&connection).ok()?;
+    ProcessIdentity::of(credentials.pid.as_raw_nonzero().get().try_into().ok()?)
 }
 
 fn kill_both(state: &State) -> Result<(), CleanupError> {
@@ -146,6 +160,8 @@ fn kill(what: &'static str, process: ProcessIdentity) -> Result<(), CleanupError
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixListener;
+
     use super::*;
     use crate::state_dir::STATE_VERSION;
 
@@ -181,13 +197,14 @@ mod tests {
             created_unix_seconds: 0,
         })
         .unwrap();
-        let pid = clean(&config, "default", "demo", Path::new("/nowhere")).unwrap();
+        let nowhere = Path::new("/nowhere");
+        let pid = clean(&config, "default", "demo", nowhere, nowhere).unwrap();
         assert_eq!(pid, child.id());
         assert!(!child.wait().unwrap().success());
         assert!(!dir.path().exists() && !socket.exists());
         assert_eq!(claims.claim(range, "default/other").unwrap(), user_id);
         // Once more, and for a start that came to nothing.
-        assert_eq!(clean(&config, "default", "demo", Path::new("/nowhere")).unwrap(), 0);
+        assert_eq!(clean(&config, "default", "demo", nowhere, nowhere).unwrap(), 0);
     }
 
     #[test]
@@ -196,7 +213,21 @@ mod tests {
         let dir = StateDir::new(root.path(), "default", "demo").unwrap();
         dir.create().unwrap();
         std::fs::write(dir.path().join("state.json"), "{").unwrap();
-        clean(&config(root.path()), "default", "demo", Path::new("/nowhere")).unwrap();
+        let nowhere = Path::new("/nowhere");
+        clean(&config(root.path()), "default", "demo", nowhere, nowhere).unwrap();
         assert!(!dir.path().exists());
+    }
+
+    #[test]
+    fn shim_that_wrote_nothing_down_is_found_by_its_socket() {
+        let root = tempfile::tempdir().unwrap();
+        let socket = root.path().join("socket");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let own = ProcessIdentity::of(std::process::id()).unwrap();
+        assert_eq!(server_of(&socket), Some(own));
+        drop(listener);
+        assert_eq!(server_of(&socket), None);
+        clean(&config(root.path()), "default", "demo", Path::new("/nowhere"), &socket).unwrap();
+        assert!(!socket.exists());
     }
 }

@@ -115,6 +115,9 @@ pub enum DeviceError {
          the pod's annotation {ANNOTATION}"
     )]
     Late(u32),
+    /// The VM had it, and did not let go of it.
+    #[error("the pod's VM still holds {0}, which it had before; make the pod anew")]
+    Kept(Address),
     /// VFIO is of another kind.
     #[error("the host's VFIO has no IOMMU of type 1 (version 2); load vfio_iommu_type1")]
     Type,

@@ -7,7 +7,10 @@
 
 use std::{
     io::{IsTerminal, Read, Write},
-    os::unix::net::{UnixListener, UnixStream},
+    os::{
+        fd::AsFd,
+        unix::net::{UnixListener, UnixStream},
+    },
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, SystemTime},
@@ -26,6 +29,7 @@ use containerd_shim_protos::{
     types::introspection::{RuntimeInfo, RuntimeVersion},
 };
 use protobuf::MessageField;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::signal::unix::{SignalKind, signal};
 use ttrpc::asynchronous::{Server, transport::Listener};
 
@@ -108,6 +112,9 @@ pub enum RuntimeError {
         /// What went wrong.
         error: std::io::Error,
     },
+    /// The program that containerd ran was killed before it could tell where this one serves.
+    #[error("the program that started this shim is gone, so containerd does not know of it")]
+    Unheard,
     /// The command line is not containerd's.
     #[error("{0}")]
     Usage(&'static str),
@@ -275,13 +282,35 @@ fn start_options(input: &[u8], flags: &Flags) -> (StartOpts, Form) {
 
 fn delete(flags: &Flags) -> Result<Vec<u8>, RuntimeError> {
     let config = Config::load()?;
-    let pid = cleanup::clean(&config, &flags.namespace, &flags.id, &bundle()?)?;
+    let bundle = bundle()?;
+    let socket = served_socket(flags, &bundle);
+    let pid = cleanup::clean(&config, &flags.namespace, &flags.id, &bundle, &socket)?;
     encode(&DeleteResponse {
         pid,
         exit_status: KILLED,
         exited_at: MessageField::some(timestamp(SystemTime::now())),
         ..Default::default()
     })
+}
+
+/// Where the shim of this very container or sandbox serves, if it has one.
+///
+/// The name is made of what containerd says of itself, then and now. Newer ones may choose the
+/// directory, which they note in the bundle; for a container in a pod they note the pod's socket,
+/// which has another name.
+fn served_socket(flags: &Flags, bundle: &Path) -> PathBuf {
+    #[derive(serde::Deserialize)]
+    struct Bootstrap {
+        address: String,
+    }
+    let (options, _) = start_options(&[], flags);
+    let usual = path_of(&options.socket_address(&flags.id)).to_path_buf();
+    let noted = std::fs::read(bundle.join("bootstrap.json")).ok();
+    let noted = noted.and_then(|text| serde_json::from_slice::<Bootstrap>(&text).ok());
+    match noted.map(|Bootstrap { address }| path_of(&address).to_path_buf()) {
+        Some(noted) if noted.file_name() == usual.file_name() => noted,
+        _ => usual,
+    }
 }
 
 /// Serves until the sandbox is shut down.
@@ -320,6 +349,11 @@ async fn serve(flags: &Flags, started_ns: u64) -> Result<(), RuntimeError> {
             place.clone(),
         ))));
     server.start().await.map_err(RuntimeError::Serve)?;
+    if has_no_reader(std::io::stdout())? {
+        // Whoever was to tell containerd is gone, so nobody will ever ask.
+        remove_socket(&socket);
+        return Err(RuntimeError::Unheard);
+    }
     closed_output()?;
     timeline.mark("services ready");
     let bundle = bundle()?;
@@ -384,6 +418,14 @@ fn closed_output() -> Result<(), RuntimeError> {
         .map_err(|error| RuntimeError::Io { action: "close the output", error: error.into() })
 }
 
+/// Whether `output` is a pipe that nobody reads any more.
+fn has_no_reader(output: impl AsFd) -> Result<bool, RuntimeError> {
+    let mut watched = [PollFd::new(&output, PollFlags::empty())];
+    poll(&mut watched, Some(&Timespec::default()))
+        .map_err(|error| RuntimeError::Io { action: "look at the output", error: error.into() })?;
+    Ok(watched[0].revents().contains(PollFlags::ERR))
+}
+
 fn remove_socket(path: &Path) {
     if let Err(error) = std::fs::remove_file(path)
         && error.kind() != std::io::ErrorKind::NotFound
@@ -432,6 +474,30 @@ mod tests {
         let listener = listen(&path).unwrap();
         assert!(listener.is_some());
         assert!(listen(&path).unwrap().is_none());
+    }
+
+    #[test]
+    fn socket_to_clean_up_is_that_of_the_id_wherever_containerd_put_it() {
+        let bundle = tempfile::tempdir().unwrap();
+        let usual = served_socket(&flags(), bundle.path());
+        assert!(usual.starts_with("/run/containerd/s"), "{usual:?}");
+        let name = usual.file_name().unwrap().to_str().unwrap();
+        let note = |name: &str| {
+            let text = format!(r#"{{"version":3,"address":"unix:///run/other/{name}"}}"#);
+            std::fs::write(bundle.path().join("bootstrap.json"), text).unwrap();
+            served_socket(&flags(), bundle.path())
+        };
+        assert_eq!(note(name), Path::new("/run/other").join(name));
+        assert_eq!(note("socket-of-the-pod"), usual);
+    }
+
+    #[test]
+    fn only_a_pipe_that_nobody_reads_has_no_reader() {
+        let (reader, writer) = std::io::pipe().unwrap();
+        assert!(!has_no_reader(&writer).unwrap());
+        drop(reader);
+        assert!(has_no_reader(&writer).unwrap());
+        assert!(!has_no_reader(tempfile::tempfile().unwrap()).unwrap());
     }
 
     #[test]

@@ -43,6 +43,24 @@ pub(super) struct Functions {
     pub(super) hot_plug: bool,
 }
 
+/// Functions did not come.
+struct NotGiven {
+    why: ServiceError,
+    /// Whether the VM certainly has not got them. If it may, they stay written down, and are given
+    /// back with the pod.
+    absent: bool,
+}
+
+impl NotGiven {
+    fn absent(why: impl Into<ServiceError>) -> Self {
+        Self { why: why.into(), absent: true }
+    }
+
+    fn perhaps_kept(why: impl Into<ServiceError>) -> Self {
+        Self { why: why.into(), absent: false }
+    }
+}
+
 impl Functions {
     /// Those that the VM was started with, which `state` has.
     pub(super) fn begin(
@@ -121,13 +139,17 @@ impl Sandbox {
         if functions.passed.records().count() + records.len() > MAX_PASSED_FUNCTIONS {
             return Err(DeviceError::TooMany(MAX_PASSED_FUNCTIONS).into());
         }
+        if let Some(kept) = records.iter().find(|record| functions.state.devices.contains(record)) {
+            return Err(DeviceError::Kept(kept.address).into());
+        }
         functions.state.devices.extend(records.iter().cloned());
         self.dir.write_state(&functions.state)?;
-        let added = self.hand_over(functions, container, &records).await;
-        if added.is_err() {
-            self.forget(&mut functions.state, &records);
-        }
-        added
+        self.hand_over(functions, container, &records).await.map_err(|NotGiven { why, absent }| {
+            if absent {
+                self.forget(&mut functions.state, &records);
+            }
+            why
+        })
     }
 
     async fn hand_over(
@@ -135,15 +157,17 @@ impl Sandbox {
         functions: &mut Functions,
         container: &str,
         records: &[Record],
-    ) -> Result<(), ServiceError> {
-        let handles = handles::open_all(records)?;
+    ) -> Result<(), NotGiven> {
+        let handles = handles::open_all(records).map_err(NotGiven::absent)?;
         // Each set is an address space of its own, which counts all memory by itself.
         let sets = u32::try_from(functions.passed.sets() + 1).unwrap_or(u32::MAX);
-        self.process.allow_locked_memory(functions.state.memory_mib, sets)?;
+        self.process
+            .allow_locked_memory(functions.state.memory_mib, sets)
+            .map_err(NotGiven::absent)?;
         let AddedFunctions { set, devices } = self.ask_vmm(handles).await?;
         if let Err(error) = functions.passed.add(Some(container), set, records, &devices) {
-            self.remove_from_vm(set).await?;
-            return Err(error.into());
+            self.remove_from_vm(set).await.map_err(NotGiven::perhaps_kept)?;
+            return Err(NotGiven::absent(error));
         }
         let devices = devices.into_iter().map(u32::from).collect();
         match self.agent.add_functions(devices).await {
@@ -155,10 +179,11 @@ impl Sandbox {
                 Ok(())
             }
             Err(error) => {
+                // Strikes out what the VM lets go of.
                 for set in functions.passed.leave(container) {
                     self.unplug(functions, &set).await;
                 }
-                Err(error.into())
+                Err(NotGiven::perhaps_kept(error))
             }
         }
     }
@@ -166,7 +191,7 @@ impl Sandbox {
     async fn ask_vmm(
         &self,
         Handles { container, groups, functions }: Handles,
-    ) -> Result<AddedFunctions, ServiceError> {
+    ) -> Result<AddedFunctions, NotGiven> {
         let mut given = Given::default();
         let action = Action::AddFunctions {
             container: given.add(&container),
@@ -174,10 +199,12 @@ impl Sandbox {
             functions: functions.iter().map(|function| given.add(function)).collect(),
         };
         let asked = timeout(ADD_PATIENCE, self.vmm.request(action, &given.0)).await;
+        let failed = vmm("give functions to the VM");
         match asked.unwrap_or(Err(VmmError::Late(ADD_PATIENCE))) {
             Ok(Reply::FunctionsAdded(added)) => Ok(added),
-            Ok(_) => Err(vmm("give functions to the VM")(VmmError::Answer)),
-            Err(error) => Err(vmm("give functions to the VM")(error)),
+            Ok(_) => Err(NotGiven::perhaps_kept(failed(VmmError::Answer))),
+            Err(error @ VmmError::Late(_)) => Err(NotGiven::perhaps_kept(failed(error))),
+            Err(error) => Err(NotGiven::absent(failed(error))),
         }
     }
 

@@ -9,6 +9,7 @@ mod cri;
 mod suite;
 
 use std::process::ExitCode;
+use std::time::{Duration, SystemTime};
 
 use clap::Parser;
 
@@ -40,6 +41,12 @@ struct Cli {
     /// Runs the cases of vCPUs with a CPU each instead: `vial-host run --devices --cpus 4`
     #[arg(long, conflicts_with = "devices")]
     cpus: bool,
+    /// Runs no cases, but kills shims, VMMs and containerd at random for so many minutes, and counts what is left
+    #[arg(long, value_name = "MINUTES", conflicts_with_all = ["devices", "cpus", "record", "list"])]
+    soak: Option<u32>,
+    /// What --soak draws its times from: the same number draws the same [default: the clock]
+    #[arg(long, value_name = "NUMBER", requires = "soak")]
+    seed: Option<u64>,
     /// Archives to import first, each for `ctr image import`
     #[arg(long, value_name = "FILE")]
     import: Vec<std::path::PathBuf>,
@@ -79,6 +86,15 @@ fn main() -> ExitCode {
         return ExitCode::from(2);
     }
     cri::pod::use_handler(cli.handler);
+    if let Some(minutes) = cli.soak {
+        let long = Duration::from_secs(60 * u64::from(minutes));
+        let clock = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let seed = cli.seed.unwrap_or(clock.as_micros() as u64);
+        return match suite::soak::soak(&cli.image, &cli.import, long, seed) {
+            true => ExitCode::SUCCESS,
+            false => ExitCode::FAILURE,
+        };
+    }
     let record = match suite::record::Record::open(cli.record.as_deref()) {
         Ok(record) => record,
         Err(error) => {

@@ -45,23 +45,60 @@ pub(crate) fn pod_whose_shim_is_killed_ends_and_goes(bed: &Bed) -> Result<()> {
 }
 
 pub(crate) fn pod_killed_while_it_starts_leaves_nothing(bed: &Bed) -> Result<()> {
-    for (program, word) in [("vial-vmm", ""), ("containerd-shim", "vial")] {
+    for victim in [Victim::Vmm, Victim::Shim] {
         for delay_ms in [0, 300, 1000, 2000] {
-            std::thread::scope(|scope| {
-                let starts = scope
-                    .spawn(|| Pod::new(Runtime::Vial).and_then(|pod| pod.start(idle()).map(drop)));
-                let victim = eventually(|| process(program, word));
-                std::thread::sleep(Duration::from_millis(delay_ms));
-                // It may be gone with what it started.
-                let _ = victim.and_then(kill);
-                // Whether it started is open; that it ends is not.
-                let _ = starts.join();
-            });
-            super::pod::clear();
-            bed.nothing_left().with_context(|| format!("{program} killed after {delay_ms} ms"))?;
+            let starts = || Pod::new(Runtime::Vial).and_then(|pod| pod.start(idle()).map(drop));
+            killed_meanwhile(victim, Duration::from_millis(delay_ms), starts)?;
+            bed.nothing_left().with_context(|| format!("{victim:?} killed after {delay_ms} ms"))?;
         }
     }
     Ok(())
+}
+
+/// Who is killed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Victim {
+    Vmm,
+    /// The shim that serves, or the one that starts it, or one that cleans up.
+    Shim,
+    /// It is started again.
+    Containerd,
+}
+
+/// Kills `victim` some time after it can be seen, while `life` goes on, and removes every pod.
+pub(crate) fn killed_meanwhile(
+    victim: Victim,
+    delay: Duration,
+    life: impl FnOnce() -> Result<()> + Send,
+) -> Result<()> {
+    let restarted = std::thread::scope(|scope| {
+        let lives = scope.spawn(life);
+        let (program, word) = match victim {
+            Victim::Vmm => ("vial-vmm", ""),
+            Victim::Shim | Victim::Containerd => ("containerd-shim", "vial"),
+        };
+        let seen = eventually(|| process(program, word));
+        std::thread::sleep(delay);
+        let restarted = match victim {
+            Victim::Containerd => restart_containerd(|| Ok(())),
+            // It may be gone with what it started.
+            _ => Ok(seen.and_then(kill).unwrap_or_default()),
+        };
+        // How far it came is open; that it ends is not.
+        let _ = lives.join();
+        restarted
+    });
+    super::pod::clear();
+    restarted
+}
+
+/// A pod from its start to its removal, with some of what is asked of one.
+pub(crate) fn life() -> Result<()> {
+    let pod = Pod::new(Runtime::Vial)?;
+    let container = pod.start(idle())?;
+    container.exec("echo runs")?;
+    container.stop(1)?;
+    pod.end()
 }
 
 /// containerd's process number and command line.

@@ -5,7 +5,7 @@
 
 mod client;
 mod exec;
-mod faults;
+pub(crate) mod faults;
 mod grpc;
 mod interactive;
 mod lifecycle;

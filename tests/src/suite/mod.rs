@@ -13,6 +13,7 @@ mod machine;
 mod network;
 pub(crate) mod placement;
 pub(crate) mod record;
+pub(crate) mod soak;
 mod streams;
 mod templates;
 
@@ -141,18 +142,7 @@ pub(crate) fn run(
     mut record: Record,
 ) -> bool {
     let of_pods = cases.iter().any(|case| case.name.starts_with(cri::PREFIX));
-    let begun = Bed::new(image, archives).and_then(|mut bed| {
-        if of_pods {
-            cri::begin(archives)?;
-            bed.look_anew()?;
-        }
-        if of_devices {
-            devices::begin()?;
-            bed.look_anew()?;
-        }
-        Ok(bed)
-    });
-    let bed = match begun {
+    let bed = match begin(image, archives, of_pods, of_devices) {
         Ok(bed) => bed,
         Err(error) => {
             println!("FAILED to begin: {error:#}");
@@ -182,6 +172,19 @@ pub(crate) fn run(
     }
     println!("{} passed, {failed} failed", cases.len() - failed);
     failed == 0
+}
+
+fn begin(image: &str, archives: &[PathBuf], of_pods: bool, of_devices: bool) -> Result<Bed> {
+    let mut bed = Bed::new(image, archives)?;
+    if of_pods {
+        cri::begin(archives)?;
+        bed.look_anew()?;
+    }
+    if of_devices {
+        devices::begin()?;
+        bed.look_anew()?;
+    }
+    Ok(bed)
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
