@@ -22,6 +22,7 @@ use vial_agent_protocol::{MAX_SPEC_BYTES, is_valid_id};
 use crate::cgroup::events::OomWatch;
 use crate::cgroup::resources::ResourceError;
 use crate::cgroup::{Cgroup, CgroupError};
+use crate::copies::{self, CopyError};
 use crate::devices::DeviceError;
 use crate::launch::LaunchError;
 use crate::pod::{Pod, PodError};
@@ -84,6 +85,10 @@ pub(crate) enum ContainerError {
     Spec(#[from] SpecError),
     #[error(transparent)]
     Share(#[from] ShareError),
+    #[error(transparent)]
+    Copy(#[from] CopyError),
+    #[error("mount {index} of container {container} is no copy of a volume")]
+    NoCopy { container: String, index: u32 },
     #[error(transparent)]
     Stdio(#[from] StdioError),
     #[error(transparent)]
@@ -177,10 +182,17 @@ pub(crate) struct Container {
     id: String,
     cgroup: Cgroup,
     directory: PathBuf,
+    /// Index into the spec's mounts, and the source below the share, of volumes it has a copy of.
+    copied: Vec<(u32, String)>,
     record: Mutex<Record>,
 }
 
 impl Container {
+    /// Where its copy of a volume is.
+    fn copy(&self, index: u32) -> PathBuf {
+        self.directory.join(format!("copy-{index}"))
+    }
+
     fn record(&self) -> MutexGuard<'_, Record> {
         self.record.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
@@ -247,6 +259,25 @@ impl Containers {
     fn get(&self, id: &str) -> Result<Arc<Container>, ContainerError> {
         check_id(id)?;
         self.table().get(id).cloned().ok_or_else(|| ContainerError::NoContainer(id.to_owned()))
+    }
+
+    /// Brings a container's copy of a volume up to date, see [`copies::renew`].
+    ///
+    /// # Errors
+    /// There is no such copy, or it could not be renewed and is as it was.
+    pub(crate) fn renew_copy(
+        &self,
+        id: &str,
+        index: u32,
+        data: &str,
+    ) -> Result<(), ContainerError> {
+        let container = self.get(id)?;
+        let none = || ContainerError::NoCopy { container: id.to_owned(), index };
+        let (_, path) = container.copied.iter().find(|(n, _)| *n == index).ok_or_else(none)?;
+        let copy = container.copy(index);
+        // It was too large when the container was made, or is not made yet.
+        copy.join(copies::DATA).is_symlink().then_some(()).ok_or_else(none)?;
+        Ok(copies::renew(&self.share.resolve(path)?, &copy, data)?)
     }
 
     /// A number that no file has in its name yet.

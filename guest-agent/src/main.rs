@@ -11,6 +11,7 @@ mod adopt;
 mod boot;
 mod cgroup;
 mod container;
+mod copies;
 mod devices;
 mod forward;
 mod functions;

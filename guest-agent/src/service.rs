@@ -10,8 +10,8 @@ use vial_agent_protocol::agent::{
     AddFunctionsResponse, AdoptRequest, ConfigureNetworkRequest, ConfigurePodRequest,
     ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty, ExecProcessRequest,
     FunctionName, FunctionsRequest, HelloRequest, HelloResponse, KillProcessRequest,
-    ListPidsResponse, Mark as WireMark, ProcessRequest, ResizeTerminalRequest, StartResponse,
-    StatsResponse, Stdio, UpdateContainerRequest, WaitOomRequest, WaitOomResponse,
+    ListPidsResponse, Mark as WireMark, ProcessRequest, RenewCopyRequest, ResizeTerminalRequest,
+    StartResponse, StatsResponse, Stdio, UpdateContainerRequest, WaitOomRequest, WaitOomResponse,
     WaitProcessResponse,
 };
 use vial_agent_protocol::{PROTOCOL_VERSION, agent_ttrpc};
@@ -19,6 +19,7 @@ use vial_agent_protocol::{PROTOCOL_VERSION, agent_ttrpc};
 use crate::adopt::Adoption;
 use crate::cgroup::CgroupError;
 use crate::container::{ContainerError, Containers, Create, Exec, PidNamespace};
+use crate::copies::CopyError;
 use crate::devices::DeviceError;
 use crate::functions;
 use crate::launch::LaunchError;
@@ -44,7 +45,7 @@ pub(crate) struct AgentService {
 fn code(error: &ContainerError) -> Code {
     use ContainerError as E;
     match error {
-        E::NoContainer(_) | E::NoExec { .. } | E::Finished => Code::NOT_FOUND,
+        E::NoContainer(_) | E::NoExec { .. } | E::NoCopy { .. } | E::Finished => Code::NOT_FOUND,
         E::Exists(_) | E::ExecExists { .. } => Code::ALREADY_EXISTS,
         E::TooMany | E::TooManyExecs => Code::RESOURCE_EXHAUSTED,
         E::Id(_)
@@ -55,6 +56,7 @@ fn code(error: &ContainerError) -> Code {
         | E::Spec(_)
         | E::Share(_)
         | E::Workdir(_)
+        | E::Copy(CopyError::Name(_))
         | E::Device(DeviceError::TooMany(_))
         | E::Launch(LaunchError::Executable(_))
         | E::Stdio(StdioError::TerminalStderr | StdioError::Twice(_)) => Code::INVALID_ARGUMENT,
@@ -71,6 +73,7 @@ fn code(error: &ContainerError) -> Code {
         | E::Start { .. }
         | E::Stdio(StdioError::Pipe(_))
         | E::Launch(_)
+        | E::Copy(_)
         | E::Cgroup(_)
         | E::Resource(_)
         | E::Pod(_)
@@ -190,17 +193,27 @@ impl agent_ttrpc::Agent for AgentService {
         Ok(Empty::new())
     }
 
+    async fn renew_copy(&self, _: &TtrpcContext, request: RenewCopyRequest) -> Answer<Empty> {
+        let containers = &self.containers;
+        containers
+            .renew_copy(&request.container_id, request.index, &request.data)
+            .map_err(answer)?;
+        Ok(Empty::new())
+    }
+
     async fn create_container(
         &self,
         _: &TtrpcContext,
         request: CreateContainerRequest,
     ) -> Answer<CreateContainerResponse> {
         let containers = self.containers.clone();
+        let copied = request.mounts.iter().filter(|mount| mount.copied).map(|mount| mount.index);
         let create = Create {
             stdio: stdio(&request.stdio),
             id: request.container_id,
             spec: request.spec,
             root: request.root,
+            copied: copied.collect(),
             mounts: request.mounts.into_iter().map(|mount| (mount.index, mount.path)).collect(),
             shared_memory: request
                 .shared_memory

@@ -171,6 +171,26 @@ impl Agent {
         removed.map(drop).map_err(failed("let go of PCI functions"))
     }
 
+    /// Brings a container's copy of a volume up to date with the volume's directory `data`.
+    ///
+    /// # Errors
+    /// [`AgentError`]; the copy is as it was.
+    pub async fn renew_copy(
+        &self,
+        container: &str,
+        index: u32,
+        data: &str,
+    ) -> Result<(), AgentError> {
+        let request = agent::RenewCopyRequest {
+            container_id: container.into(),
+            index,
+            data: data.into(),
+            ..Default::default()
+        };
+        let renewed = self.client.renew_copy(limited(), &request).await;
+        renewed.map(drop).map_err(failed("renew the copy of a volume"))
+    }
+
     /// Makes a container and its init process.
     ///
     /// # Errors

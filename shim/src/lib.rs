@@ -29,6 +29,7 @@ pub mod check;
 pub mod cleanup;
 pub mod config;
 pub mod container;
+pub mod copies;
 pub mod devices;
 pub mod error;
 pub mod events;

@@ -489,6 +489,7 @@ impl Pod {
             for exec in container.execs() {
                 exec.finish_streams(Duration::ZERO).await;
             }
+            sandbox.copies.forget(id);
             sandbox.take_functions(id).await;
             sandbox.share.remove_container(id)?;
             sandbox.placed.release(id);

@@ -37,6 +37,7 @@ use self::start::{Saved, Started};
 use crate::{
     agent::Agent,
     config::Config,
+    copies::Copies,
     devices::{
         handles::{self, Handles},
         wanted::Wanted,
@@ -110,6 +111,8 @@ pub struct Sandbox {
     pub vmm: Arc<VmmClient>,
     /// The agent.
     pub agent: Agent,
+    /// The volumes that its containers have copies of.
+    pub copies: Copies,
     /// The number of the next stream in the guest.
     pub next_stream: AtomicU64,
     /// Where on the host it is.
@@ -258,6 +261,7 @@ impl Sandbox {
             dir,
             share,
             vmm: client,
+            copies: Copies::new(agent.clone()),
             agent,
             next_stream: AtomicU64::new(1),
             placed,

@@ -29,7 +29,10 @@ use rustix::{
     mount::{MountFlags, MountPropagationFlags, UnmountFlags},
 };
 
-use crate::spec::{Mount, Spec};
+use crate::{
+    copies::is_copied,
+    spec::{Mount, Spec},
+};
 
 /// The most mounts of one container that have their source on the host.
 pub const MAX_BINDS: usize = 1024;
@@ -105,6 +108,9 @@ pub struct Shared {
     pub root: String,
     /// Index into the spec's mounts, and the source relative to the tree.
     pub mounts: Vec<(u32, String)>,
+    /// Index into the spec's mounts, and the source on the host, of volumes that the container is to
+    /// have a copy of.
+    pub copied: Vec<(u32, PathBuf)>,
 }
 
 impl Share {
@@ -151,7 +157,7 @@ impl Share {
         make_dir(&staged)?;
         mount_root(&staged, bundle, root_mounts, spec).await?;
         publish(&staged, &dir.join("rootfs"))?;
-        let mut mounts = Vec::new();
+        let (mut mounts, mut copied) = (Vec::new(), Vec::new());
         for (index, mount) in spec.mounts.iter().enumerate().filter(|(_, mount)| mount.is_bind()) {
             if mounts.is_empty() {
                 make_dir(&dir.join("mounts"))?;
@@ -168,9 +174,12 @@ impl Share {
             let index = u32::try_from(index)
                 .map_err(|_| ShareError::Spec("the container has too many mounts".into()))?;
             mounts.push((index, format!("{id}/mounts/{index}")));
+            if let Some(source) = mount.source.clone().filter(|_| is_copied(mount)) {
+                copied.push((index, source));
+            }
         }
         remove_tree(&staging).map_err(io("remove", &staging))?;
-        Ok(Shared { root: format!("{id}/rootfs"), mounts })
+        Ok(Shared { root: format!("{id}/rootfs"), mounts, copied })
     }
 
     /// Takes a container out of the tree; one that is not there is no failure.

@@ -30,7 +30,7 @@ pub mod agent_ttrpc {
 }
 
 /// The version of this protocol. Shim and agent refuse each other when it differs.
-pub const PROTOCOL_VERSION: u32 = 5;
+pub const PROTOCOL_VERSION: u32 = 6;
 
 /// The host's vsock port that the agent connects to when it can serve.
 pub const READY_PORT: u32 = 1024;
@@ -93,6 +93,17 @@ pub fn stream_id(header: [u8; 8]) -> u64 {
     u64::from_le_bytes(header)
 }
 
+/// Whether `name` can be what the link `..data` of a volume leads to, as kubelet's writer of
+/// ConfigMaps names them: one part of a path, two dots and something behind them, and not a name
+/// that the writer itself uses for links.
+pub fn is_data_directory(name: &str) -> bool {
+    name.len() > 2
+        && name.len() <= MAX_ID_BYTES
+        && name.starts_with("..")
+        && !name.contains(['/', '\0'])
+        && !name.starts_with("..data")
+}
+
 /// Whether `id` can name a container or an exec: 1 to [`MAX_ID_BYTES`] bytes of
 /// `[A-Za-z0-9_.-]`, the first one a letter or digit, so that it is a safe file name too.
 pub fn is_valid_id(id: &str) -> bool {
@@ -105,6 +116,19 @@ pub fn is_valid_id(id: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn data_directories_are_beside_their_link() {
+        for good in
+            ["..2026_11_22_14_00_00.123456789", "..x", "...", &format!("..{}", "a".repeat(253))]
+        {
+            assert!(is_data_directory(good), "{good}");
+        }
+        for bad in ["", ".", "..", "a", "..a/b", "../a", "..data", "..data_tmp", "..a\0", "/..a"] {
+            assert!(!is_data_directory(bad), "{bad}");
+        }
+        assert!(!is_data_directory(&format!("..{}", "a".repeat(254))));
+    }
 
     #[test]
     fn stream_id_survives_its_header() {

@@ -16,6 +16,7 @@ use super::{
 };
 use crate::cgroup::Cgroup;
 use crate::cgroup::events::OomWatch;
+use crate::copies;
 use crate::devices::Program;
 use crate::helper::{Order, Task};
 use crate::launch;
@@ -38,6 +39,8 @@ pub(crate) struct Create {
     pub(crate) root: String,
     /// Index into the spec's mounts, and the source below the share.
     pub(crate) mounts: Vec<(u32, String)>,
+    /// Which of these the container gets a copy of ([`copies`]).
+    pub(crate) copied: Vec<u32>,
     /// Index into the spec's mounts, and the bytes that the pod's shared memory has.
     pub(crate) shared_memory: Vec<(u32, u64)>,
     pub(crate) pid_namespace: PidNamespace,
@@ -99,6 +102,12 @@ impl Containers {
             id: create.id.clone(),
             cgroup: Cgroup::of_container(&create.id),
             directory: self.places.containers.join(&create.id),
+            copied: create
+                .mounts
+                .iter()
+                .filter(|(n, _)| create.copied.contains(n))
+                .cloned()
+                .collect(),
             record: Mutex::new(Record {
                 state: ContainerState::Creating,
                 init: None,
@@ -163,9 +172,23 @@ impl Containers {
         container: &Container,
         create: &Create,
     ) -> Result<Program, ContainerError> {
+        let directory = &container.directory;
+        fs::create_dir(directory).map_err(file_error("create directory", directory))?;
         let mut sources = BTreeMap::new();
         for (index, path) in &create.mounts {
             sources.insert(*index as usize, self.share.resolve(path)?);
+        }
+        for (index, path) in &container.copied {
+            let (source, copy) = (self.share.resolve(path)?, container.copy(*index));
+            // One that is renewed just now has its valid directory removed under the copying.
+            let made = copies::make(&source, &copy).or_else(|_| {
+                let _ = fs::remove_dir_all(&copy);
+                copies::make(&source, &copy)
+            });
+            match made {
+                Ok(()) => drop(sources.insert(*index as usize, copy)),
+                Err(error) => tracing::warn!("{path} is not watched for inotify: {error}"),
+            }
         }
         for (index, bytes) in &create.shared_memory {
             sources.insert(*index as usize, self.pod.shared_memory(*bytes)?);
@@ -199,8 +222,6 @@ impl Containers {
         for name in dropped {
             tracing::warn!("container {}: {name} of the spec are not run in a guest", container.id);
         }
-        let directory = &container.directory;
-        fs::create_dir(directory).map_err(file_error("create directory", directory))?;
         write_json(&directory.join("config.json"), &spec)?;
         let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
         let rules = resources.and_then(|resources| resources.devices().as_deref());

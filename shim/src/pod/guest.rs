@@ -39,13 +39,15 @@ pub(super) async fn make(
         let mounts = shared.mounts.into_iter().map(|(index, path)| agent::SharedMount {
             index,
             path,
+            copied: shared.copied.iter().any(|(copied, _)| *copied == index),
             ..Default::default()
         });
+        let mounts = mounts.collect();
         let request = agent::CreateContainerRequest {
             container_id: new.id.clone(),
             spec: bytes,
             root: shared.root,
-            mounts: mounts.collect(),
+            mounts,
             stdio: MessageField::some(stdio),
             shared_memory: shared_memory
                 .into_iter()
@@ -56,6 +58,7 @@ pub(super) async fn make(
             ..Default::default()
         };
         sandbox.agent.create(&request).await?;
+        sandbox.copies.follow(&new.id, shared.copied);
         plan.timeline.mark(&format!("container created: {}", new.id));
         Ok(Process::init(new.places.clone(), streams))
     };

@@ -47,6 +47,9 @@ struct Cli {
     /// What --soak draws its times from: the same number draws the same [default: the clock]
     #[arg(long, value_name = "NUMBER", requires = "soak")]
     seed: Option<u64>,
+    /// Runs no cases, but prints what inotify tells of these paths; a case runs it in a container
+    #[arg(long, hide = true, value_delimiter = ',')]
+    watch: Vec<std::path::PathBuf>,
     /// Archives to import first, each for `ctr image import`
     #[arg(long, value_name = "FILE")]
     import: Vec<std::path::PathBuf>,
@@ -67,6 +70,15 @@ fn part(text: &str) -> Result<(usize, usize), String> {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    if !cli.watch.is_empty() {
+        return match suite::watch::watch(&cli.watch) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("vial-suite: {error:#}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     let wanted = |name: &str| cli.filter.split(',').any(|word| name.contains(word));
     let (part, parts) = cli.part;
     // Every so many, since cases of a kind stand together and take equally long.

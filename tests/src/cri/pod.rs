@@ -172,13 +172,22 @@ pub(crate) fn share_processes(namespaces: &mut Option<NamespaceOption>) {
     namespaces.get_or_insert_default().pid = NamespaceMode::Pod.into();
 }
 
-/// Removes all pods.
-pub(crate) fn clear() {
+/// Removes all pods, as a kubelet does: what fails is asked for again. Of a shim that dies in the
+/// middle of something containerd itself finds out only at its second try.
+///
+/// # Errors
+/// Some stay.
+pub(crate) fn clear() -> Result<()> {
     let cri = Cri::new();
-    for id in cri.pods().unwrap_or_default() {
-        let _ = cri.stop_pod(&id);
-        let _ = cri.remove_pod(&id);
-    }
+    eventually(|| {
+        for id in cri.pods()? {
+            let _ = cri.stop_pod(&id);
+            let _ = cri.remove_pod(&id);
+        }
+        let left = cri.pods()?;
+        ensure!(left.is_empty(), "{} pods cannot be removed", left.len());
+        Ok(())
+    })
 }
 
 /// What a kubelet asks for unless a pod says otherwise: all is the pod's but the processes.

@@ -17,6 +17,7 @@ pub(crate) fn volumes_are_the_same_as_with_runc(_: &Bed) -> Result<()> {
         ("directories", directories),
         ("memory", memory),
         ("configuration", swapped_configuration),
+        ("inotify", inotify_of_a_configuration),
         ("large trees", large_trees_and_locks),
         ("propagation", propagation),
     ])
@@ -102,7 +103,7 @@ fn publish(volume: &Path, version: u32, text: &str) -> Result<()> {
     let directory = format!("..version_{version}");
     fs::create_dir(volume.join(&directory))?;
     fs::write(volume.join(&directory).join("key"), text)?;
-    let new = volume.join("..data_new");
+    let new = volume.join("..data_tmp");
     symlink(&directory, &new)?;
     fs::rename(&new, volume.join("..data"))?;
     if version > 1 {
@@ -130,6 +131,39 @@ fn swapped_configuration(pod: &Pod) -> Result<String> {
     let mut seen: Vec<&str> = told.lines().collect();
     seen.dedup();
     Ok(seen.join(" "))
+}
+
+/// What a program that watches its configuration learns of a renewal: all that it does on a host.
+fn inotify_of_a_configuration(pod: &Pod) -> Result<String> {
+    let volume = pod.make_directory("watched")?;
+    publish(&volume, 1, "first")?;
+    let suite = std::env::current_exe()?;
+    let mut watcher = idle().volume(&volume, "/config", true).volume(&suite, "/vial-suite", true);
+    watcher.command = ["/vial-suite", "--watch", "/config,/config/key"].map(String::from).into();
+    let watcher = pod.start(watcher)?;
+    let reader = pod.start(idle().volume(&volume, "/etc/config", true))?;
+    watcher.logs("watching")?;
+    let mut told = watcher.exec("ls -a /config; stat -c '%a %u:%g %F %s' /config/*")?;
+    publish(&volume, 2, "second")?;
+    watcher.logs("DELETE ..version_1")?;
+    told += &watcher.exec("cat /config/key; ls -a /config; touch /config/x; echo $?")?;
+    // The next one adds a file and takes one away.
+    let directory = volume.join("..version_3");
+    fs::create_dir(&directory)?;
+    fs::write(directory.join("other"), "third")?;
+    symlink("..version_3", volume.join("..data_tmp"))?;
+    fs::rename(volume.join("..data_tmp"), volume.join("..data"))?;
+    symlink("..data/other", volume.join("other"))?;
+    fs::remove_file(volume.join("key"))?;
+    fs::remove_dir_all(volume.join("..version_2"))?;
+    watcher.logs("DELETE ..version_2")?;
+    told += &watcher.exec("cat /config/other; ls -a /config")?;
+    eventually(|| {
+        let read = reader.exec("cat /etc/config/other")?;
+        ensure!(read == "third", "the other container reads {read:?}");
+        Ok(())
+    })?;
+    Ok(told + &stream(&watcher.log()?, "stdout"))
 }
 
 /// How many files a large tree has.

@@ -16,6 +16,7 @@ pub(crate) mod record;
 pub(crate) mod soak;
 mod streams;
 mod templates;
+pub(crate) mod watch;
 
 use std::path::PathBuf;
 use std::time::Instant;
