@@ -23,9 +23,12 @@ deps: ## install what is missing (apt on Debian and Ubuntu; elsewhere name it)
 # cargo and the kernel's make count their own jobs: beside each other, each fills the pauses of the other.
 OWN_JOBS := env -u MAKEFLAGS -u MFLAGS
 
+# Where the sources are is nobody's business and no part of a program: the same sources make the same program anywhere.
+REMAP := --remap-path-prefix=$(or $(CARGO_HOME),$(HOME)/.cargo)/registry/src=r --remap-path-prefix=$(CURDIR)=.
+
 build: deps ## the programs: vial-vmm, containerd-shim-vial-v2, vial, vial-agent
 	@$(STEP) build "building the programs" $(OWN_JOBS) LIBSECCOMP_LINK_TYPE=static LIBCAPNG_LINK_TYPE=static \
-		RUSTFLAGS="-C target-feature=+crt-static -C force-unwind-tables=no" \
+		RUSTFLAGS="-C target-feature=+crt-static -C force-unwind-tables=no $(REMAP)" \
 		LIBSECCOMP_LIB_PATH="$$(dirname "$$(gcc -print-file-name=libseccomp.a)")" \
 		LIBCAPNG_LIB_PATH="$$(dirname "$$(gcc -print-file-name=libcap-ng.a)")" \
 		cargo build --release --bins --target $(TRIPLE) --workspace
