@@ -4,8 +4,13 @@
 //! of a host is mounted, and no connection is open. Every guest that goes on from it begins with
 //! the same memory, so what has to be a pod's own is made so when the shim asks for it, before
 //! anything else: random numbers, the time of day, devices, the share.
+//!
+//! What the kernel takes for the first container that it runs, a template has already
+//! ([`allocate_ahead`]): pages that no guest writes are then one for all of them on the host.
 
+use std::fs;
 use std::io;
+use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::time::{ClockId, Timespec, clock_settime};
@@ -14,6 +19,8 @@ use vial_agent_protocol::agent::AdoptRequest;
 use vial_agent_protocol::{READY_PORT, SEED_BYTES};
 
 use crate::boot::{self, BootError};
+use crate::cgroup;
+use crate::devices::{DeviceError, Program};
 use crate::functions::{self, FunctionError};
 use crate::sys;
 
@@ -43,6 +50,33 @@ impl AdoptError {
     pub(crate) fn is_of_the_request(&self) -> bool {
         matches!(self, Self::NotATemplate | Self::Seed(_) | Self::Time(_))
     }
+}
+
+/// Why a template has no cgroup to show what containers take.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum AheadError {
+    #[error("cannot make cgroup {path}: {source}")]
+    Cgroup { path: String, source: io::Error },
+    #[error(transparent)]
+    Devices(#[from] DeviceError),
+}
+
+/// Below the root, for nobody: nothing is ever in it.
+const AHEAD: &str = "/vial-template";
+
+/// Makes a cgroup with device rules, as each container has, which stays.
+///
+/// With the first the kernel takes 2 MiB for BPF programs, which it fills to the end, and, when
+/// what it began with is used up, another chunk of per-CPU memory with all that describes it. Both
+/// are for many, and go only when nobody uses them.
+///
+/// # Errors
+/// [`AheadError`]. Containers run without it, and take it themselves.
+pub(crate) fn allocate_ahead() -> Result<(), AheadError> {
+    let path = format!("{}{AHEAD}", cgroup::ROOT);
+    fs::create_dir_all(&path)
+        .map_err(|source| AheadError::Cgroup { path: path.clone(), source })?;
+    Ok(Program::new(&[])?.attach(Path::new(&path))?)
 }
 
 /// Whom the guest belongs to.

@@ -219,6 +219,9 @@ pub(crate) fn mount_share() -> Result<(), BootError> {
 }
 
 /// Comfort, without which containers still run: failures are only logged.
+///
+/// Compaction ahead of any want of it would wake an idle guest twice a second, to find that there
+/// is nothing to do.
 fn set_limits() {
     let limit = Rlimit { current: Some(MAX_OPEN_FILES), maximum: Some(MAX_OPEN_FILES) };
     if let Err(error) = setrlimit(Resource::Nofile, limit) {
@@ -229,5 +232,8 @@ fn set_limits() {
     }
     if let Err(error) = fs::write("/proc/sys/kernel/pid_max", PID_MAX) {
         tracing::warn!("cannot raise kernel.pid_max: {error}");
+    }
+    if let Err(error) = fs::write("/proc/sys/vm/compaction_proactiveness", "0") {
+        tracing::warn!("cannot set vm.compaction_proactiveness: {error}");
     }
 }

@@ -208,7 +208,12 @@ async fn serve_async(
     marks.push(Mark::now("listening"));
     let is_template = matches!(endpoint, Endpoint::Vsock) && boot::is_template();
     let adoption = Arc::new(match is_template {
-        true => Adoption::of_nobody(),
+        true => {
+            if let Err(error) = adopt::allocate_ahead() {
+                tracing::warn!("every pod of this template will take more memory: {error}");
+            }
+            Adoption::of_nobody()
+        }
         false => Adoption::of_pod(None),
     });
     let service =

@@ -245,8 +245,17 @@ impl Config {
     pub fn command_line(&self) -> String {
         // A panic ends the VM at once; the guest has a host that starts it again, not a console
         // that somebody looks at. Entropy comes from the CPU until the VM's device is probed.
-        // The dummy driver makes an interface by itself that no pod has asked for.
-        let mut words = vec!["panic=-1", "random.trust_cpu=on", "dummy.numdummies=0"];
+        // The dummy driver makes an interface by itself that no pod has asked for. Per-CPU memory
+        // comes by pages, not in chunks of 2 MiB that the first container's cgroup makes the
+        // kernel describe with 4 MiB. The host's clock is the guest's, so nobody has to look
+        // twice a second whether the processor's counter can be trusted.
+        let mut words = vec![
+            "panic=-1",
+            "random.trust_cpu=on",
+            "dummy.numdummies=0",
+            "percpu_alloc=page",
+            "tsc=nowatchdog",
+        ];
         if self.debug_console {
             words.push("console=ttyS0");
         } else {

@@ -27,6 +27,8 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// How long an idle container is left alone before it is looked at, and how long it is looked at.
 const SETTLE: Duration = Duration::from_secs(2);
 const WATCH: Duration = Duration::from_secs(5);
+/// How many idle containers are looked at together, to tell what each more costs.
+const TOGETHER: usize = 10;
 /// Where the directories that are mounted into containers are made.
 const VOLUMES: &str = "/dev/shm";
 
@@ -69,6 +71,7 @@ pub(crate) fn measure(plan: &Plan) -> Result<Measured> {
     bench.machines()?;
     bench.containers(&subjects)?;
     bench.idle(&subjects)?;
+    bench.idle_together(&subjects)?;
     bench.files(&subjects)?;
     bench.start_of_one(&subjects[2])?;
     Ok(bench.measured)
@@ -159,7 +162,7 @@ impl Bench<'_> {
         for round in 0..self.plan.rounds {
             for subject in subjects {
                 self.progress("idle containers", &subject.name, round);
-                let idle = subject.idle(&self.plan.image)?;
+                let idle = subject.idle(&self.plan.image, 0)?;
                 std::thread::sleep(SETTLE);
                 let before = idle.cost()?;
                 std::thread::sleep(WATCH);
@@ -174,6 +177,27 @@ impl Bench<'_> {
                 );
                 self.add("pod_remove", &subject.name, "ms", idle.remove()?);
             }
+        }
+        Ok(())
+    }
+
+    /// What a container costs that does nothing, one of ten: they share what they have in common. Once for each
+    /// subject, since it is a mean already.
+    fn idle_together(&mut self, subjects: &[Subject]) -> Result<()> {
+        if !self.wanted(&["idle_memory_10"]) {
+            return Ok(());
+        }
+        for subject in subjects {
+            self.progress("ten idle containers", &subject.name, 0);
+            let all = (0..TOGETHER)
+                .map(|number| subject.idle(&self.plan.image, number))
+                .collect::<Result<Vec<_>>>()?;
+            std::thread::sleep(SETTLE + WATCH);
+            let mut kib = 0.0;
+            for idle in &all {
+                kib += idle.cost()?.memory_kib;
+            }
+            self.add("idle_memory_10", &subject.name, "MiB", kib / TOGETHER as f64 / 1024.0);
         }
         Ok(())
     }
@@ -221,7 +245,7 @@ impl Bench<'_> {
         if !self.wanted(&["timeline"]) {
             return Ok(());
         }
-        let _idle: Idle = subject.idle(&self.plan.image)?;
+        let _idle: Idle = subject.idle(&self.plan.image, 0)?;
         let output = Command::new("vial").args(["ps", "--json"]).output().context("run vial ps")?;
         ensure!(output.status.success(), "vial ps ended with {}", output.status);
         let listed: serde_json::Value = serde_json::from_slice(&output.stdout)?;

@@ -89,10 +89,10 @@ impl Subject {
         Ok(Ran { lines, end: since(start) })
     }
 
-    /// Starts a container in the background that sleeps, and returns its name.
-    pub(crate) fn idle(&self, image: &str) -> Result<Idle> {
+    /// Starts a container in the background that sleeps: one of several at once, told apart by a number of one digit.
+    pub(crate) fn idle(&self, image: &str, number: usize) -> Result<Idle> {
         self.configure()?;
-        let name = format!("bench-idle-{}", self.name);
+        let name = format!("bench-idle-{}-{number}", self.name);
         ctr(&[
             "run",
             "-d",
@@ -117,7 +117,8 @@ pub(crate) struct Idle {
 /// What the processes of an idle container cost.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(crate) struct Cost {
-    /// Proportional set size, page tables, and the kernel memory of cgroups of their own, in KiB.
+    /// Proportional set size, page tables, and the kernel memory of cgroups of their own, which page tables of the
+    /// processes in there are part of, in KiB.
     pub(crate) memory_kib: f64,
     /// Time on a CPU since they started, in milliseconds.
     pub(crate) cpu_ms: f64,
@@ -168,15 +169,18 @@ impl Idle {
         for pid in self.processes()? {
             let at = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}"));
             cost.memory_kib += number_after(&at("smaps_rollup")?, "Pss:");
-            cost.memory_kib += number_after(&at("status")?, "VmPTE:");
-            cgroups.extend(at("cgroup")?.trim().strip_prefix("0::").map(str::to_owned));
+            let cgroup = at("cgroup")?.trim().strip_prefix("0::").map(str::to_owned);
+            match cgroup.filter(|path| path.contains(&self.name)) {
+                Some(own) => drop(cgroups.insert(own)),
+                None => cost.memory_kib += number_after(&at("status")?, "VmPTE:"),
+            }
             for task in fs::read_dir(format!("/proc/{pid}/task"))?.flatten() {
                 let text = fs::read_to_string(task.path().join("schedstat")).unwrap_or_default();
                 let ns = text.split_whitespace().next().and_then(|word| word.parse::<f64>().ok());
                 cost.cpu_ms += ns.unwrap_or(0.0) / 1e6;
             }
         }
-        for cgroup in cgroups.iter().filter(|path| path.contains(&self.name)) {
+        for cgroup in &cgroups {
             let stat = fs::read_to_string(format!("/sys/fs/cgroup{cgroup}/memory.stat"));
             cost.memory_kib += number_after(&stat.unwrap_or_default(), "kernel ") / 1024.0;
         }

@@ -82,6 +82,7 @@ pub(crate) fn cases() -> Vec<Case> {
         templates::template_serves_containers_as_a_boot_does,
         templates::template_gets_the_network_of_the_namespace,
         templates::template_is_told_apart_by_each_of_its_pods,
+        templates::template_pod_at_rest_has_little_memory_of_its_own,
         templates::template_keeps_its_memory_whatever_its_pods_write,
         templates::template_that_is_damaged_is_named_and_the_pod_boots,
         templates::template_whose_making_is_killed_leaves_nothing,

@@ -12,7 +12,9 @@ use anyhow::{Context, Result, ensure};
 use vial_tests::node::Configuration;
 
 use super::bed::{Bed, Detached, Runtime, run};
+use super::faults::process;
 use super::{compare, lifecycle, network, streams};
+use crate::cri::pod::eventually;
 
 /// Where the templates of a case are. Not in memory, which the host has little of.
 const DIRECTORY: &str = "/var/lib/vial-suite-templates";
@@ -124,6 +126,36 @@ pub(crate) fn template_is_told_apart_by_each_of_its_pods(bed: &Bed) -> Result<()
         );
     }
     Ok(())
+}
+
+/// The most that shim and VMM of a pod whose process sleeps may have for themselves, in KiB. With what the kernel takes for
+/// them besides, less than 1 MiB, a pod after the first costs no more than 8 MiB.
+const MOST_OWN_KIB: u64 = 7 << 10;
+
+/// What the processes of a pod have that no other has, in KiB.
+fn own_memory_kib() -> Result<u64> {
+    let mut kib = 0;
+    for (program, word) in [("vial-vmm", ""), ("containerd-shim", "vial")] {
+        let path = format!("/proc/{}/smaps_rollup", process(program, word)?);
+        let text = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
+        let line = text.lines().find_map(|line| line.strip_prefix("Private_Dirty:"));
+        let number = line.and_then(|line| line.split_whitespace().next());
+        kib += number.and_then(|number| number.parse::<u64>().ok()).context("no Private_Dirty")?;
+    }
+    Ok(kib)
+}
+
+/// Nothing of the template's that a pod has not written is the pod's own, and it writes little to be there.
+pub(crate) fn template_pod_at_rest_has_little_memory_of_its_own(bed: &Bed) -> Result<()> {
+    let (_node, _) = Node::with_template()?;
+    let log = bed.log_length();
+    let _pod = bed.detached(Runtime::Vial, &["sleep", "1000"])?;
+    ensure!(!bed.lines_since(log, RESTORED).is_empty(), "the VM did not come from the template");
+    eventually(|| {
+        let kib = own_memory_kib()?;
+        ensure!(kib <= MOST_OWN_KIB, "shim and VMM have {kib} KiB of their own");
+        Ok(())
+    })
 }
 
 fn checksum(path: &Path) -> Result<String> {
