@@ -207,14 +207,12 @@ impl agent_ttrpc::Agent for AgentService {
         request: CreateContainerRequest,
     ) -> Answer<CreateContainerResponse> {
         let containers = self.containers.clone();
-        let copied = request.mounts.iter().filter(|mount| mount.copied).map(|mount| mount.index);
         let create = Create {
             stdio: stdio(&request.stdio),
             id: request.container_id,
             spec: request.spec,
             root: request.root,
-            copied: copied.collect(),
-            mounts: request.mounts.into_iter().map(|mount| (mount.index, mount.path)).collect(),
+            mounts: request.mounts,
             shared_memory: request
                 .shared_memory
                 .into_iter()

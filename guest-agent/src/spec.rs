@@ -5,6 +5,7 @@
 //! | in the spec | in the guest |
 //! | --- | --- |
 //! | `root.path`, sources of shared mounts | below the share |
+//! | `ro` of a shared mount with others below it that may be written | dropped: the host sees to it |
 //! | network, ipc and uts namespaces with a path | no entry: the guest is the pod, its own namespaces are the pod's |
 //! | a PID namespace with a path | the pod's, or another container's |
 //! | other namespaces with a path | refused |
@@ -63,6 +64,8 @@ pub(crate) struct Guest {
     pub(crate) root: PathBuf,
     /// Index into `mounts`, and the source in the guest, absolute.
     pub(crate) sources: BTreeMap<usize, PathBuf>,
+    /// Those of them that the host alone keeps from being written.
+    pub(crate) host_guards: Vec<usize>,
     /// As `cgroupsPath` says it.
     pub(crate) cgroup: PathBuf,
     pub(crate) terminal: bool,
@@ -94,7 +97,7 @@ pub(crate) fn rewrite(
 
     let root = spec.root_mut().as_mut().ok_or(SpecError::Section("root"))?;
     root.set_path(guest.root.clone());
-    rewrite_mounts(spec.mounts_mut().get_or_insert_with(Vec::new), &guest.sources)?;
+    rewrite_mounts(spec.mounts_mut().get_or_insert_with(Vec::new), guest)?;
 
     let process = spec.process().clone().ok_or(SpecError::Section("process"))?;
     spec.set_process(Some(rewrite_process(process, guest.terminal)?));
@@ -136,18 +139,20 @@ fn rewrite_process(mut process: Process, terminal: bool) -> Result<Process, Spec
     Ok(process)
 }
 
-fn rewrite_mounts(
-    mounts: &mut [Mount],
-    sources: &BTreeMap<usize, PathBuf>,
-) -> Result<(), SpecError> {
+fn rewrite_mounts(mounts: &mut [Mount], guest: &Guest) -> Result<(), SpecError> {
     let count = mounts.len();
-    if let Some(&index) = sources.keys().find(|&&index| index >= count) {
+    if let Some(&index) = guest.sources.keys().find(|&&index| index >= count) {
         return Err(SpecError::MountIndex { index, count });
     }
     for (index, mount) in mounts.iter_mut().enumerate() {
-        match sources.get(&index) {
+        match guest.sources.get(&index) {
             Some(source) => {
                 mount.set_source(Some(source.clone()));
+                if guest.host_guards.contains(&index)
+                    && let Some(options) = mount.options_mut()
+                {
+                    options.retain(|option| option != "ro");
+                }
             }
             None if is_bind(mount) => {
                 return Err(SpecError::HostMount(mount.destination().clone()));

@@ -171,7 +171,7 @@ impl Sandbox {
         undo.push("mount the shared tree", || async move {
             share::unmount_below(&mounted).map_err(|error| error.to_string())
         });
-        let share = dir.share();
+        let mut share = dir.share();
         share.prepare()?;
 
         let (ours, theirs) = vmm_client::socket_pair().map_err(vmm("start the VMM"))?;
@@ -254,6 +254,7 @@ impl Sandbox {
                 Ok(())
             });
         }
+        share.has_own_copy = state.jail.is_some();
         let functions = Functions::begin(state, listed.as_ref(), hot_plug)?;
         let (end, ended) = watch::channel(None);
         tokio::spawn(watch_end(process.clone(), ready, events, end));

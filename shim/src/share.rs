@@ -99,6 +99,9 @@ pub struct Share {
     pub containers: PathBuf,
     /// What the VMM serves.
     pub share: PathBuf,
+    /// Whether the VMM has its own copy of the tree, in the mount namespace of its jail. Only once
+    /// it is there.
+    pub has_own_copy: bool,
 }
 
 /// What a container's files became in the shared tree.
@@ -106,11 +109,22 @@ pub struct Share {
 pub struct Shared {
     /// Its root, relative to the tree.
     pub root: String,
-    /// Index into the spec's mounts, and the source relative to the tree.
-    pub mounts: Vec<(u32, String)>,
+    /// Those of the spec's mounts that have their source on the host.
+    pub mounts: Vec<SharedMount>,
     /// Index into the spec's mounts, and the source on the host, of volumes that the container is to
     /// have a copy of.
     pub copied: Vec<(u32, PathBuf)>,
+}
+
+/// A mount of the spec, in the shared tree.
+#[derive(Debug, PartialEq, Eq)]
+pub struct SharedMount {
+    /// Into the spec's mounts.
+    pub index: u32,
+    /// Its source relative to the tree.
+    pub path: String,
+    /// See [`agent::SharedMount::host_guards`](vial_agent_protocol::agent::SharedMount).
+    pub host_guards: bool,
 }
 
 impl Share {
@@ -169,17 +183,39 @@ impl Share {
             }
             let name = index.to_string();
             let (staged, place) = (staging.join(&name), dir.join("mounts").join(&name));
-            bind(mount, &staged, &place)?;
+            let bound = bind(mount, &staged, &place)?;
             publish(&staged, &place)?;
+            if bound.has_below && self.has_own_copy {
+                self.hide_below(&Path::new(id).join("mounts").join(&name))?;
+            }
             let index = u32::try_from(index)
                 .map_err(|_| ShareError::Spec("the container has too many mounts".into()))?;
-            mounts.push((index, format!("{id}/mounts/{index}")));
+            let path = format!("{id}/mounts/{index}");
+            mounts.push(SharedMount { index, path, host_guards: bound.host_guards });
             if let Some(source) = mount.source.clone().filter(|_| is_copied(mount)) {
                 copied.push((index, source));
             }
         }
         remove_tree(&staging).map_err(io("remove", &staging))?;
         Ok(Shared { root: format!("{id}/rootfs"), mounts, copied })
+    }
+
+    /// Takes what is mounted below a volume away from the host, where nobody needs it: the VMM has
+    /// it already. A directory that something is mounted on cannot be removed in that mount's
+    /// namespace. The host could not clear a volume away before its container.
+    fn hide_below(&self, volume: &Path) -> Result<(), ShareError> {
+        // In this order: then the VMM's copies receive from whatever the first one received from,
+        // and none receives an end from it.
+        for place in [self.containers.join(volume), self.share.join(volume)] {
+            let isolated = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+            rustix::mount::mount_change(&place, isolated).map_err(io("isolate", &place))?;
+            let mounts = mounts_below(&place).map_err(io("list the mounts below", &place))?;
+            for mount in mounts.iter().rev().filter(|mount| **mount != place) {
+                rustix::mount::unmount(mount, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
+                    .map_err(io("unmount", mount))?;
+            }
+        }
+        Ok(())
     }
 
     /// Takes a container out of the tree; one that is not there is no failure.
@@ -208,14 +244,35 @@ fn remount(path: &Path, flags: MountFlags) -> Result<(), ShareError> {
         .map_err(io("set the flags of", path))
 }
 
-/// Makes all mounts at and below a finished one safe for the host. Those below are few: what was
-/// mounted below a volume's source.
-fn make_host_safe(staged: &Path, more: MountFlags) -> Result<(), ShareError> {
-    for path in mounts_below(staged).map_err(io("list the mounts below", staged))? {
-        let more = if path == staged { more } else { MountFlags::empty() };
-        remount(&path, present_flags(&path)? | HOST_SAFE | more)?;
+/// Which mounts become read-only.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum ReadOnly {
+    None,
+    /// The one itself, and not what is mounted below it.
+    Top,
+    All,
+}
+
+impl ReadOnly {
+    fn of(mount: &Mount) -> Self {
+        match (mount.has_option("rro"), mount.has_option("ro")) {
+            (true, _) => Self::All,
+            (false, true) => Self::Top,
+            (false, false) => Self::None,
+        }
     }
-    Ok(())
+}
+
+/// Makes all mounts at and below a finished one safe for the host, and answers whether there are
+/// any below. Those are few: what was mounted below a volume's source.
+fn make_host_safe(staged: &Path, read_only: ReadOnly) -> Result<bool, ShareError> {
+    let mounts = mounts_below(staged).map_err(io("list the mounts below", staged))?;
+    for path in &mounts {
+        let protect = read_only == ReadOnly::All || (read_only == ReadOnly::Top && path == staged);
+        let more = if protect { MountFlags::RDONLY } else { MountFlags::empty() };
+        remount(path, present_flags(path)? | HOST_SAFE | more)?;
+    }
+    Ok(mounts.iter().any(|path| path != staged))
 }
 
 async fn mount_root(
@@ -245,11 +302,20 @@ async fn mount_root(
     }
     let isolated = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     rustix::mount::mount_change(root, isolated).map_err(io("isolate", root))?;
-    make_host_safe(root, MountFlags::empty())
+    make_host_safe(root, ReadOnly::None).map(drop)
+}
+
+/// What a bound volume is besides a mount.
+#[derive(Debug)]
+struct Bound {
+    /// Whether anything is mounted below it.
+    has_below: bool,
+    /// See [`SharedMount::host_guards`].
+    host_guards: bool,
 }
 
 /// Binds the source of `mount` at `staged`, with a like file or directory made at `place`.
-fn bind(mount: &Mount, staged: &Path, place: &Path) -> Result<(), ShareError> {
+fn bind(mount: &Mount, staged: &Path, place: &Path) -> Result<Bound, ShareError> {
     let Some(source) = mount.source.as_ref().filter(|source| source.is_absolute()) else {
         return Err(ShareError::Spec(format!(
             "the mount at {} has no absolute source",
@@ -285,14 +351,17 @@ fn bind(mount: &Mount, staged: &Path, place: &Path) -> Result<(), ShareError> {
     // What the host mounts below the source later is the container's to see only when its spec
     // says so; what is mounted in the shared tree must never reach the source.
     let receives = ["rslave", "slave", "rshared", "shared"];
-    let propagation = if receives.iter().any(|option| mount.has_option(option)) {
+    let receives = receives.iter().any(|option| mount.has_option(option));
+    let propagation = if receives {
         MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC
     } else {
         MountPropagationFlags::PRIVATE | MountPropagationFlags::REC
     };
     rustix::mount::mount_change(staged, propagation).map_err(io("isolate", staged))?;
-    let read_only = if mount.has_option("ro") { MountFlags::RDONLY } else { MountFlags::empty() };
-    make_host_safe(staged, read_only)
+    let read_only = ReadOnly::of(mount);
+    let has_below = make_host_safe(staged, read_only)?;
+    let host_guards = read_only == ReadOnly::Top && (has_below || receives);
+    Ok(Bound { has_below, host_guards })
 }
 
 /// `/dev/null` and its like, which the guest's kernel has too: the "mem" class, major 1, less

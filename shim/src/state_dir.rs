@@ -169,6 +169,7 @@ impl StateDir {
             staging: self.path.join("staging"),
             containers: self.path.join("containers"),
             share: self.path.join("share"),
+            has_own_copy: false,
         }
     }
 

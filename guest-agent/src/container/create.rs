@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::timeout;
+use vial_agent_protocol::agent::SharedMount;
 
 use super::life::{ContainerEvent, ContainerState};
 use super::{
@@ -37,10 +38,7 @@ pub(crate) struct Create {
     pub(crate) spec: Vec<u8>,
     /// Below the share.
     pub(crate) root: String,
-    /// Index into the spec's mounts, and the source below the share.
-    pub(crate) mounts: Vec<(u32, String)>,
-    /// Which of these the container gets a copy of ([`copies`]).
-    pub(crate) copied: Vec<u32>,
+    pub(crate) mounts: Vec<SharedMount>,
     /// Index into the spec's mounts, and the bytes that the pod's shared memory has.
     pub(crate) shared_memory: Vec<(u32, u64)>,
     pub(crate) pid_namespace: PidNamespace,
@@ -105,8 +103,8 @@ impl Containers {
             copied: create
                 .mounts
                 .iter()
-                .filter(|(n, _)| create.copied.contains(n))
-                .cloned()
+                .filter(|mount| mount.copied)
+                .map(|mount| (mount.index, mount.path.clone()))
                 .collect(),
             record: Mutex::new(Record {
                 state: ContainerState::Creating,
@@ -175,8 +173,13 @@ impl Containers {
         let directory = &container.directory;
         fs::create_dir(directory).map_err(file_error("create directory", directory))?;
         let mut sources = BTreeMap::new();
-        for (index, path) in &create.mounts {
-            sources.insert(*index as usize, self.share.resolve(path)?);
+        let mut host_guards = Vec::new();
+        for mount in &create.mounts {
+            let index = mount.index as usize;
+            sources.insert(index, self.share.resolve(&mount.path)?);
+            if mount.host_guards {
+                host_guards.push(index);
+            }
         }
         for (index, path) in &container.copied {
             let (source, copy) = (self.share.resolve(path)?, container.copy(*index));
@@ -186,7 +189,11 @@ impl Containers {
                 copies::make(&source, &copy)
             });
             match made {
-                Ok(()) => drop(sources.insert(*index as usize, copy)),
+                // The host does not guard a copy.
+                Ok(()) => {
+                    sources.insert(*index as usize, copy);
+                    host_guards.retain(|guarded| *guarded != *index as usize);
+                }
                 Err(error) => tracing::warn!("{path} is not watched for inotify: {error}"),
             }
         }
@@ -209,6 +216,7 @@ impl Containers {
         let guest = Guest {
             root: self.share.resolve(&create.root)?,
             sources,
+            host_guards,
             cgroup: Cgroup::spec_path(&container.id),
             terminal: create.stdio.terminal,
             hugetlb: self.hugetlb,

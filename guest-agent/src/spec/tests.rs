@@ -66,6 +66,7 @@ fn guest() -> Guest {
     Guest {
         root: "/run/vial/share/root".into(),
         sources: BTreeMap::new(),
+        host_guards: Vec::new(),
         cgroup: "/vial-containers/demo".into(),
         terminal: false,
         hugetlb: false,
@@ -116,6 +117,9 @@ fn shared_mount_gets_its_source_in_the_guest() {
     let (got, _) = rewritten(&spec, &guest).unwrap();
     assert_eq!(got["mounts"][7]["source"], json!("/run/vial/share/data"));
     assert_eq!(got["mounts"][7]["options"], json!(["rbind", "ro"]));
+    guest.host_guards.push(7);
+    let (got, _) = rewritten(&spec, &guest).unwrap();
+    assert_eq!(got["mounts"][7]["options"], json!(["rbind"]));
     guest.sources.insert(8, "/run/vial/share/other".into());
     assert_eq!(rewritten(&spec, &guest), Err(SpecError::MountIndex { index: 8, count: 8 }));
 }

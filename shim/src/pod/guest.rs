@@ -36,10 +36,11 @@ pub(super) async fn make(
         plan.timeline.mark(&format!("root mounted: {}", new.id));
         let (streams, stdio) =
             Streams::open(&new.places, &sandbox.vmm, &sandbox.next_stream).await?;
-        let mounts = shared.mounts.into_iter().map(|(index, path)| agent::SharedMount {
-            index,
-            path,
-            copied: shared.copied.iter().any(|(copied, _)| *copied == index),
+        let mounts = shared.mounts.into_iter().map(|mount| agent::SharedMount {
+            index: mount.index,
+            path: mount.path,
+            host_guards: mount.host_guards,
+            copied: shared.copied.iter().any(|(copied, _)| *copied == mount.index),
             ..Default::default()
         });
         let mounts = mounts.collect();

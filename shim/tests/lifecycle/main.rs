@@ -229,25 +229,38 @@ async fn bind_mounts_are_seen_and_read_only_is() {
     let fixture = Fixture::new("").await;
     let data = fixture.directory("data");
     std::fs::write(data.join("file"), "bound").unwrap();
+    // What is mounted below a volume is read-only when the volume is so with all that is in it.
+    let above = fixture.directory("above");
+    let below = above.join("below");
+    std::fs::create_dir(&below).unwrap();
+    rustix::mount::mount_bind(&data, &below).unwrap();
     let mounts = format!(
         r#""mounts": [{{"destination": "/proc", "type": "proc", "source": "proc"}},
             {{"destination": "/rw", "type": "bind", "source": {data:?}, "options": ["rbind"]}},
             {{"destination": "/ro", "type": "bind", "source": {data:?}, "options": ["rbind", "ro"]}},
-            {{"destination": "/f", "type": "bind", "source": {:?}, "options": ["bind"]}}],"#,
+            {{"destination": "/f", "type": "bind", "source": {:?}, "options": ["bind"]}},
+            {{"destination": "/b", "type": "bind", "source": {above:?}, "options": ["rbind", "ro"]}},
+            {{"destination": "/d", "type": "bind", "source": {above:?}, "options": ["rbind", "rro"]}}],"#,
         data.join("file")
     );
     let script = "cat ../mounts/2/file ../mounts/3; touch ../mounts/1/new; \
                   touch ../mounts/2/refused 2>&1 | grep -o 'Read-only file system'; \
+                  touch ../mounts/4/below/one; \
+                  touch ../mounts/4/two 2>&1 | grep -o 'Read-only file system'; \
+                  touch ../mounts/5/below/three 2>&1 | grep -o 'Read-only file system'; \
                   touch ../../top 2>&1 | grep -o 'Read-only file system'; true";
     let bundle = fixture.bundle("demo", &["sh", "-c", script], &mounts);
     fixture.create(&bundle).await.unwrap();
     fixture.start("demo", "").await.unwrap();
-    let expected = "boundboundRead-only file system\nRead-only file system\n";
+    let expected = format!("boundbound{}", "Read-only file system\n".repeat(4));
     assert_eq!(bundle.output().await, expected);
     fixture.wait("demo", "").await;
     fixture.delete("demo", "").await.unwrap();
     fixture.shut_down_and_check().await;
-    assert!(data.join("file").exists() && data.join("new").exists());
+    rustix::mount::unmount(&below, rustix::mount::UnmountFlags::DETACH).unwrap();
+    for name in ["file", "new", "one"] {
+        assert!(data.join(name).exists(), "{name} is gone");
+    }
 
     let absent = r#""mounts": [{"destination": "/a", "type": "bind", "source": "/nowhere/a"}],"#;
     let fixture = Fixture::new("").await;

@@ -15,6 +15,7 @@ use crate::suite::bed::{Bed, run};
 pub(crate) fn volumes_are_the_same_as_with_runc(_: &Bed) -> Result<()> {
     same_in_a_pod(&[
         ("directories", directories),
+        ("mounts below a volume", mounts_below),
         ("memory", memory),
         ("configuration", swapped_configuration),
         ("inotify", inotify_of_a_configuration),
@@ -81,6 +82,22 @@ impl Drop for HostMount<'_> {
         // A pod that has looked into it may know its files for longer.
         let _ = run(Command::new("umount").arg("--lazy").arg(self.0));
     }
+}
+
+/// A volume that is read-only has that to itself: what is mounted below it keeps what it had. The
+/// host can take that away again, and the directory that it was mounted on.
+fn mounts_below(pod: &Pod) -> Result<String> {
+    let volume = pod.make_directory("above")?;
+    let below = volume.join("below");
+    let mount = HostMount::tmpfs(&below, "size=1m,mode=777")?;
+    let container = pod.start(idle().volume(&volume, "/ro", true).volume(&volume, "/rw", false))?;
+    let told = container.exec(
+        "echo one >/ro/refused; echo $?; echo two >/ro/below/file; echo $?; cat /rw/below/file; \
+         echo three >/rw/above; echo $?; cat /ro/above; ls /ro /ro/below",
+    )?;
+    drop(mount);
+    fs::remove_dir(&below)?;
+    Ok(told + &container.exec("ls /ro /rw")?)
 }
 
 fn memory(pod: &Pod) -> Result<String> {
