@@ -115,16 +115,17 @@ impl Report {
 
 /// What has grown past the baseline by more than `percent`, and rows of the baseline that are gone.
 ///
-/// Only rows of ours that count instructions are compared: wall time depends on the machine. Their
-/// least samples are, since what else the host does only ever adds to one. Where runc takes more
-/// than it did, the host has another kernel or containerd, and as much is allowed to ours.
+/// Only rows of ours that count instructions are compared: wall time depends on the machine. The
+/// least sample of now is, with the baseline's median: containerd's threads make samples of one
+/// program differ by as much as growth that has to be told, and what else a host does only ever
+/// adds to one. Where runc takes more than it did, the host has another kernel or containerd, and
+/// as much is allowed to ours.
 pub(crate) fn grown(baseline: &Report, report: &Report, percent: f64) -> Vec<String> {
     let of_runc = |row: &&Row| row.mode == "icount" && row.subject == "runc";
-    let host = baseline
-        .rows
-        .iter()
-        .filter(of_runc)
-        .filter_map(|old| report.row(&old.id, "runc", "icount").map(|new| new.min / old.min));
+    let host =
+        baseline.rows.iter().filter(of_runc).filter_map(|old| {
+            report.row(&old.id, "runc", "icount").map(|new| new.min / old.median)
+        });
     let host = host.fold(1.0, f64::max);
     let counted = baseline.rows.iter().filter(|row| row.mode == "icount" && row.subject != "runc");
     counted
@@ -132,7 +133,7 @@ pub(crate) fn grown(baseline: &Report, report: &Report, percent: f64) -> Vec<Str
             let Some(new) = report.row(&old.id, &old.subject, "icount") else {
                 return Some(format!("{} of {} was not measured", old.id, old.subject));
             };
-            let expected = old.min * host;
+            let expected = old.median * host;
             let change = (new.min / expected - 1.0) * 100.0;
             (change > percent).then(|| {
                 format!(
