@@ -129,6 +129,8 @@ fn end_with_descendants(pid: i32) {
     let mut at = 0;
     while at < all.len() && all.len() < MAX_DESCENDANTS {
         let pid = all[at];
+        // It has no more children from here on: a fork that is under way fails.
+        let _ = sys::kill(pid, libc::SIGSTOP);
         let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
         let text = text.unwrap_or_default();
         all.extend(text.split_whitespace().filter_map(|pid| pid.parse::<i32>().ok()));

@@ -77,6 +77,8 @@ pub struct Pod {
     containers: Mutex<HashMap<String, Arc<Container>>>,
     /// Whether its containers share their process ids.
     shares_pids: AtomicBool,
+    /// Whether containerd has ever asked for anything: it knows of this shim then.
+    asked: AtomicBool,
     events: EventSink,
     exit: Arc<ExitSignal>,
 }
@@ -90,6 +92,7 @@ impl Pod {
             slot: tokio::sync::Mutex::new(slot),
             containers: Mutex::default(),
             shares_pids: AtomicBool::new(false),
+            asked: AtomicBool::new(false),
             events,
             exit,
         }
@@ -113,6 +116,16 @@ impl Pod {
     pub fn set_plan(&self, plan: Result<Plan, String>) -> Result<(), ServiceError> {
         let id = plan.as_ref().map_or_else(|_| String::new(), |plan| plan.id.clone());
         self.plan.set(plan).map_err(|_| ServiceError::Exists { what: "sandbox", id })
+    }
+
+    /// Whether containerd has asked for a container or sandbox, so that it knows of this shim.
+    pub fn was_asked(&self) -> bool {
+        self.asked.load(Ordering::Relaxed)
+    }
+
+    /// containerd has asked for a sandbox.
+    pub fn is_asked(&self) {
+        self.asked.store(true, Ordering::Relaxed);
     }
 
     fn plan(&self) -> Result<&Plan, ServiceError> {
@@ -187,6 +200,7 @@ impl Pod {
     /// [`ServiceError`]. Nothing of the container is left then, nor of a sandbox without
     /// containers.
     pub async fn create(self: &Arc<Self>, new: NewContainer) -> Result<u32, ServiceError> {
+        self.is_asked();
         let created = self.create_in_sandbox(new).await;
         if created.is_err() && !self.by_sandbox_api() {
             let mut slot = self.slot.lock().await;

@@ -9,7 +9,10 @@ use std::{
     io::{IsTerminal, Read, Write},
     os::{
         fd::AsFd,
-        unix::net::{UnixListener, UnixStream},
+        unix::{
+            fs::MetadataExt,
+            net::{UnixListener, UnixStream},
+        },
     },
     path::{Path, PathBuf},
     sync::Arc,
@@ -61,6 +64,8 @@ const PROTOCOL: &str = "ttrpc";
 const MAX_INPUT_BYTES: u64 = 10 << 20;
 /// How long the last answer may take to reach containerd.
 const ANSWER_PATIENCE: Duration = Duration::from_millis(20);
+/// How often a shim that nothing was asked of looks whether its bundle is still there.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// How long a sandbox's shim serves on after it was shut down. To containerd a connection that ends
 /// before the answer came is a sandbox that cannot be removed; it closes the connection itself.
 const SANDBOX_LINGER: Duration = Duration::from_secs(1);
@@ -324,7 +329,7 @@ async fn serve(flags: &Flags, started_ns: u64) -> Result<(), RuntimeError> {
     let timeline = Arc::new(Timeline::default());
     let started = std::env::var(STARTED_VARIABLE).ok().and_then(|text| text.parse().ok());
     timeline.mark_at("shim exec", started.unwrap_or(started_ns));
-    let socket = path_of(&flags.socket).to_path_buf();
+    let (bundle, socket) = (bundle()?, path_of(&flags.socket).to_path_buf());
     let Some(listener) = listen(&socket)? else {
         // Another one serves already: that is the one that containerd was told of.
         return closed_output();
@@ -356,7 +361,6 @@ async fn serve(flags: &Flags, started_ns: u64) -> Result<(), RuntimeError> {
     }
     closed_output()?;
     timeline.mark("services ready");
-    let bundle = bundle()?;
     if has_container(&bundle) {
         let plan = place.plan_of_bundle(&bundle).map_err(|error| error.to_string());
         // The first one: nobody can have asked for a sandbox yet that is served here.
@@ -366,7 +370,15 @@ async fn serve(flags: &Flags, started_ns: u64) -> Result<(), RuntimeError> {
             tokio::spawn(async move { ahead.start_ahead().await });
         }
     }
-    exit.wait().await;
+    tokio::select! {
+        () = exit.wait() => {}
+        () = forsaken(&bundle, || pod.was_asked()) => {
+            tracing::warn!("containerd has given up on this shim before it asked for anything");
+            if let Err(error) = pod.shutdown(true).await {
+                tracing::error!("{error}");
+            }
+        }
+    }
     if pod.by_sandbox_api() {
         tokio::time::sleep(SANDBOX_LINGER).await;
     }
@@ -416,6 +428,23 @@ fn listen(path: &Path) -> Result<Option<Listener>, RuntimeError> {
 fn closed_output() -> Result<(), RuntimeError> {
     rustix::stdio::dup2_stdout(std::io::stderr())
         .map_err(|error| RuntimeError::Io { action: "close the output", error: error.into() })
+}
+
+/// Ends when containerd has removed the bundle without ever having asked for anything: it does so
+/// when the program that it ran, and that started this process, was killed before it could answer.
+async fn forsaken(bundle: &Path, was_asked: impl Fn() -> bool) {
+    let numbers =
+        |path: &Path| std::fs::metadata(path).map(|metadata| (metadata.dev(), metadata.ino())).ok();
+    // Looked at before anything was asked, so of the bundle that this process was started for: as
+    // it runs in there, no later one of the same name gets the same number.
+    let own = numbers(bundle);
+    while !was_asked() {
+        if own.is_none() || numbers(bundle) != own {
+            return;
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+    std::future::pending().await
 }
 
 /// Whether `output` is a pipe that nobody reads any more.
@@ -489,6 +518,27 @@ mod tests {
         };
         assert_eq!(note(name), Path::new("/run/other").join(name));
         assert_eq!(note("socket-of-the-pod"), usual);
+    }
+
+    #[tokio::test]
+    async fn shim_is_forsaken_when_its_bundle_goes_before_it_was_asked() {
+        let (long, longer) = (LOOK_EVERY * 3, LOOK_EVERY * 100);
+        let dir = tempfile::tempdir().unwrap();
+        let bundle = dir.path().join("bundle");
+        std::fs::create_dir(&bundle).unwrap();
+        let lasting = tokio::time::timeout(long, forsaken(&bundle, || false));
+        assert!(lasting.await.is_err(), "its bundle is there");
+        let gone = forsaken(&bundle, || false);
+        let removed = async {
+            tokio::time::sleep(long).await;
+            std::fs::rename(&bundle, dir.path().join("old")).unwrap();
+            std::fs::create_dir(&bundle).unwrap();
+        };
+        let both = async { tokio::join!(gone, removed) };
+        tokio::time::timeout(longer, both).await.expect("another bundle is not its own");
+        std::fs::remove_dir(&bundle).unwrap();
+        let asked = tokio::time::timeout(long, forsaken(&bundle, || true));
+        assert!(asked.await.is_err(), "containerd removes it in its own order then");
     }
 
     #[test]
