@@ -32,7 +32,10 @@ use containerd_shim_protos::{
     types::introspection::{RuntimeInfo, RuntimeVersion},
 };
 use protobuf::MessageField;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    fs::{Mode, OFlags},
+};
 use tokio::signal::unix::{SignalKind, signal};
 use ttrpc::asynchronous::{Server, transport::Listener};
 
@@ -323,8 +326,7 @@ async fn serve(flags: &Flags, started_ns: u64) -> Result<(), RuntimeError> {
     if flags.socket.is_empty() {
         return Err(RuntimeError::Usage("there is neither an action nor a socket to serve"));
     }
-    containerd_shim::logger::init(flags.debug, "info", &flags.namespace, &flags.id)
-        .map_err(|error| RuntimeError::Shim { action: "open the log", error })?;
+    open_log(flags)?;
     ignore_signals()?;
     let timeline = Arc::new(Timeline::default());
     let started = std::env::var(STARTED_VARIABLE).ok().and_then(|text| text.parse().ok());
@@ -389,6 +391,16 @@ async fn serve(flags: &Flags, started_ns: u64) -> Result<(), RuntimeError> {
     remove_socket(&socket);
     tokio::time::sleep(ANSWER_PATIENCE).await;
     Ok(())
+}
+
+/// containerd reads the log from a FIFO in the bundle.
+fn open_log(flags: &Flags) -> Result<(), RuntimeError> {
+    // Opening a FIFO that nobody reads any more would last for ever: so somebody does meanwhile.
+    let access = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let _reader = rustix::fs::open("log", access, Mode::empty())
+        .map_err(|error| RuntimeError::Io { action: "open the log", error: error.into() })?;
+    containerd_shim::logger::init(flags.debug, "info", &flags.namespace, &flags.id)
+        .map_err(|error| RuntimeError::Shim { action: "open the log", error })
 }
 
 /// A shim ends when containerd says so on its socket, and by no signal that asks.
