@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use tokio::net::unix::pipe;
 use tokio::sync::watch;
-use vial_agent_protocol::{MAX_SPEC_BYTES, is_valid_id};
+use vial_agent_protocol::{DATA_LINK, MAX_SPEC_BYTES, is_valid_id};
 
 use crate::cgroup::events::OomWatch;
 use crate::cgroup::resources::ResourceError;
@@ -276,7 +276,7 @@ impl Containers {
         let (_, path) = container.copied.iter().find(|(n, _)| *n == index).ok_or_else(none)?;
         let copy = container.copy(index);
         // It was too large when the container was made, or is not made yet.
-        copy.join(copies::DATA).is_symlink().then_some(()).ok_or_else(none)?;
+        copy.join(DATA_LINK).is_symlink().then_some(()).ok_or_else(none)?;
         Ok(copies::renew(&self.share.resolve(path)?, &copy, data)?)
     }
 

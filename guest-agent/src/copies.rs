@@ -14,10 +14,9 @@ use std::os::unix::fs::{
 };
 use std::path::{Path, PathBuf};
 
-use vial_agent_protocol::is_data_directory;
+use vial_agent_protocol::{DATA_LINK, is_data_directory};
 
-/// The link to the valid directory, and the name under which it is made.
-pub(crate) const DATA: &str = "..data";
+/// The name under which the link to the valid directory is made.
 const NEW_DATA: &str = "..data_tmp";
 /// The most files, directories and links of a copy.
 const MAX_ENTRIES: usize = 4096;
@@ -38,7 +37,7 @@ pub(crate) enum CopyError {
         "a volume that is copied has at most {MAX_ENTRIES} files and {MAX_BYTES} bytes, {MAX_DEPTH} deep"
     )]
     TooLarge,
-    #[error("{0:?} is no name of a directory behind {DATA}")]
+    #[error("{0:?} is no name of a directory behind {DATA_LINK}")]
     Name(String),
     #[error("{0} is not what a volume is made of: files, directories and links")]
     Kind(PathBuf),
@@ -59,11 +58,14 @@ struct Budget {
 /// Makes a copy of the volume `source` at `copy`, which is not there yet.
 ///
 /// # Errors
-/// [`CopyError`]; what was made until then stays.
+/// [`CopyError`]; nothing of the copy is left.
 pub(crate) fn make(source: &Path, copy: &Path) -> Result<()> {
     let like = fs::metadata(source).map_err(failed("look at", source))?;
-    make_directory(copy, &like)?;
-    renew(source, copy, &valid(source)?)
+    let made = make_directory(copy, &like).and_then(|()| renew(source, copy, &valid(source)?));
+    if made.is_err() {
+        let _ = fs::remove_dir_all(copy);
+    }
+    made
 }
 
 /// Brings `copy` up to date with the volume `source`, whose valid directory is called `data`.
@@ -75,7 +77,7 @@ pub(crate) fn renew(source: &Path, copy: &Path, data: &str) -> Result<()> {
     if !is_data_directory(data) {
         return Err(CopyError::Name(data.chars().take(100).collect()));
     }
-    let old = fs::read_link(copy.join(DATA)).ok();
+    let old = fs::read_link(copy.join(DATA_LINK)).ok();
     if old.as_deref() == Some(Path::new(data)) {
         return Ok(());
     }
@@ -98,14 +100,14 @@ pub(crate) fn renew(source: &Path, copy: &Path, data: &str) -> Result<()> {
 
 /// Where `..data` of a volume leads.
 fn valid(volume: &Path) -> Result<String> {
-    let link = volume.join(DATA);
+    let link = volume.join(DATA_LINK);
     let target = fs::read_link(&link).map_err(failed("read the link", &link))?;
     Ok(target.to_string_lossy().into_owned())
 }
 
 /// Makes `..data` lead to `data`, at once.
 fn switch(copy: &Path, data: &str) -> Result<()> {
-    let (new, link) = (copy.join(NEW_DATA), copy.join(DATA));
+    let (new, link) = (copy.join(NEW_DATA), copy.join(DATA_LINK));
     // Of a renewal that was broken off.
     let _ = fs::remove_file(&new);
     symlink(data, &new).map_err(failed("make the link", &new))?;
@@ -116,7 +118,7 @@ fn switch(copy: &Path, data: &str) -> Result<()> {
 fn name_files(copy: &Path, valid: &Path) -> Result<()> {
     for entry in entries(valid)? {
         let (name, link) = (entry.file_name(), copy.join(entry.file_name()));
-        match symlink(Path::new(DATA).join(name), &link) {
+        match symlink(Path::new(DATA_LINK).join(name), &link) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
                 return Err(failed("make the link", &link)(error));
             }
@@ -126,7 +128,7 @@ fn name_files(copy: &Path, valid: &Path) -> Result<()> {
     for entry in entries(copy)? {
         let (name, path) = (entry.file_name(), entry.path());
         let is_link = entry.file_type().is_ok_and(|kind| kind.is_symlink());
-        if is_link && name != DATA && fs::symlink_metadata(valid.join(&name)).is_err() {
+        if is_link && name != DATA_LINK && fs::symlink_metadata(valid.join(&name)).is_err() {
             fs::remove_file(&path).map_err(failed("remove", &path))?;
         }
     }
@@ -277,8 +279,8 @@ mod tests {
         let files: Vec<(&str, &str)> = many.iter().map(|name| (name.as_str(), "")).collect();
         write(&volume, "..1", &files);
         assert!(matches!(make(&volume, &copy), Err(CopyError::TooLarge)));
+        assert!(!copy.exists());
         fs::remove_file(volume.join("..1/0")).unwrap();
-        fs::remove_dir_all(&copy).unwrap();
         make(&volume, &copy).unwrap();
     }
 

@@ -13,7 +13,7 @@ use std::{
 
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use tokio::{net::unix::pipe::Receiver, sync::Notify, task::JoinHandle};
-use vial_agent_protocol::is_data_directory;
+use vial_agent_protocol::{DATA_LINK, is_data_directory};
 
 use crate::{agent::Agent, spec::Mount};
 
@@ -29,7 +29,7 @@ const MOST_TRIES: u32 = 5;
 
 /// Where `..data` of a volume leads, when it is one that is renewed as a whole.
 fn data_of(volume: &Path) -> Option<String> {
-    let target = std::fs::read_link(volume.join("..data")).ok()?;
+    let target = std::fs::read_link(volume.join(DATA_LINK)).ok()?;
     target.to_str().filter(|name| is_data_directory(name)).map(str::to_owned)
 }
 
@@ -129,9 +129,7 @@ impl Copies {
     /// A container has gone.
     pub fn forget(&self, container: &str) {
         lock(&self.shared.copies).retain(|copy| copy.container != container);
-        if !lock(&self.task).is_none() {
-            self.shared.changed.notify_one();
-        }
+        self.shared.changed.notify_one();
     }
 }
 
@@ -176,15 +174,16 @@ async fn follow_all(agent: &Agent, shared: &Shared) -> bool {
                 copy.source.display()
             );
         }
-        let given_up = failures >= MOST_TRIES;
-        again |= failures > 0 && !given_up;
+        let done = failures == 0 || failures >= MOST_TRIES;
+        again |= !done;
         let mut copies = lock(&shared.copies);
         let same =
             |known: &&mut Copy| (&known.container, known.index) == (&copy.container, copy.index);
         if let Some(known) = copies.iter_mut().find(same) {
-            let known_by_guest = failures == 0 || given_up;
-            known.data = known_by_guest.then_some(data).or_else(|| known.data.take());
-            known.failures = if given_up { 0 } else { failures };
+            known.failures = if done { 0 } else { failures };
+            if done {
+                known.data = Some(data);
+            }
         }
     }
     again

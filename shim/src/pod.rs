@@ -124,7 +124,7 @@ impl Pod {
     }
 
     /// containerd has asked for a sandbox.
-    pub fn is_asked(&self) {
+    pub fn mark_asked(&self) {
         self.asked.store(true, Ordering::Relaxed);
     }
 
@@ -200,7 +200,7 @@ impl Pod {
     /// [`ServiceError`]. Nothing of the container is left then, nor of a sandbox without
     /// containers.
     pub async fn create(self: &Arc<Self>, new: NewContainer) -> Result<u32, ServiceError> {
-        self.is_asked();
+        self.mark_asked();
         let created = self.create_in_sandbox(new).await;
         if created.is_err() && !self.by_sandbox_api() {
             let mut slot = self.slot.lock().await;

@@ -103,7 +103,7 @@ impl SandboxApi for SandboxService {
     ) -> Result<api::CreateSandboxResponse> {
         tracing::info!("create sandbox {}", request.sandbox_id);
         self.check(&request.sandbox_id)?;
-        self.pod.is_asked();
+        self.pod.mark_asked();
         let planned = self
             .place
             .plan_of_request(&request)

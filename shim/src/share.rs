@@ -111,9 +111,6 @@ pub struct Shared {
     pub root: String,
     /// Those of the spec's mounts that have their source on the host.
     pub mounts: Vec<SharedMount>,
-    /// Index into the spec's mounts, and the source on the host, of volumes that the container is to
-    /// have a copy of.
-    pub copied: Vec<(u32, PathBuf)>,
 }
 
 /// A mount of the spec, in the shared tree.
@@ -125,6 +122,8 @@ pub struct SharedMount {
     pub path: String,
     /// See [`agent::SharedMount::host_guards`](vial_agent_protocol::agent::SharedMount).
     pub host_guards: bool,
+    /// Its source on the host, when the container is to have a copy of it ([`crate::copies`]).
+    pub copied: Option<PathBuf>,
 }
 
 impl Share {
@@ -171,7 +170,7 @@ impl Share {
         make_dir(&staged)?;
         mount_root(&staged, bundle, root_mounts, spec).await?;
         publish(&staged, &dir.join("rootfs"))?;
-        let (mut mounts, mut copied) = (Vec::new(), Vec::new());
+        let mut mounts = Vec::new();
         for (index, mount) in spec.mounts.iter().enumerate().filter(|(_, mount)| mount.is_bind()) {
             if mounts.is_empty() {
                 make_dir(&dir.join("mounts"))?;
@@ -191,13 +190,11 @@ impl Share {
             let index = u32::try_from(index)
                 .map_err(|_| ShareError::Spec("the container has too many mounts".into()))?;
             let path = format!("{id}/mounts/{index}");
-            mounts.push(SharedMount { index, path, host_guards: bound.host_guards });
-            if let Some(source) = mount.source.clone().filter(|_| is_copied(mount)) {
-                copied.push((index, source));
-            }
+            let copied = mount.source.clone().filter(|_| is_copied(mount));
+            mounts.push(SharedMount { index, path, host_guards: bound.host_guards, copied });
         }
         remove_tree(&staging).map_err(io("remove", &staging))?;
-        Ok(Shared { root: format!("{id}/rootfs"), mounts, copied })
+        Ok(Shared { root: format!("{id}/rootfs"), mounts })
     }
 
     /// Takes what is mounted below a volume away from the host, where nobody needs it: the VMM has

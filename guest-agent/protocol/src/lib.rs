@@ -93,6 +93,9 @@ pub fn stream_id(header: [u8; 8]) -> u64 {
     u64::from_le_bytes(header)
 }
 
+/// The link in a volume that leads to its valid files, see `SharedMount.copied`.
+pub const DATA_LINK: &str = "..data";
+
 /// Whether `name` can be what the link `..data` of a volume leads to, as kubelet's writer of
 /// ConfigMaps names them: one part of a path, two dots and something behind them, and not a name
 /// that the writer itself uses for links.
@@ -101,7 +104,7 @@ pub fn is_data_directory(name: &str) -> bool {
         && name.len() <= MAX_ID_BYTES
         && name.starts_with("..")
         && !name.contains(['/', '\0'])
-        && !name.starts_with("..data")
+        && !name.starts_with(DATA_LINK)
 }
 
 /// Whether `id` can name a container or an exec: 1 to [`MAX_ID_BYTES`] bytes of

@@ -176,26 +176,16 @@ impl Containers {
         let mut host_guards = Vec::new();
         for mount in &create.mounts {
             let index = mount.index as usize;
-            sources.insert(index, self.share.resolve(&mount.path)?);
-            if mount.host_guards {
+            let shared = self.share.resolve(&mount.path)?;
+            let copy = match mount.copied {
+                true => copied(&shared, container.copy(mount.index)),
+                false => None,
+            };
+            // The host does not guard a copy.
+            if mount.host_guards && copy.is_none() {
                 host_guards.push(index);
             }
-        }
-        for (index, path) in &container.copied {
-            let (source, copy) = (self.share.resolve(path)?, container.copy(*index));
-            // One that is renewed just now has its valid directory removed under the copying.
-            let made = copies::make(&source, &copy).or_else(|_| {
-                let _ = fs::remove_dir_all(&copy);
-                copies::make(&source, &copy)
-            });
-            match made {
-                // The host does not guard a copy.
-                Ok(()) => {
-                    sources.insert(*index as usize, copy);
-                    host_guards.retain(|guarded| *guarded != *index as usize);
-                }
-                Err(error) => tracing::warn!("{path} is not watched for inotify: {error}"),
-            }
+            sources.insert(index, copy.unwrap_or(shared));
         }
         for (index, bytes) in &create.shared_memory {
             sources.insert(*index as usize, self.pod.shared_memory(*bytes)?);
@@ -297,6 +287,19 @@ impl Containers {
             }
         }
         Ok(())
+    }
+}
+
+/// The copy of a volume, if there can be one. Without it the container has the volume itself, and
+/// inotify tells it nothing.
+fn copied(volume: &Path, copy: PathBuf) -> Option<PathBuf> {
+    // One that is renewed just now has its valid directory removed under the copying.
+    match copies::make(volume, &copy).or_else(|_| copies::make(volume, &copy)) {
+        Ok(()) => Some(copy),
+        Err(error) => {
+            tracing::warn!("inotify does not see renewals of {}: {error}", volume.display());
+            None
+        }
     }
 }
 

@@ -36,19 +36,18 @@ pub(super) async fn make(
         plan.timeline.mark(&format!("root mounted: {}", new.id));
         let (streams, stdio) =
             Streams::open(&new.places, &sandbox.vmm, &sandbox.next_stream).await?;
-        let mounts = shared.mounts.into_iter().map(|mount| agent::SharedMount {
+        let mounts = shared.mounts.iter().map(|mount| agent::SharedMount {
             index: mount.index,
-            path: mount.path,
+            path: mount.path.clone(),
             host_guards: mount.host_guards,
-            copied: shared.copied.iter().any(|(copied, _)| *copied == mount.index),
+            copied: mount.copied.is_some(),
             ..Default::default()
         });
-        let mounts = mounts.collect();
         let request = agent::CreateContainerRequest {
             container_id: new.id.clone(),
             spec: bytes,
             root: shared.root,
-            mounts,
+            mounts: mounts.collect(),
             stdio: MessageField::some(stdio),
             shared_memory: shared_memory
                 .into_iter()
@@ -59,7 +58,9 @@ pub(super) async fn make(
             ..Default::default()
         };
         sandbox.agent.create(&request).await?;
-        sandbox.copies.follow(&new.id, shared.copied);
+        let copied = shared.mounts.into_iter();
+        let copied = copied.filter_map(|mount| Some((mount.index, mount.copied?)));
+        sandbox.copies.follow(&new.id, copied.collect());
         plan.timeline.mark(&format!("container created: {}", new.id));
         Ok(Process::init(new.places.clone(), streams))
     };
