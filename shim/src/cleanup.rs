@@ -93,7 +93,7 @@ pub fn clean(
     share::unmount_below(dir.path())?;
     let released = match state.as_ref().and_then(|state| state.jail.as_ref()) {
         Some(record) => jail::release(&config.state_directory, namespace, id, record),
-        None => Ok(()),
+        None => jail::release_unrecorded(&config.state_directory, namespace, id),
     };
     dir.remove()?;
     // They may have gone with their shim. An older shim may have had another.
@@ -213,9 +213,13 @@ mod tests {
         let dir = StateDir::new(root.path(), "default", "demo").unwrap();
         dir.create().unwrap();
         std::fs::write(dir.path().join("state.json"), "{").unwrap();
+        let claims = jail::user_ids::Claims::new(root.path());
+        let range = jail::user_ids::Range { base: 70_000, count: 1 };
+        claims.claim(range, "default/demo").unwrap();
         let nowhere = Path::new("/nowhere");
         clean(&config(root.path()), "default", "demo", nowhere, nowhere).unwrap();
         assert!(!dir.path().exists());
+        claims.claim(range, "default/other").unwrap();
     }
 
     #[test]

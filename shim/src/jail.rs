@@ -67,6 +67,19 @@ pub fn reserve(
     Ok(Record { user_id: claims.claim(config.jail_uids, &owner)?, cgroup })
 }
 
+/// Gives back what a sandbox has of which there is no record: a user id. It is claimed before the
+/// record is written, and the cgroup is made after that.
+///
+/// # Errors
+/// [`RecordError`].
+pub fn release_unrecorded(
+    state_directory: &Path,
+    namespace: &str,
+    id: &str,
+) -> Result<(), RecordError> {
+    Ok(user_ids::Claims::new(state_directory).release_all(&format!("{namespace}/{id}"))?)
+}
+
 /// Gives back what the record names: the cgroup is removed with all that is in it.
 ///
 /// # Errors

@@ -107,6 +107,24 @@ impl Claims {
         std::fs::read_link(self.place(id)).is_ok_and(|found| found == Path::new(owner))
     }
 
+    /// Gives back whatever `owner` has, when it is not known what that is.
+    ///
+    /// # Errors
+    /// [`UserIdError::Io`].
+    pub fn release_all(&self, owner: &str) -> Result<(), UserIdError> {
+        let entries = match std::fs::read_dir(&self.dir) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            entries => entries.map_err(io("list", &self.dir))?,
+        };
+        for entry in entries {
+            let name = entry.map_err(io("list", &self.dir))?.file_name();
+            if let Some(id) = name.to_str().and_then(|name| name.parse().ok()) {
+                self.release(id, owner)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Gives an id back. One that `owner` does not have is no failure.
     ///
     /// # Errors
@@ -159,5 +177,18 @@ mod tests {
         claims.release(id, "a/b").unwrap();
         assert_eq!(claims.claim(range, "a/c").unwrap(), 7);
         claims.release(99, "a/c").unwrap();
+    }
+
+    #[test]
+    fn id_that_nobody_has_written_down_is_found_by_its_owner() {
+        let root = tempfile::tempdir().unwrap();
+        let claims = Claims::new(root.path());
+        claims.release_all("a/b").unwrap();
+        let range = Range { base: 7, count: 2 };
+        claims.claim(range, "a/b").unwrap();
+        let other = claims.claim(range, "a/c").unwrap();
+        claims.release_all("a/b").unwrap();
+        assert!(claims.is_owned(other, "a/c"));
+        assert_eq!(std::fs::read_dir(&claims.dir).unwrap().count(), 1);
     }
 }
