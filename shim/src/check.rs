@@ -14,7 +14,7 @@ use crate::{
         huge_pages, list,
         topology::{Node, Topology},
     },
-    template::{self, NoTemplate},
+    template::{self, NoTemplate, ahead},
 };
 
 /// The oldest containerd that speaks the task API of this shim.
@@ -109,7 +109,7 @@ pub fn run() -> Vec<Finding> {
 fn templates(config: &Config) -> Finding {
     let optional =
         |verdict, text: String| Finding { required: false, ..finding("template", verdict, text) };
-    match template::find(config) {
+    let found = match template::find(config) {
         Ok((name, _)) => optional(Verdict::Ok, format!("{name} fits pods without limits")),
         Err(reason @ (NoTemplate::Off | NoTemplate::Console)) => {
             optional(Verdict::Missing, format!("each pod boots its own kernel: {reason}"))
@@ -118,6 +118,12 @@ fn templates(config: &Config) -> Finding {
             optional(Verdict::Missing, format!("pods start slower: {reason}"))
         }
         Err(reason) => optional(Verdict::Broken, format!("pods start slower: {reason}")),
+    };
+    match ahead::last_failure(&config.template_directory) {
+        Some(failure) if found.verdict != Verdict::Ok => {
+            Finding { text: format!("{}; the last try failed: {failure}", found.text), ..found }
+        }
+        _ => found,
     }
 }
 

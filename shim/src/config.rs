@@ -33,9 +33,11 @@ pub const OVERHEAD_MIB: std::ops::RangeInclusive<u32> = 32..=65_536;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Templates {
-    /// Whenever there is one that fits.
+    /// Whenever there is one that fits. A pod that finds none has one made, for those to come.
     #[default]
     Auto,
+    /// Whenever there is one that fits. Only `vial template create` makes one.
+    Manual,
     /// Never.
     Off,
 }

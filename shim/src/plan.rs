@@ -27,6 +27,7 @@ use crate::{
     sandbox::Plan,
     size::{self, Limits},
     spec::{Role, Spec, SpecError, check_annotations},
+    template,
     timeline::Timeline,
 };
 
@@ -45,6 +46,9 @@ pub enum PlanError {
     /// See [`NumaError`].
     #[error(transparent)]
     Numa(#[from] NumaError),
+    /// See [`template::ANNOTATION`].
+    #[error(transparent)]
+    Template(#[from] template::WrongAnnotation),
     /// The options of a sandbox are of another type.
     #[error("the options of a sandbox have to be a {POD_CONFIG}, not '{0}'")]
     Options(String),
@@ -80,11 +84,12 @@ impl Place {
         let config = self.config.as_ref().map_err(|error| PlanError::Config(error.clone()))?;
         let devices = spec.wanted_devices(&config.pci_devices)?;
         let numa = numa::Wanted::new(&spec.annotations)?;
+        let template = template::allowed(&spec.annotations)?;
         let claim = spec.claim()?;
         if spec.role()? != Role::Sandbox {
             let pod = ConfigurePodRequest::default();
             let plan = self.plan(Limits::default(), network, pod, numa)?;
-            return Ok(Plan { cgroups_path, devices, claim, ..plan });
+            return Ok(Plan { cgroups_path, devices, template, claim, ..plan });
         }
         spec.check_sandbox()?;
         let pod = ConfigurePodRequest {
@@ -93,7 +98,7 @@ impl Place {
             ..Default::default()
         };
         let plan = self.plan(Limits::of_annotations(&spec.annotations), network, pod, numa)?;
-        Ok(Plan { cgroups_path, devices, claim, ..plan })
+        Ok(Plan { cgroups_path, devices, template, claim, ..plan })
     }
 
     /// The plan for a sandbox that is asked for by the Sandbox API.
@@ -110,22 +115,22 @@ impl Place {
             Some(options) => cgroup_of(options, &self.id)?,
             None => None,
         };
-        let (devices, numa) = match request.options.as_ref() {
+        let (devices, numa, template) = match request.options.as_ref() {
             Some(options) => self.annotations_of(options)?,
-            None => Default::default(),
+            None => (Wanted::default(), numa::Wanted::default(), true),
         };
         let plan = self.plan(limits, network, pod, numa)?;
-        Ok(Plan { files: Some(files), cgroups_path, devices, ..plan })
+        Ok(Plan { files: Some(files), cgroups_path, devices, template, ..plan })
     }
 
     /// What the pod's annotations ask for.
-    fn annotations_of(&self, options: &Any) -> Result<(Wanted, numa::Wanted), PlanError> {
+    fn annotations_of(&self, options: &Any) -> Result<(Wanted, numa::Wanted, bool), PlanError> {
         let config = self.config.as_ref().map_err(|error| PlanError::Config(error.clone()))?;
         let annotations = Fields::read(&options.value)?.map(field::CONFIG_ANNOTATIONS)?;
         check_annotations(&annotations)?;
         let devices = Wanted::new(&annotations, std::iter::empty(), &config.pci_devices)
             .map_err(SpecError::from)?;
-        Ok((devices, numa::Wanted::new(&annotations)?))
+        Ok((devices, numa::Wanted::new(&annotations)?, template::allowed(&annotations)?))
     }
 
     fn plan(
@@ -148,6 +153,7 @@ impl Place {
             network_namespace,
             cgroups_path: None,
             devices: Wanted::default(),
+            template: true,
             numa,
             claim: Claim::default(),
             pod,

@@ -54,6 +54,7 @@ use crate::{
     pod_files::PodFiles,
     share::{self, Share},
     state_dir::{ProcessIdentity, STATE_VERSION, State, StateDir},
+    template::ahead,
     timeline::Timeline,
     undo::UndoStack,
     vmm_client::{self, VmmClient, VmmEvent},
@@ -92,6 +93,8 @@ pub struct Plan {
     pub cgroups_path: Option<String>,
     /// The functions of the host that it asks for.
     pub devices: Wanted,
+    /// Whether it may start from a template.
+    pub template: bool,
     /// What its annotations ask for of the host's nodes.
     pub numa: numa::Wanted,
     /// What its container asks for of them, when that is known with it.
@@ -228,6 +231,9 @@ impl Sandbox {
             if !network.interfaces.is_empty() {
                 agent.configure_network(&network).await?;
                 timeline.mark("network configured");
+            }
+            if let Started::Booted { template_missing: true } = started {
+                ahead::begin(config);
             }
             Ok((ready, agent, listed))
         };
@@ -513,7 +519,7 @@ async fn boot(
         });
     }
     let kvm = given.add(&files.kvm);
-    let template = start::find_template(plan, &devices, &placement);
+    let (template, mut missing) = start::find_template(plan, &devices, &placement);
     if let Some(template) = &template {
         let saved = Saved {
             memory: given.add(&template.memory),
@@ -522,9 +528,10 @@ async fn boot(
             devices: &devices,
             hot_plug,
         };
-        if start::restore(plan, &template.name, saved, client, &given).await? {
+        if start::restore(plan, template, saved, client, &given).await? {
             return Ok((Started::Restored { new_devices: devices.len() > base }, None));
         }
+        missing = true;
     }
     let config = VmConfig {
         version: API_VERSION,
@@ -547,7 +554,7 @@ async fn boot(
     match answer {
         Ok(Reply::Booted(report)) => {
             start::mark_report(plan, report.marks);
-            Ok((Started::Booted, report.functions))
+            Ok((Started::Booted { template_missing: missing }, report.functions))
         }
         Ok(_) => Err(vmm("boot the VM")(vmm_client::VmmError::Answer)),
         // Why it ended is better known to whoever waits for the process.

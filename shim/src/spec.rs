@@ -14,13 +14,15 @@ use vial_agent_protocol::MAX_SPEC_BYTES;
 use crate::{
     devices::{self, DeviceError, address::Address, wanted::Wanted},
     numa::{self, NumaError, claim},
+    template,
 };
 
 const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
 /// How annotations begin that are for Vial.
 const OURS: &str = "io.vial/";
 /// Those that there are.
-const ANNOTATIONS: [&str; 3] = [devices::ANNOTATION, numa::ANNOTATION, numa::HUGE_PAGES];
+const ANNOTATIONS: [&str; 4] =
+    [devices::ANNOTATION, numa::ANNOTATION, numa::HUGE_PAGES, template::ANNOTATION];
 const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 /// Where a container has memory to share, and where CRI gives it the pod's.
 pub(crate) const SHARED_MEMORY: &str = "/dev/shm";

@@ -13,10 +13,12 @@
 //! system says of the files ([`Stamp`]), which a file that was replaced or written cannot keep.
 //! Only root can write below the directory, or change what a stamp shows.
 
+pub mod ahead;
 pub mod create;
 pub mod list;
 
 use std::{
+    collections::HashMap,
     fs::{self, File},
     io,
     os::unix::fs::MetadataExt,
@@ -101,6 +103,9 @@ pub enum NoTemplate {
     /// The operator does not want it.
     #[error("`templates` is \"off\"")]
     Off,
+    /// The pod does not want it.
+    #[error("the pod's annotation {ANNOTATION} is none")]
+    Unwanted,
     /// A console has to be there from the start.
     #[error("`debug_console` is on, and the console of a template is not kept")]
     Console,
@@ -143,6 +148,13 @@ pub enum NoTemplate {
     },
 }
 
+impl NoTemplate {
+    /// Whether a template made now would do.
+    pub fn is_for_want_of_one(&self) -> bool {
+        matches!(self, Self::None { .. } | Self::Stale { .. } | Self::Unreadable { .. })
+    }
+}
+
 /// A template that fits, open.
 #[derive(Debug)]
 pub struct Template {
@@ -152,6 +164,39 @@ pub struct Template {
     pub memory: File,
     /// All else.
     pub state: File,
+}
+
+impl Template {
+    /// Whether it is this one still that has its name.
+    fn is_in_place(&self, root: &Path) -> bool {
+        let now = fs::metadata(root.join(&self.name).join(STATE));
+        let own = self.state.metadata();
+        now.is_ok_and(|now| own.is_ok_and(|own| (own.dev(), own.ino()) == (now.dev(), now.ino())))
+    }
+}
+
+/// The annotation of a pod that says whether it may start from a template: all pods from one share
+/// pages of memory, by which one can tell what code of the kernel another one runs.
+pub const ANNOTATION: &str = "io.vial/template";
+
+/// The annotation says something else.
+#[derive(Debug, thiserror::Error)]
+#[error("the annotation {ANNOTATION} is '{0}'; it can be auto or none")]
+pub struct WrongAnnotation(String);
+
+/// Whether the pod with these annotations may start from a template.
+///
+/// # Errors
+/// [`WrongAnnotation`].
+pub fn allowed(annotations: &HashMap<String, String>) -> Result<bool, WrongAnnotation> {
+    match annotations.get(ANNOTATION).map(String::as_str) {
+        None | Some("auto") => Ok(true),
+        Some("none") => Ok(false),
+        Some(other) => {
+            let start = other.chars().take(32).flat_map(char::escape_debug).collect();
+            Err(WrongAnnotation(start))
+        }
+    }
 }
 
 /// The kernel's command line of a template.
@@ -216,6 +261,13 @@ pub fn find(config: &Config) -> Result<(String, Manifest), NoTemplate> {
 }
 
 impl Manifest {
+    /// Whether what it was made from is not there as it was.
+    fn is_outdated(&self) -> bool {
+        let gone = |stamp: &Stamp| !stamp.holds(&stamp.path).unwrap_or(false);
+        self.release != env!("CARGO_PKG_VERSION")
+            || [&self.kernel, &self.initrd, &self.vmm].into_iter().any(gone)
+    }
+
     /// What of the configuration the template was not made with.
     fn misfit(&self, config: &Config) -> io::Result<Option<&'static str>> {
         let files = [

@@ -62,6 +62,15 @@ pub fn write(text: &str) -> Result<()> {
         .with_context(|| format!("write {}", path.display()))
 }
 
+/// `text` with a setting added, in place of one of that key. `value` is as TOML has it.
+pub fn with(text: &str, key: &str, value: &str) -> String {
+    let other = |line: &&str| line.split_once('=').is_none_or(|(found, _)| found.trim() != key);
+    // Before all else: behind a table's heading it would be the table's.
+    std::iter::once(format!("{key} = {value}\n"))
+        .chain(text.lines().filter(other).map(|line| format!("{line}\n")))
+        .collect()
+}
+
 /// A setting of the node's configuration, or its default. Only keys whose values are strings.
 ///
 /// # Errors
@@ -72,4 +81,16 @@ pub fn setting(key: &str, default: &str) -> Result<String> {
     let table: toml::Table =
         toml::from_str(&text).with_context(|| format!("read {}", path.display()))?;
     Ok(table.get(key).and_then(|value| value.as_str()).unwrap_or(default).to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn setting_takes_the_place_of_one_of_that_key() {
+        let text = with("a = 1\nab = 2\n[b]\nc = 3\n", "a", "\"x\"");
+        assert_eq!(text, "a = \"x\"\nab = 2\n[b]\nc = 3\n");
+        assert_eq!(with("", "a", "1"), "a = 1\n");
+    }
 }

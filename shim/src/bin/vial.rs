@@ -58,6 +58,10 @@ enum TemplateCommand {
         /// have limits has their memory on top of the configuration's.
         #[arg(long, value_parser = clap::value_parser!(u32).range(bounds(MEMORY_MIB)))]
         memory_mib: Option<u32>,
+        /// Do nothing when there is one for pods without limits, or while another process makes
+        /// one; else make it at the lowest priority. So a pod that finds none has it made.
+        #[arg(long, conflicts_with_all = ["vcpus", "memory_mib"])]
+        if_missing: bool,
     },
     /// Lists the templates, and whether pods start from them.
     List {
@@ -152,12 +156,17 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
 
 fn run_template(command: TemplateCommand, mut config: Config) -> anyhow::Result<ExitCode> {
     match command {
-        TemplateCommand::Create { vcpus, memory_mib } => {
+        TemplateCommand::Create { vcpus, memory_mib, if_missing } => {
             config.vcpus = vcpus.unwrap_or(config.vcpus);
             config.memory_mib = memory_mib.unwrap_or(config.memory_mib);
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            let name = runtime.block_on(template::create::create(&config))?;
-            tell(format_args!("{name}\n"))?;
+            let name = match if_missing {
+                true => runtime.block_on(template::ahead::create_missing(&config))?,
+                false => Some(runtime.block_on(template::create::create(&config))?),
+            };
+            if let Some(name) = name {
+                tell(format_args!("{name}\n"))?;
+            }
         }
         TemplateCommand::List { json } => {
             let listed = template::list::list(&config);

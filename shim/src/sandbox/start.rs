@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use tokio::{net::UnixStream, sync::mpsc};
 use vial_agent_protocol::{AGENT_PORT, READY_PORT};
 use vial_vmm_api::{
-    API_VERSION, Action, Descriptor, DeviceConfig, Placement, Reply, RestoreConfig,
+    API_VERSION, Action, Descriptor, DeviceConfig, FailureKind, Placement, Reply, RestoreConfig,
 };
 
 use super::{Given, Plan, vmm};
@@ -20,7 +20,7 @@ use crate::{
         placed::{Placed, Subject},
     },
     state_dir::{State, StateDir},
-    template::{self, NoTemplate, Template},
+    template::{self, NoTemplate, Template, ahead},
     timeline::Timeline,
     vmm_client::{self, VmmClient, VmmEvent},
 };
@@ -28,8 +28,9 @@ use crate::{
 /// How a VM came to run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Started {
-    /// Its kernel boots.
-    Booted,
+    /// Its kernel boots: because there is no template, though the pod could have gone on from one,
+    /// or because it could not.
+    Booted { template_missing: bool },
     /// It goes on from a template, with devices that the template had not, or without.
     Restored { new_devices: bool },
 }
@@ -40,12 +41,12 @@ pub(super) fn mark_report(plan: &Plan, marks: Vec<(String, u64)>) {
     }
 }
 
-/// The template that the VM can go on from.
+/// The template that the VM can go on from; without one, whether it is only missing.
 pub(super) fn find_template(
     plan: &Plan,
     devices: &[DeviceConfig],
     placement: &Placement,
-) -> Option<Template> {
+) -> (Option<Template>, bool) {
     // Others cannot be added to a machine while it is restored.
     let fits = |device: &DeviceConfig| {
         matches!(
@@ -64,6 +65,7 @@ pub(super) fn find_template(
         _ => None,
     };
     let found = match (devices.iter().all(fits), own) {
+        _ if !plan.template => Err(NoTemplate::Unwanted),
         (false, _) => Err(NoTemplate::Devices),
         (true, Some(what)) => Err(NoTemplate::Placed(what)),
         (true, None) => template::open(&plan.config),
@@ -71,7 +73,7 @@ pub(super) fn find_template(
     match found {
         Ok(template) => {
             plan.timeline.mark(&format!("template found: {}", template.name));
-            Some(template)
+            (Some(template), false)
         }
         Err(reason) => {
             if matches!(reason, NoTemplate::Stale { .. } | NoTemplate::Unreadable { .. }) {
@@ -79,7 +81,7 @@ pub(super) fn find_template(
             } else {
                 tracing::info!("the VM boots cold: of the templates, {reason}");
             }
-            None
+            (None, reason.is_for_want_of_one())
         }
     }
 }
@@ -116,7 +118,7 @@ pub(super) struct Saved<'a> {
 /// Lets the VM go on from a template. Returns whether it does: one that the VMM refuses is none.
 pub(super) async fn restore(
     plan: &Plan,
-    name: &str,
+    template: &Template,
     Saved { memory, state, kvm, devices, hot_plug }: Saved<'_>,
     client: &VmmClient,
     given: &Given<'_>,
@@ -134,17 +136,22 @@ pub(super) async fn restore(
     match client.request(Action::Restore(Box::new(config)), &given.0).await {
         Ok(Reply::Booted(report)) => {
             mark_report(plan, report.marks);
-            tracing::info!("the VM goes on from the template {name}");
+            tracing::info!("the VM goes on from the template {}", template.name);
             Ok(true)
         }
         Ok(_) => Err(vmm("restore the VM")(vmm_client::VmmError::Answer)),
         Err(vmm_client::VmmError::Refused(failure)) => {
             plan.timeline.mark("template refused");
             tracing::warn!(
-                "the VM boots cold: the template {name} is refused: {}; `vial template create` \
-                 makes it anew",
+                "the VM boots cold: the template {} is refused: {}; `vial template create` makes \
+                 it anew",
+                template.name,
                 failure.message
             );
+            // What the host refuses now, it may grant to the next one.
+            if failure.kind == FailureKind::Invalid {
+                ahead::discard(&plan.config, template);
+            }
             Ok(false)
         }
         // Why it ended is better known to whoever waits for the process.
@@ -164,7 +171,7 @@ pub(super) async fn meet_agent(
     let Plan { config, timeline, .. } = plan;
     let connect = || async { client.connect(AGENT_PORT).await.map_err(vmm("reach the agent")) };
     match started {
-        Started::Booted => {
+        Started::Booted { .. } => {
             let ready = wait_ready(events).await?;
             timeline.mark("guest ready");
             let agent = Agent::greet(connect().await?, config.boot_timeout, timeline).await?;

@@ -15,13 +15,18 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use rustix::fs::{AtFlags, CWD, FlockOperation, Mode, OFlags, RenameFlags};
+use rustix::{
+    fs::{AtFlags, CWD, FlockOperation, Mode, OFlags, RenameFlags},
+    io::Errno,
+};
 use sha2::{Digest, Sha256};
 use tokio::{io::AsyncReadExt, sync::mpsc};
 use vial_agent_protocol::READY_PORT;
 use vial_vmm_api::{API_VERSION, Action, Descriptor, FailureKind, Placement, VmConfig};
 
-use super::{MANIFEST, MANIFEST_VERSION, MEMORY, Manifest, STATE, Stamp, UNFINISHED, prefix};
+use super::{
+    MANIFEST, MANIFEST_VERSION, MEMORY, Manifest, STATE, Stamp, UNFINISHED, ahead, prefix,
+};
 use crate::{
     config::Config,
     jail::descriptors,
@@ -75,6 +80,9 @@ pub enum CreateError {
     /// The configuration.
     #[error("a template has no console; set `debug_console = false`")]
     Console,
+    /// The lock.
+    #[error("another process makes a template; try again when it has ended")]
+    Busy,
 }
 
 fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> CreateError {
@@ -85,28 +93,66 @@ fn vmm(action: &'static str) -> impl FnOnce(VmmError) -> CreateError {
     move |error| CreateError::Vmm { action, error }
 }
 
+/// Whether to wait until nobody else makes a template.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wait {
+    /// For as long as it takes.
+    Yes,
+    /// Not at all: what the other makes will do.
+    No,
+}
+
 /// Makes the template for VMs of that configuration, in place of one that there is, and returns
 /// its name.
 ///
 /// # Errors
 /// [`CreateError`]. Nothing is left then.
 pub async fn create(config: &Config) -> Result<String, CreateError> {
+    let made = create_unless(config, Wait::Yes, || false).await?;
+    // Nothing but somebody else's lock keeps it from being made, and that was waited for.
+    made.ok_or(CreateError::Busy)
+}
+
+/// As [`create`], but not when `needless` says so, or when somebody else makes one that is not
+/// waited for.
+pub(super) async fn create_unless(
+    config: &Config,
+    wait: Wait,
+    needless: impl FnOnce() -> bool,
+) -> Result<Option<String>, CreateError> {
     if config.debug_console {
         return Err(CreateError::Console);
     }
     let root = &config.template_directory;
-    let _lock = prepare(root)?;
+    let Some(_lock) = prepare(root, wait)? else { return Ok(None) };
+    if needless() {
+        return Ok(None);
+    }
     let manifest = manifest(config)?;
     let (memory, state) = (unnamed(root)?, unnamed(root)?);
     save_guest(config, &memory, &state).await?;
     let name = name(&manifest);
     put_in_place(root, &name, &manifest, &memory, &state)?;
-    Ok(name)
+    ahead::forget_failure(root);
+    remove_outdated(root)?;
+    Ok(Some(name))
 }
 
-/// Makes the directory, waits until nobody else makes a template, and removes what somebody who
-/// was interrupted left in the moment of naming it.
-fn prepare(root: &Path) -> Result<File, CreateError> {
+/// Removes templates that no pod can start from any more, whatever its configuration: what they
+/// were made from is not there as it was.
+fn remove_outdated(root: &Path) -> Result<(), CreateError> {
+    for name in super::names(root) {
+        let path = root.join(&name);
+        if super::read_manifest(&path).is_ok_and(|manifest| manifest.is_outdated()) {
+            super::remove(root, &name).map_err(file("remove", &path))?;
+        }
+    }
+    Ok(())
+}
+
+/// Makes the directory, locks it, and removes what somebody who was interrupted left in the moment
+/// of naming it. None when it is locked and that is not waited for.
+fn prepare(root: &Path, wait: Wait) -> Result<Option<File>, CreateError> {
     let make = |path: &Path| {
         let mut builder = DirBuilder::new();
         builder.recursive(true).mode(0o700).create(path).map_err(file("make", path))
@@ -121,15 +167,21 @@ fn prepare(root: &Path) -> Result<File, CreateError> {
         .mode(0o600)
         .open(&path)
         .map_err(file("open", &path))?;
-    rustix::fs::flock(&lock, FlockOperation::LockExclusive)
-        .map_err(|error| file("lock", &path)(error.into()))?;
+    let operation = match wait {
+        Wait::Yes => FlockOperation::LockExclusive,
+        Wait::No => FlockOperation::NonBlockingLockExclusive,
+    };
+    match rustix::fs::flock(&lock, operation) {
+        Err(Errno::WOULDBLOCK) if wait == Wait::No => return Ok(None),
+        result => result.map_err(|error| file("lock", &path)(error.into()))?,
+    }
     for entry in fs::read_dir(root).map_err(file("list", root))?.flatten() {
         if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
             let path = entry.path();
             fs::remove_dir_all(&path).map_err(file("remove", &path))?;
         }
     }
-    Ok(lock)
+    Ok(Some(lock))
 }
 
 /// A file without a name, which goes when nobody has it open.
@@ -388,7 +440,7 @@ mod tests {
     #[test]
     fn template_is_put_in_place_whole_and_replaced_whole() {
         let root = tempfile::tempdir().unwrap();
-        let _lock = prepare(root.path()).unwrap();
+        let _lock = prepare(root.path(), Wait::Yes).unwrap().unwrap();
         for content in ["one", "two"] {
             let (mut memory, state) =
                 (unnamed(root.path()).unwrap(), unnamed(root.path()).unwrap());
@@ -410,7 +462,16 @@ mod tests {
         let left = root.path().join(format!("{UNFINISHED}1x128-a"));
         fs::create_dir(&left).unwrap();
         fs::write(left.join(MEMORY), "half").unwrap();
-        drop(prepare(root.path()).unwrap());
+        drop(prepare(root.path(), Wait::Yes).unwrap());
         assert!(!left.exists());
+    }
+
+    #[test]
+    fn lock_of_another_is_waited_for_or_not() {
+        let root = tempfile::tempdir().unwrap();
+        let lock = prepare(root.path(), Wait::No).unwrap().expect("nobody has it");
+        assert!(prepare(root.path(), Wait::No).unwrap().is_none());
+        drop(lock);
+        assert!(prepare(root.path(), Wait::No).unwrap().is_some());
     }
 }

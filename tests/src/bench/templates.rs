@@ -31,13 +31,14 @@ impl Template {
     }
 
     fn with(&self, templates: &str) -> String {
-        let (before, directory) = (self.before.text(), self.directory.path());
-        format!("{before}\ntemplates = \"{templates}\"\ntemplate_directory = {directory:?}\n")
+        let directory = format!("{:?}", self.directory.path());
+        let text = node::with(self.before.text(), "template_directory", &directory);
+        node::with(&text, "templates", &format!("{templates:?}"))
     }
 
     /// The configuration with which pods start from it.
     pub(crate) fn used(&self) -> String {
-        self.with("auto")
+        self.with("manual")
     }
 
     /// The configuration with which each pod boots.

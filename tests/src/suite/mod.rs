@@ -86,6 +86,9 @@ pub(crate) fn cases() -> Vec<Case> {
         templates::template_keeps_its_memory_whatever_its_pods_write,
         templates::template_that_is_damaged_is_named_and_the_pod_boots,
         templates::template_whose_making_is_killed_leaves_nothing,
+        templates::template_is_made_when_a_pod_finds_none,
+        templates::template_that_cannot_be_made_is_not_tried_again_at_once,
+        templates::template_is_not_for_a_pod_that_does_not_want_one,
         templates::template_is_listed_checked_and_removed,
         input::wrong_configuration_is_named,
         input::wrong_command_lines_are_refused,
@@ -177,6 +180,7 @@ pub(crate) fn run(
 }
 
 fn begin(image: &str, archives: &[PathBuf], of_pods: bool, of_devices: bool) -> Result<Bed> {
+    templates::only_by_hand()?;
     let mut bed = Bed::new(image, archives)?;
     if of_pods {
         cri::begin(archives)?;

@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
-use vial_tests::node::Configuration;
+use vial_tests::node::{self, Configuration};
 
 use super::bed::{Bed, Detached, Runtime, run};
 use super::faults::process;
@@ -21,20 +21,36 @@ const DIRECTORY: &str = "/var/lib/vial-suite-templates";
 /// What the shim says of a VM that went on from a template, and of one that did not.
 const RESTORED: &str = "goes on from the template";
 const COLD: &str = "the VM boots cold";
-/// How long a making may take to come so far that there is a VMM.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How long a making may take, and how long until there is a VMM.
+const PATIENCE: Duration = Duration::from_secs(90);
 
 /// A node with a template directory of its own, until dropped.
 pub(super) struct Node {
     _configuration: Configuration,
 }
 
+/// From here on nobody but a case makes a template: the pods of all others are what they are meant to be, and no process
+/// comes and goes that is not theirs.
+pub(crate) fn only_by_hand() -> Result<()> {
+    let text = fs::read_to_string(node::path()).unwrap_or_default(); // It may be absent.
+    node::write(&node::with(&text, "templates", BY_HAND))
+}
+
+/// Who makes templates.
+const BY_HAND: &str = "\"manual\"";
+const BY_PODS: &str = "\"auto\"";
+
 impl Node {
     /// One without a template.
     fn empty() -> Result<Self> {
+        Self::configured(BY_HAND)
+    }
+
+    /// One without a template, on which `templates` has that value.
+    fn configured(templates: &str) -> Result<Self> {
         let configuration = Configuration::keep();
-        let text = format!("{}\ntemplate_directory = \"{DIRECTORY}\"\n", configuration.text());
-        configuration.write(&text)?;
+        let text = node::with(configuration.text(), "templates", templates);
+        configuration.write(&node::with(&text, "template_directory", &format!("{DIRECTORY:?}")))?;
         Ok(Self { _configuration: configuration })
     }
 
@@ -268,5 +284,104 @@ pub(crate) fn template_is_listed_checked_and_removed(bed: &Bed) -> Result<()> {
     let log = bed.log_length();
     bed.run(Runtime::Vial, &[], &["true"])?.expect(0)?;
     ensure!(!bed.lines_since(log, COLD).is_empty(), "the start does not say why it is cold");
+    Ok(())
+}
+
+/// The names in the directory of templates that are whole.
+fn whole() -> Vec<String> {
+    let entries = fs::read_dir(DIRECTORY).into_iter().flatten().flatten();
+    let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    names.filter(|name| !name.starts_with('.')).collect()
+}
+
+pub(crate) fn template_is_made_when_a_pod_finds_none(bed: &Bed) -> Result<()> {
+    let _node = Node::configured(BY_PODS)?;
+    // Three at once want one; the first of them to get there makes it, after its pod has ended.
+    let log = bed.log_length();
+    std::thread::scope(|scope| {
+        let runs: Vec<_> =
+            (0..3).map(|_| scope.spawn(|| bed.run(Runtime::Vial, &[], &["true"]))).collect();
+        runs.into_iter().try_for_each(|run| {
+            run.join().map_err(|_| anyhow::anyhow!("a run panicked"))??.expect(0).map(drop)
+        })
+    })?;
+    ensure!(bed.lines_since(log, COLD).len() == 3, "the first pods did not boot by themselves");
+    wait_for("one template", || Ok(whole().len() == 1 && makings()? == 0))?;
+    let made = whole();
+    let log = bed.log_length();
+    bed.run(Runtime::Vial, &[], &["true"])?.expect(0)?;
+    ensure!(!bed.lines_since(log, RESTORED).is_empty(), "the next pod does not start from it");
+    // One that is damaged is told of, taken away, and made again; an outdated one goes with it.
+    let state = Path::new(DIRECTORY).join(&made[0]).join("state");
+    let middle = fs::metadata(&state)?.len() / 2;
+    File::options().write(true).open(&state)?.write_all_at(&[0xa5; 64], middle)?;
+    let outdated = Path::new(DIRECTORY).join("1x128-0000000000000000");
+    let manifest = fs::read_to_string(Path::new(DIRECTORY).join(&made[0]).join("template.json"))?;
+    fs::create_dir(&outdated)?;
+    fs::write(outdated.join("template.json"), manifest.replacen("\"inode\": ", "\"inode\": 1", 1))?;
+    let log = bed.log_length();
+    bed.run(Runtime::Vial, &[], &["true"])?.expect(0)?;
+    ensure!(!bed.lines_since(log, COLD).is_empty(), "the damaged template was used");
+    wait_for("a new template and nothing else", || {
+        Ok(state.exists() && whole() == made && makings()? == 0)
+    })?;
+    let log = bed.log_length();
+    bed.run(Runtime::Vial, &[], &["true"])?.expect(0)?;
+    ensure!(!bed.lines_since(log, RESTORED).is_empty(), "the new template is not used");
+    Ok(())
+}
+
+/// Waits until something holds that the making of a template leads to.
+fn wait_for(what: &str, holds: impl Fn() -> Result<bool>) -> Result<()> {
+    let start = Instant::now();
+    while !holds()? {
+        ensure!(start.elapsed() < PATIENCE, "{what}: not there within {PATIENCE:?}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
+}
+
+/// How many processes make templates.
+fn makings() -> Result<usize> {
+    let said = run(Command::new("pgrep").args(["-c", "-f", "^[^ ]*vial template create"]))?.stdout;
+    Ok(said.trim().parse()?)
+}
+
+pub(crate) fn template_that_cannot_be_made_is_not_tried_again_at_once(bed: &Bed) -> Result<()> {
+    let _node = Node::configured(BY_PODS)?;
+    // A template has to be a directory there, and a file is in the way of it.
+    fs::create_dir_all(DIRECTORY)?;
+    fs::write(Path::new(DIRECTORY).join(".empty"), "")?;
+    bed.run(Runtime::Vial, &[], &["true"])?.expect(0)?;
+    let told = Path::new(DIRECTORY).join(".failed");
+    wait_for("the reason", || Ok(told.exists() && makings()? == 0))?;
+    let reason = fs::read_to_string(&told)?;
+    ensure!(reason.contains(".empty"), "{reason}");
+    ensure!(vial(&["check"])?.contains(&reason), "vial check does not tell of it");
+    let log = bed.log_length();
+    bed.run(Runtime::Vial, &[], &["true"])?.expect(0)?;
+    ensure!(
+        bed.lines_since(log, "no template is made now").iter().any(|line| line.contains(".empty")),
+        "the next pod does not say why there is none"
+    );
+    ensure!(whole().is_empty(), "there is a template: {:?}", whole());
+    // By hand it is tried at once, and nobody is kept from it after that.
+    fs::remove_file(Path::new(DIRECTORY).join(".empty"))?;
+    vial(&["template", "create"])?;
+    ensure!(!told.exists(), "the reason has outlived the failure");
+    Ok(())
+}
+
+pub(crate) fn template_is_not_for_a_pod_that_does_not_want_one(bed: &Bed) -> Result<()> {
+    let (_node, _) = Node::with_template()?;
+    let annotation = |value| format!("io.vial/template={value}");
+    let log = bed.log_length();
+    let none = annotation("none");
+    bed.run(Runtime::Vial, &["--annotation", &none], &["true"])?.expect(0)?;
+    let cold = bed.lines_since(log, COLD);
+    ensure!(cold.iter().any(|line| line.contains("annotation")), "it started from one: {cold:?}");
+    let wrong = annotation("maybe");
+    let refused = bed.run(Runtime::Vial, &["--annotation", &wrong], &["true"])?;
+    ensure!(refused.status != 0 && refused.stderr.contains("'maybe'"), "{refused:?}");
     Ok(())
 }
