@@ -14,6 +14,7 @@ use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::time::{ClockId, Timespec, clock_settime};
+use tokio::sync::watch;
 use tokio_vsock::{VMADDR_CID_HOST, VsockAddr, VsockStream};
 use vial_agent_protocol::agent::AdoptRequest;
 use vial_agent_protocol::{READY_PORT, SEED_BYTES};
@@ -21,6 +22,7 @@ use vial_agent_protocol::{READY_PORT, SEED_BYTES};
 use crate::boot::{self, BootError};
 use crate::cgroup;
 use crate::devices::{DeviceError, Program};
+use crate::fit::{self, Size};
 use crate::functions::{self, FunctionError};
 use crate::sys;
 
@@ -41,6 +43,8 @@ pub(crate) enum AdoptError {
     Devices(#[from] FunctionError),
     #[error(transparent)]
     Share(#[from] BootError),
+    #[error("the guest of the pod is not as large as its VM: {0}")]
+    Size(String),
     #[error("cannot tell the host on vsock port {READY_PORT} that the agent is ready: {0}")]
     Ready(io::Error),
 }
@@ -88,23 +92,41 @@ enum Owner {
     Pod { _ready: Option<VsockStream> },
 }
 
-/// Whom the guest belongs to, which changes at most once.
+/// Whether the guest has what its VM has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Growth {
+    Done,
+    Pending,
+    Failed(String),
+}
+
+/// Whom the guest belongs to, which changes at most once, and how far it has grown.
 #[derive(Debug)]
-pub(crate) struct Adoption(Mutex<Owner>);
+pub(crate) struct Adoption {
+    owner: Mutex<Owner>,
+    /// Memory of a template, in bytes.
+    memory_bytes: u64,
+    growth: watch::Sender<Growth>,
+}
 
 impl Adoption {
     /// A guest that was booted for a pod, with its connection to the host's ready port.
     pub(crate) fn of_pod(ready: Option<VsockStream>) -> Self {
-        Self(Mutex::new(Owner::Pod { _ready: ready }))
+        Self::new(Owner::Pod { _ready: ready })
     }
 
     /// A template.
     pub(crate) fn of_nobody() -> Self {
-        Self(Mutex::new(Owner::Nobody))
+        Self::new(Owner::Nobody)
+    }
+
+    fn new(owner: Owner) -> Self {
+        let growth = watch::Sender::new(Growth::Done);
+        Self { owner: Mutex::new(owner), memory_bytes: fit::memory_bytes(), growth }
     }
 
     fn owner(&self) -> MutexGuard<'_, Owner> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.owner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Sets who holds the connection to the ready port, when the agent has it.
@@ -112,7 +134,8 @@ impl Adoption {
         *self.owner() = Owner::Pod { _ready: ready };
     }
 
-    /// Makes the guest that of the pod that asks.
+    /// Makes the guest that of the pod that asks. What it is to have more than the template may come
+    /// later.
     ///
     /// # Errors
     /// [`AdoptError`]. A guest that is half of the way belongs to the pod, and is of no use.
@@ -128,6 +151,7 @@ impl Adoption {
         // First: whatever follows may draw some.
         sys::seed_random(&request.seed).map_err(AdoptError::Random)?;
         clock_settime(ClockId::Realtime, time).map_err(|error| AdoptError::Clock(error.into()))?;
+        self.grow(request);
         if request.new_devices {
             functions::rescan()?;
         }
@@ -135,6 +159,40 @@ impl Adoption {
         let ready = connect_ready().await.map_err(AdoptError::Ready)?;
         self.set_ready(Some(ready));
         Ok(())
+    }
+
+    /// Begins to make the guest as large as its VM.
+    fn grow(&self, request: &AdoptRequest) {
+        let size = Size {
+            vcpus: request.vcpus,
+            memory_before: self.memory_bytes,
+            memory_more: u64::from(request.more_memory_mib) << 20,
+        };
+        self.growth.send_replace(Growth::Pending);
+        let growth = self.growth.clone();
+        tokio::spawn(async move {
+            growth.send_replace(match fit::grow(size).await {
+                Ok(()) => Growth::Done,
+                Err(error) => {
+                    tracing::error!("{error}");
+                    Growth::Failed(error.to_string())
+                }
+            });
+        });
+    }
+
+    /// Waits until the guest is as large as its VM.
+    ///
+    /// # Errors
+    /// [`AdoptError::Size`] says what it has not.
+    pub(crate) async fn grown(&self) -> Result<(), AdoptError> {
+        let mut growth = self.growth.subscribe();
+        let now = growth.wait_for(|growth| *growth != Growth::Pending).await;
+        match now.as_deref() {
+            Ok(Growth::Failed(what)) => Err(AdoptError::Size(what.clone())),
+            // The other end is this.
+            _ => Ok(()),
+        }
     }
 }
 
@@ -183,6 +241,19 @@ mod tests {
         let mut request = request();
         request.realtime_ns = 0;
         assert!(matches!(check(&request), Err(AdoptError::Time(0))));
+    }
+
+    #[tokio::test]
+    async fn guest_that_does_not_grow_says_what_it_has_not() {
+        let adoption = Adoption::of_nobody();
+        adoption.grown().await.unwrap();
+        // Nothing more than the template has.
+        adoption.grow(&request());
+        assert_eq!(*adoption.growth.borrow(), Growth::Pending);
+        adoption.grown().await.unwrap();
+        adoption.growth.send_replace(Growth::Failed("no memory".into()));
+        let error = adoption.grown().await.unwrap_err();
+        assert!(error.to_string().contains("no memory") && !error.is_of_the_request(), "{error}");
     }
 
     #[tokio::test]

@@ -4,7 +4,8 @@
 //! containers ([`container`]) made by libcontainer in single-threaded helper processes of this
 //! same program ([`launch`], [`helper`]), their streams ([`streams`], [`stdio`], [`terminal`]) and
 //! their ends ([`reaper`]). What containers share is in [`network`] and [`pod`]; a guest that goes
-//! on from a template becomes a pod's own in [`adopt`]. When it fails it ends, and the kernel
+//! on from a template becomes a pod's own in [`adopt`], and as large as that pod's VM in [`fit`].
+//! When it fails it ends, and the kernel
 //! panics for want of an init: that is how the host learns of it.
 
 mod adopt;
@@ -13,6 +14,7 @@ mod cgroup;
 mod container;
 mod copies;
 mod devices;
+mod fit;
 mod forward;
 mod functions;
 mod helper;

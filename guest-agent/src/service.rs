@@ -225,6 +225,8 @@ impl agent_ttrpc::Agent for AgentService {
             },
             functions: names(request.functions),
         };
+        // Limits, and file systems in memory, go by what there is.
+        self.adoption.grown().await.map_err(|error| failed(&error, false))?;
         let mut response = CreateContainerResponse::new();
         response.pid = whole(async move { containers.create(create).await }).await?;
         Ok(response)

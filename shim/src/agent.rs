@@ -109,18 +109,17 @@ impl Agent {
     }
 
     /// Makes a guest that went on from a template this pod's own. It then connects to the ready
-    /// port. `new_devices`: whether the VM has some that the template had not.
+    /// port. `request` says what its VM has that the template has not; the rest of it is filled in.
     ///
     /// # Errors
     /// [`AgentError`].
-    pub async fn adopt(&self, new_devices: bool) -> Result<(), AgentError> {
+    pub async fn adopt(&self, request: agent::AdoptRequest) -> Result<(), AgentError> {
         let seed = seed().map_err(|error| AgentError::Seed(error.into()))?;
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let request = agent::AdoptRequest {
             realtime_ns: u64::try_from(since_1970.as_nanos()).unwrap_or(u64::MAX),
             seed,
-            new_devices,
-            ..Default::default()
+            ..request
         };
         let adopted = self.client.adopt(limited(), &request).await;
         adopted.map(drop).map_err(failed("begin the pod"))

@@ -105,16 +105,19 @@ pub fn run() -> Vec<Finding> {
     findings
 }
 
-/// Whether a pod without limits starts from a template.
+/// Whether pods start from a template.
 fn templates(config: &Config) -> Finding {
     let optional =
         |verdict, text: String| Finding { required: false, ..finding("template", verdict, text) };
     let found = match template::find(config) {
-        Ok((name, _)) => optional(Verdict::Ok, format!("{name} fits pods without limits")),
+        Ok((name, manifest)) => {
+            let most = manifest.max_vcpus;
+            optional(Verdict::Ok, format!("{name} fits pods of up to {most} CPUs"))
+        }
         Err(reason @ (NoTemplate::Off | NoTemplate::Console)) => {
             optional(Verdict::Missing, format!("each pod boots its own kernel: {reason}"))
         }
-        Err(reason @ NoTemplate::None { .. }) => {
+        Err(reason @ (NoTemplate::None { .. } | NoTemplate::Vcpus { .. })) => {
             optional(Verdict::Missing, format!("pods start slower: {reason}"))
         }
         Err(reason) => optional(Verdict::Broken, format!("pods start slower: {reason}")),

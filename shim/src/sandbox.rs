@@ -521,15 +521,22 @@ async fn boot(
     let kvm = given.add(&files.kvm);
     let (template, mut missing) = start::find_template(plan, &devices, &placement);
     if let Some(template) = &template {
+        // Those of the template come first.
+        let mut devices = devices.clone();
+        devices.insert(base, DeviceConfig::Memory);
+        let memory_mib = template.grown_mib(plan.config.memory_mib);
         let saved = Saved {
             memory: given.add(&template.memory),
             state: given.add(&template.state),
             kvm,
             devices: &devices,
+            memory_mib,
             hot_plug,
         };
         if start::restore(plan, template, saved, client, &given).await? {
-            return Ok((Started::Restored { new_devices: devices.len() > base }, None));
+            let new_devices = devices.len() > base + 1;
+            let more_memory_mib = template.more_mib(memory_mib);
+            return Ok((Started::Restored { new_devices, more_memory_mib }, None));
         }
         missing = true;
     }

@@ -8,6 +8,9 @@
 //!   processor or release.
 //! - `template.json`: what it was made from ([`Manifest`]).
 //!
+//! It serves pods of any size from its own up to its most vCPUs: a VM that goes on from it can have
+//! more vCPUs, and more memory, which its guest takes then.
+//!
 //! Its name begins with the size of its VM and ends with a digest of all that decided how the
 //! guest booted. A start does not read the kernel to compare digests: it compares what the file
 //! system says of the files ([`Stamp`]), which a file that was replaced or written cannot keep.
@@ -27,6 +30,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 use vial_agent_protocol::{TEMPLATE_WORD, is_valid_id};
+use vial_vmm_api::GROWTH_STEP_MIB;
 
 use crate::{
     config::{Config, Templates},
@@ -38,11 +42,15 @@ const MEMORY: &str = "memory";
 const STATE: &str = "state";
 const MANIFEST: &str = "template.json";
 /// The version of [`Manifest`]'s shape.
-const MANIFEST_VERSION: u32 = 1;
+const MANIFEST_VERSION: u32 = 2;
 /// The largest manifest that is read, in bytes.
 const MAX_MANIFEST_BYTES: u64 = 64 << 10;
 /// What the names of templates begin with that are not whole yet.
 const UNFINISHED: &str = ".new-";
+
+/// The most vCPUs of pods that a template serves, unless its own VM has more. Each that a guest may
+/// have costs it memory in every cgroup.
+const MAX_VCPUS: u8 = 8;
 
 /// What the file system says of a file, and a digest of its content.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -85,9 +93,11 @@ pub struct Manifest {
     pub initrd: Stamp,
     /// The VMM, which decides what the guest saw of its machine.
     pub vmm: Stamp,
-    /// vCPUs of the VM.
+    /// vCPUs of the VM, which a pod's has too.
     pub vcpus: u8,
-    /// Memory of the VM, in MiB.
+    /// The most vCPUs that a pod's can have.
+    pub max_vcpus: u8,
+    /// Memory of the VM, in MiB. A pod's has as much, or more.
     pub memory_mib: u32,
     /// The kernel's command line.
     pub command_line: String,
@@ -115,7 +125,17 @@ pub enum NoTemplate {
     /// The VM's memory has to be of another kind, or elsewhere.
     #[error("none has what the pod asks for of its memory: {0}")]
     Placed(&'static str),
-    /// There is none of that size.
+    /// There is one for fewer vCPUs.
+    #[error("{name} serves no more than {most} vCPUs, and the VM has {vcpus}")]
+    Vcpus {
+        /// The template.
+        name: String,
+        /// The most that it serves.
+        most: u8,
+        /// vCPUs of the VM.
+        vcpus: u8,
+    },
+    /// There is none for that size.
     #[error(
         "there is none for {vcpus} vCPUs and {memory_mib} MiB below {directory}; `vial template \
          create` makes one"
@@ -164,6 +184,8 @@ pub struct Template {
     pub memory: File,
     /// All else.
     pub state: File,
+    /// The memory of its VM, in MiB.
+    base_memory_mib: u32,
 }
 
 impl Template {
@@ -172,6 +194,17 @@ impl Template {
         let now = fs::metadata(root.join(&self.name).join(STATE));
         let own = self.state.metadata();
         now.is_ok_and(|now| own.is_ok_and(|own| (own.dev(), own.ino()) == (now.dev(), now.ino())))
+    }
+
+    /// The memory of a VM that goes on from it and is to have `memory_mib` at least.
+    pub fn grown_mib(&self, memory_mib: u32) -> u32 {
+        let more = memory_mib.saturating_sub(self.base_memory_mib);
+        self.base_memory_mib + more.next_multiple_of(GROWTH_STEP_MIB)
+    }
+
+    /// What a VM with `memory_mib` has more than it.
+    pub fn more_mib(&self, memory_mib: u32) -> u32 {
+        memory_mib.saturating_sub(self.base_memory_mib)
     }
 }
 
@@ -199,9 +232,15 @@ pub fn allowed(annotations: &HashMap<String, String>) -> Result<bool, WrongAnnot
     }
 }
 
-/// The kernel's command line of a template.
-pub fn command_line(config: &Config) -> String {
-    format!("{} {TEMPLATE_WORD}", config.command_line())
+/// The kernel's command line of a template whose VM has so many vCPUs: those that a pod may have
+/// besides wait until it has them.
+pub fn command_line(config: &Config, vcpus: u8) -> String {
+    format!("{} maxcpus={vcpus} {TEMPLATE_WORD}", config.command_line())
+}
+
+/// The most vCPUs of a VM that goes on from a template of that configuration.
+fn max_vcpus(config: &Config) -> u8 {
+    config.vcpus.max(MAX_VCPUS)
 }
 
 fn prefix(vcpus: u8, memory_mib: u32) -> String {
@@ -213,7 +252,7 @@ fn prefix(vcpus: u8, memory_mib: u32) -> String {
 /// # Errors
 /// [`NoTemplate`] says why there is none.
 pub fn open(config: &Config) -> Result<Template, NoTemplate> {
-    let (name, _) = find(config)?;
+    let (name, manifest) = find(config)?;
     let directory = config.template_directory.join(&name);
     let open = |file: &'static str| {
         descriptors::open_file(&directory.join(file)).map_err(|error| NoTemplate::Unreadable {
@@ -222,10 +261,12 @@ pub fn open(config: &Config) -> Result<Template, NoTemplate> {
             error,
         })
     };
-    Ok(Template { memory: open(MEMORY)?, state: open(STATE)?, name: name.clone() })
+    let base_memory_mib = manifest.memory_mib;
+    Ok(Template { memory: open(MEMORY)?, state: open(STATE)?, name: name.clone(), base_memory_mib })
 }
 
-/// The name of the template for a VM of that configuration, and what it was made from.
+/// The name of the template for a VM of that configuration, the largest of several, and what it was
+/// made from.
 ///
 /// # Errors
 /// [`NoTemplate`] says why there is none.
@@ -236,28 +277,30 @@ pub fn find(config: &Config) -> Result<(String, Manifest), NoTemplate> {
     if config.debug_console {
         return Err(NoTemplate::Console);
     }
-    let prefix = prefix(config.vcpus, config.memory_mib);
+    let mut found: Option<(String, Manifest)> = None;
     let mut reason = NoTemplate::None {
         vcpus: config.vcpus,
         memory_mib: config.memory_mib,
         directory: config.template_directory.clone(),
     };
     for name in names(&config.template_directory) {
-        if !name.starts_with(&prefix) {
-            continue;
-        }
         let unreadable =
             |error| NoTemplate::Unreadable { name: name.clone(), file: MANIFEST, error };
         match read_manifest(&config.template_directory.join(&name)) {
+            Ok(manifest) if !manifest.begins_within(config) => {}
+            Ok(Manifest { max_vcpus: most, .. }) if most < config.vcpus => {
+                reason = NoTemplate::Vcpus { name, most, vcpus: config.vcpus };
+            }
             Ok(manifest) => match manifest.misfit(config).map_err(unreadable) {
-                Ok(None) => return Ok((name, manifest)),
+                Ok(None) if found.as_ref().is_some_and(|(_, best)| manifest.is_less(best)) => {}
+                Ok(None) => found = Some((name, manifest)),
                 Ok(Some(what)) => reason = NoTemplate::Stale { name, what },
                 Err(error) => reason = error,
             },
             Err(error) => reason = unreadable(error),
         }
     }
-    Err(reason)
+    found.ok_or(reason)
 }
 
 impl Manifest {
@@ -266,6 +309,16 @@ impl Manifest {
         let gone = |stamp: &Stamp| !stamp.holds(&stamp.path).unwrap_or(false);
         self.release != env!("CARGO_PKG_VERSION")
             || [&self.kernel, &self.initrd, &self.vmm].into_iter().any(gone)
+    }
+
+    /// Whether its VM is no larger than that of the configuration, so that it can become that.
+    fn begins_within(&self, config: &Config) -> bool {
+        self.vcpus <= config.vcpus && self.memory_mib <= config.memory_mib
+    }
+
+    /// Whether its VM leaves more to come than another's.
+    fn is_less(&self, other: &Self) -> bool {
+        (self.memory_mib, self.vcpus) < (other.memory_mib, other.vcpus)
     }
 
     /// What of the configuration the template was not made with.
@@ -282,8 +335,8 @@ impl Manifest {
         }
         let checks = [
             ("release of Vial", self.release == env!("CARGO_PKG_VERSION")),
-            ("kernel command line", self.command_line == command_line(config)),
-            ("size", (self.vcpus, self.memory_mib) == (config.vcpus, config.memory_mib)),
+            ("kernel command line", self.command_line == command_line(config, self.vcpus)),
+            ("size", self.begins_within(config) && config.vcpus <= self.max_vcpus),
         ];
         Ok(checks.into_iter().find(|(_, same)| !same).map(|(what, _)| what))
     }

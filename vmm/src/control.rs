@@ -148,7 +148,8 @@ impl Control {
                 self.boot(|connected| Machine::build(*config, descriptors, connected, Purpose::Run))
             }
             Action::BootTemplate(config) => self.boot(|connected| {
-                Machine::build(*config, descriptors, connected, Purpose::Template)
+                let purpose = Purpose::Template { max_vcpus: config.max_vcpus };
+                Machine::build(config.machine, descriptors, connected, purpose)
             }),
             Action::Restore(config) => {
                 self.boot(|connected| Machine::restore(*config, descriptors, connected))

@@ -226,6 +226,7 @@ fn access(bus: &PciBus, functions: &[SharedFunction], script: &mut Script<'_>) -
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::devices::mem::{Mem, Room};
     use crate::devices::rng::Rng;
     use proptest::prelude::*;
 
@@ -233,6 +234,16 @@ mod tests {
         #[test]
         fn any_script_leaves_a_device_that_can_be_reset(script: Vec<u8>) {
             drive(&mut Rng::new(), &script);
+        }
+
+        #[test]
+        fn any_script_leaves_the_memory_device_a_region(script: Vec<u8>) {
+            let room = Room { start: 32 << 20, bytes: 1 << 30, present: 32 << 20 };
+            let mut device = Mem::new(room, true);
+            drive(&mut device, &script);
+            let mut plugged = [0; 8];
+            device.read_config(40, &mut plugged);
+            prop_assert!(u64::from_le_bytes(plugged) <= room.present);
         }
 
         #[test]

@@ -21,13 +21,14 @@ use vial_vmm_api::{
 };
 use vmm_sys_util::eventfd::EventFd;
 
-use self::assembly::{Assembly, kind};
+use self::assembly::{Assembly, Growth, kind};
 pub use self::passed::PassError;
 use self::passed::{Given, Passed};
 pub use self::save::SaveError;
 use self::save::Saving;
 use crate::arch::{acpi, boot, cpuid, generation, layout, registers, vcpu_state};
 use crate::clock::monotonic_ns;
+use crate::devices::mem::Room;
 use crate::devices::vfio::Placed;
 use crate::devices::vsock;
 use crate::event_loop::{EventLoop, EventLoopError};
@@ -218,6 +219,9 @@ fn check_common(
     if sockets.count() > 1 {
         return wrong("two vsock devices: give one".into());
     }
+    if devices.iter().filter(|device| matches!(device, DeviceConfig::Memory)).count() > 1 {
+        return wrong("two memory devices: give one".into());
+    }
     let passed: Vec<usize> = devices.iter().filter_map(passed_functions).collect();
     if passed.len() > 1 {
         return wrong("two lists of passed functions: give one with all of them".into());
@@ -241,33 +245,65 @@ fn passed_functions(device: &DeviceConfig) -> Option<usize> {
 pub enum Purpose {
     /// It runs a guest to its end.
     Run,
-    /// It is saved before.
-    Template,
+    /// It is saved before, and what goes on from it has at most that many vCPUs.
+    Template {
+        /// See [`vial_vmm_api::TemplateConfig::max_vcpus`].
+        max_vcpus: u8,
+    },
 }
 
 impl Purpose {
     /// What is kept of a machine that runs or waits is not saved.
     fn check(self, config: &VmConfig) -> Result<(), MachineError> {
+        let wrong = |text: String| Err(MachineError::Config(text));
+        let Self::Template { max_vcpus } = self else {
+            return match config.devices.contains(&DeviceConfig::Memory) {
+                true => wrong(
+                    "a machine that is never saved has all its memory at once; leave the memory \
+                     device out"
+                        .into(),
+                ),
+                false => Ok(()),
+            };
+        };
+        let most = *VCPUS.end();
+        if !(config.vcpus..=most).contains(&max_vcpus) {
+            let vcpus = config.vcpus;
+            return wrong(format!("at most {max_vcpus} vCPUs later: give {vcpus} to {most}"));
+        }
+        if config.placement != Placement::default() {
+            return wrong(
+                "a machine whose memory is placed cannot be saved; leave its place to the host"
+                    .into(),
+            );
+        }
+        if config.hot_plug {
+            return wrong(
+                "a machine that can be given functions cannot be saved; leave `hot_plug` out"
+                    .into(),
+            );
+        }
         let kept = |device: &DeviceConfig| match device {
-            DeviceConfig::Vsock { .. } | DeviceConfig::Fs { .. } | DeviceConfig::Rng => None,
+            DeviceConfig::Vsock { .. }
+            | DeviceConfig::Fs { .. }
+            | DeviceConfig::Rng
+            | DeviceConfig::Memory => None,
             other => Some(kind(other)),
         };
         let console = config.console.map(|_| "console");
-        if self == Self::Template && config.placement != Placement::default() {
-            return Err(MachineError::Config(
-                "a machine whose memory is placed cannot be saved; leave its place to the host"
-                    .into(),
-            ));
-        }
         match config.devices.iter().find_map(kept).or(console) {
-            _ if self == Self::Template && config.hot_plug => Err(MachineError::Config(
-                "a machine that can be given functions cannot be saved; leave `hot_plug` out"
-                    .into(),
-            )),
-            Some(what) if self == Self::Template => Err(MachineError::Config(format!(
+            Some(what) => wrong(format!(
                 "a machine with a {what} device cannot be saved; leave it out of the template"
-            ))),
-            _ => Ok(()),
+            )),
+            None => Ok(()),
+        }
+    }
+
+    /// The vCPUs that the guest is told of.
+    fn told_vcpus(self, config: &VmConfig) -> u8 {
+        match self {
+            Self::Run => config.vcpus,
+            Self::Template { max_vcpus } => max_vcpus,
         }
     }
 }
@@ -312,6 +348,7 @@ impl Machine {
     ) -> Result<Self, MachineError> {
         check(&config)?;
         purpose.check(&config)?;
+        let told_vcpus = purpose.told_vcpus(&config);
         let mut marks = Vec::new();
         let mut mark = |name: &str| marks.push((name.to_owned(), monotonic_ns()));
         let kvm = kvm::adopt(descriptors.take(config.kvm, "/dev/kvm")?)?;
@@ -322,7 +359,7 @@ impl Machine {
 
         let supported = kvm::supported_cpuid(&kvm)?;
         let high_window = layout::high_window(cpuid::physical_address_bits(&supported));
-        let entry = load_guest(&config, &mut descriptors, &ram, high_window.clone())?;
+        let entry = load_guest(&config, told_vcpus, &mut descriptors, &ram, high_window.clone())?;
         mark("kernel loaded");
 
         let console = match config.console {
@@ -333,7 +370,9 @@ impl Machine {
         let pci = PciBus::with_high_window(high_window.clone());
         let platform = Arc::new(Platform { ports: Ports::new(console), pci });
         let passed = Passed::new(&vm, &ram, &platform, high_window);
-        let mut assembly = Assembly::new(&vm, &ram, &platform, workers, passed);
+        let room = room(config.memory_mib, config.memory_mib);
+        let growth = Growth { room, hot_plug: config.hot_plug };
+        let mut assembly = Assembly::new(&vm, &ram, &platform, workers, passed, growth);
         let mut guest_connected = Some(guest_connected);
         for (number, device) in config.devices.into_iter().enumerate() {
             assembly.add(number, device, None, &mut descriptors, &mut guest_connected)?;
@@ -341,16 +380,18 @@ impl Machine {
         let Assembly { vsock, functions, passed, listed, .. } = assembly;
         mark("devices added");
 
-        let made = vcpus::create(&supported, &vm, config.vcpus, config.placement.nodes.len())?;
+        let nodes = config.placement.nodes.len();
+        let made = vcpus::create(&supported, &vm, config.vcpus, told_vcpus, nodes)?;
         vcpus::set_boot_state(&made.vcpus, entry)?;
         let saving = match purpose {
             Purpose::Run => None,
-            Purpose::Template => {
+            Purpose::Template { max_vcpus } => {
                 let (arrived, parked) = sync_channel(made.vcpus.len());
                 vcpu::prepare_parking().map_err(MachineError::Signal)?;
                 Some(Saving {
                     ram,
                     memory_mib: config.memory_mib,
+                    max_vcpus,
                     devices: functions,
                     cpuid: made.cpuid,
                     registers: kvm::state_registers(&kvm)?,
@@ -461,9 +502,22 @@ impl RunningMachine {
     }
 }
 
-/// Loads the kernel and all that it finds in memory, and returns its entry point.
+/// Where memory comes to a machine that began with `base_mib`, and has `memory_mib` now.
+fn room(base_mib: u32, memory_mib: u32) -> Room {
+    let bytes = |mib: u32| u64::from(mib) << 20;
+    let range = layout::growth_room(bytes(base_mib), bytes(*MEMORY_MIB.end()));
+    Room {
+        start: range.start,
+        bytes: range.end - range.start,
+        present: bytes(memory_mib.saturating_sub(base_mib)),
+    }
+}
+
+/// Loads the kernel and all that it finds in memory, for a guest that is told of so many vCPUs, and
+/// returns its entry point.
 fn load_guest(
     config: &VmConfig,
+    vcpus: u8,
     descriptors: &mut Descriptors,
     ram: &GuestRam,
     high_window: Range<u64>,
@@ -480,7 +534,7 @@ fn load_guest(
     registers::write_boot_tables(ram)?;
     generation::renew(ram)?;
     let platform = acpi::Platform {
-        vcpus: config.vcpus,
+        vcpus,
         serial: config.console.is_some(),
         high_window: (high_window.start, high_window.end),
         placement: &config.placement,
@@ -584,8 +638,27 @@ pub(crate) mod tests {
     fn machine_that_is_given_functions_later_is_no_template() {
         let config = VmConfig { hot_plug: true, ..config() };
         Purpose::Run.check(&config).unwrap();
-        let error = Purpose::Template.check(&config).unwrap_err();
+        let template = Purpose::Template { max_vcpus: 1 };
+        let error = template.check(&config).unwrap_err();
         assert!(error.to_string().contains("hot_plug"), "{error}");
+    }
+
+    #[test]
+    fn only_a_template_has_room_for_more() {
+        let config = VmConfig { vcpus: 2, devices: vec![DeviceConfig::Memory], ..config() };
+        Purpose::Template { max_vcpus: 2 }.check(&config).unwrap();
+        Purpose::Template { max_vcpus: 64 }.check(&config).unwrap();
+        for (purpose, word) in [
+            (Purpose::Run, "memory device"),
+            (Purpose::Template { max_vcpus: 1 }, "vCPUs"),
+            (Purpose::Template { max_vcpus: 65 }, "vCPUs"),
+        ] {
+            let error = purpose.check(&config).unwrap_err();
+            assert!(error.to_string().contains(word), "{error}");
+        }
+        let two = vec![DeviceConfig::Memory; 2];
+        let error = check(&VmConfig { devices: two, ..config }).unwrap_err();
+        assert!(error.to_string().contains("two memory devices"), "{error}");
     }
 
     #[test]

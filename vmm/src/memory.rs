@@ -1,12 +1,18 @@
 //! The guest's memory: where it lies in the guest's physical address space, and its mapping.
+#![allow(unsafe_code)]
 
 use std::fs::File;
+use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 use vial_vmm_api::{HugePages, Placement};
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap, GuestRegionMmap, MmapRegion,
+};
 
 use crate::arch::layout::{HIGH_RAM_START, LOW_RAM_END};
+use crate::devices::mem::Room;
 use crate::numa::{self, NumaError};
 
 /// The guest's memory. Cloning it is cheap: all clones are the same memory.
@@ -74,7 +80,7 @@ pub fn ram_ranges(bytes: u64) -> Vec<(GuestAddress, u64)> {
 /// # Errors
 /// The host refuses the mapping.
 pub fn map_ram(bytes: u64) -> Result<GuestRam, MemoryError> {
-    map(bytes, None, None)
+    from_regions(map(bytes, None, None)?)
 }
 
 /// As [`map_ram`], from where the placement says. Huge pages are taken at once.
@@ -82,31 +88,71 @@ pub fn map_ram(bytes: u64) -> Result<GuestRam, MemoryError> {
 /// # Errors
 /// The host refuses the mapping, a node, or so many huge pages.
 pub fn map_placed(bytes: u64, placement: &Placement) -> Result<GuestRam, MemoryError> {
-    let ram = map(bytes, None, placement.huge_pages)?;
+    let ram = from_regions(map(bytes, None, placement.huge_pages)?)?;
     numa::place(&ram, placement)?;
     Ok(ram)
 }
 
 /// Maps `file`, which holds the ranges one behind the other, for this machine alone: what the
 /// guest does not write, it shares with all others that have mapped the file. The file is as long
-/// as the guest's memory, or longer, and has to stay so.
+/// as the guest's memory, or longer, and has to stay so. What is present of `room` comes on top,
+/// and is as empty as that of [`map_ram`].
 ///
 /// # Errors
 /// The file is too short, or the host refuses the mapping.
-pub fn map_saved_ram(bytes: u64, file: File) -> Result<GuestRam, MemoryError> {
+pub fn map_saved_ram(bytes: u64, file: File, room: Room) -> Result<GuestRam, MemoryError> {
     // A page behind the file's end would end the VMM when the guest touches it.
     let file_bytes = file.metadata().map_err(MemoryError::File)?.len();
     if file_bytes < bytes {
         return Err(MemoryError::Short { bytes, file_bytes });
     }
-    map(bytes, Some(Arc::new(file)), None)
+    let mut regions = map(bytes, Some(Arc::new(file)), None)?;
+    if room.present > 0 {
+        regions.push(map_range((GuestAddress(room.start), room.present), None, None)?);
+    }
+    from_regions(regions)
+}
+
+/// Gives memory back to the host, which the guest then finds full of zeros.
+///
+/// # Errors
+/// It is no memory of the guest's, or the host refuses.
+pub fn discard(ram: &GuestRam, range: Range<u64>) -> io::Result<()> {
+    let bytes = usize::try_from(range.end.saturating_sub(range.start)).map_err(io::Error::other)?;
+    let slice = ram.get_slice(GuestAddress(range.start), bytes).map_err(io::Error::other)?;
+    // SAFETY: the range is a mapping of guest memory, which is only ever accessed as memory that
+    // may change at any moment; it stays mapped.
+    let result =
+        unsafe { libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), bytes, libc::MADV_DONTNEED) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+fn from_regions(regions: Vec<GuestRegionMmap>) -> Result<GuestRam, MemoryError> {
+    GuestMemoryMmap::from_regions(regions).map_err(|error| MemoryError::Layout(error.to_string()))
 }
 
 fn map(
     bytes: u64,
     file: Option<Arc<File>>,
     huge_pages: Option<HugePages>,
-) -> Result<GuestRam, MemoryError> {
+) -> Result<Vec<GuestRegionMmap>, MemoryError> {
+    let mut offset = 0;
+    ram_ranges(bytes)
+        .into_iter()
+        .map(|range| {
+            let file = file.as_ref().map(|file| FileOffset::from_arc(file.clone(), offset));
+            offset += range.1;
+            map_range(range, file, huge_pages)
+        })
+        .collect()
+}
+
+/// Maps a part of a file, or nothing, for this process alone.
+fn map_range(
+    (start, length): (GuestAddress, u64),
+    file: Option<FileOffset>,
+    huge_pages: Option<HugePages>,
+) -> Result<GuestRegionMmap, MemoryError> {
     let kind = if file.is_some() { 0 } else { libc::MAP_ANONYMOUS };
     // Huge pages are reserved with the mapping, so that another process cannot take them away.
     let pages = match huge_pages {
@@ -114,32 +160,23 @@ fn map(
         Some(HugePages::Mib2) => libc::MAP_HUGETLB | libc::MAP_HUGE_2MB,
         Some(HugePages::Gib1) => libc::MAP_HUGETLB | libc::MAP_HUGE_1GB,
     };
-    let mut offset = 0;
-    let regions = ram_ranges(bytes)
-        .into_iter()
-        .map(|(start, length)| {
-            let file = file.as_ref().map(|file| FileOffset::from_arc(file.clone(), offset));
-            offset += length;
-            let refused = |reason: String| match huge_pages {
-                None => MemoryError::Map { bytes: length, reason },
-                Some(pages) => {
-                    let (mib, page_mib) = (length >> 20, pages.mib());
-                    MemoryError::MapHuge { mib, page_mib, reason }
-                }
-            };
-            let size = usize::try_from(length).map_err(|error| refused(error.to_string()))?;
-            let mapping = MmapRegion::build(
-                file,
-                size,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | pages | kind,
-            )
-            .map_err(|error| refused(error.to_string()))?;
-            GuestRegionMmap::new(mapping, start)
-                .ok_or_else(|| MemoryError::Layout(format!("the range at {:#x}", start.0)))
-        })
-        .collect::<Result<Vec<_>, _>>()?;
-    GuestMemoryMmap::from_regions(regions).map_err(|error| MemoryError::Layout(error.to_string()))
+    let refused = |reason: String| match huge_pages {
+        None => MemoryError::Map { bytes: length, reason },
+        Some(pages) => {
+            let (mib, page_mib) = (length >> 20, pages.mib());
+            MemoryError::MapHuge { mib, page_mib, reason }
+        }
+    };
+    let size = usize::try_from(length).map_err(|error| refused(error.to_string()))?;
+    let mapping = MmapRegion::build(
+        file,
+        size,
+        libc::PROT_READ | libc::PROT_WRITE,
+        libc::MAP_PRIVATE | pages | kind,
+    )
+    .map_err(|error| refused(error.to_string()))?;
+    GuestRegionMmap::new(mapping, start)
+        .ok_or_else(|| MemoryError::Layout(format!("the range at {:#x}", start.0)))
 }
 
 #[cfg(test)]
@@ -157,5 +194,14 @@ mod tests {
                 (GuestAddress(HIGH_RAM_START), (64 << 30) - LOW_RAM_END)
             ]
         );
+    }
+
+    #[test]
+    fn memory_that_is_not_there_is_not_discarded() {
+        let ram = map_ram(32 << 20).unwrap();
+        discard(&ram, 0..32 << 20).unwrap();
+        for range in [0..33 << 20, 32 << 20..34 << 20, 2 << 20..0, 0..u64::MAX] {
+            assert!(discard(&ram, range.clone()).is_err() || range.is_empty(), "{range:?}");
+        }
     }
 }

@@ -27,7 +27,7 @@ use crate::virtio::pci::DeviceState;
 const MAGIC: [u8; 8] = *b"VIALVMST";
 /// Of the header, and of the shape of [`Snapshot`]. Whatever changes how a machine is built
 /// changes it too: what the guest has seen once stays.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 const HEADER_BYTES: usize = 28;
 /// The largest state: 64 vCPUs have less than a MiB.
 pub const MAX_STATE_BYTES: usize = 4 << 20;
@@ -39,6 +39,8 @@ pub struct Snapshot {
     pub vmm: String,
     /// The guest's memory, in MiB.
     pub memory_mib: u32,
+    /// The most vCPUs that a machine can have that goes on from it, as its guest was told.
+    pub max_vcpus: u8,
     /// What each vCPU answers to CPUID.
     pub cpuid: Vec<Vec<kvm_cpuid_entry2>>,
     /// What each vCPU holds.
@@ -186,7 +188,11 @@ impl Snapshot {
             return Err(SnapshotError::Release(self.vmm.chars().take(32).collect()));
         }
         let vcpus = u8::try_from(self.vcpus.len()).unwrap_or(u8::MAX);
-        if !VCPUS.contains(&vcpus) || self.cpuid.len() != self.vcpus.len() {
+        let bounds = *VCPUS.start()..=self.max_vcpus;
+        if !VCPUS.contains(&self.max_vcpus)
+            || !bounds.contains(&vcpus)
+            || self.cpuid.len() != self.vcpus.len()
+        {
             return Err(SnapshotError::Bounds("a number of vCPUs"));
         }
         if !self.vcpus.iter().all(VcpuState::is_bounded) {

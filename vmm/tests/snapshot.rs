@@ -12,7 +12,7 @@ use client::{Attachments, Vmm};
 use guests::{LOAD_ADDRESS, POWER_OFF, kernel, out, request, start};
 use vial_vmm_api::{
     API_VERSION, Action, Descriptor, DeviceConfig, Event, ExitReason, Failure, FailureKind, Reply,
-    RestoreConfig, VmState,
+    RestoreConfig, TemplateConfig, VmState,
 };
 
 /// Where the guest counts, and finds whether it should end behind that.
@@ -36,20 +36,28 @@ fn counting() -> Vec<u8> {
     code
 }
 
+/// The most vCPUs that a machine goes on with.
+const MAX_VCPUS: u8 = 4;
+
 struct Saved {
     memory: File,
     state: File,
 }
 
 fn devices() -> Vec<DeviceConfig> {
-    vec![DeviceConfig::Rng, DeviceConfig::Vsock { guest_cid: 3, host_ports: vec![1] }]
+    vec![
+        DeviceConfig::Rng,
+        DeviceConfig::Vsock { guest_cid: 3, host_ports: vec![1] },
+        DeviceConfig::Memory,
+    ]
 }
 
 fn boot_template(vmm: &mut Vmm, vcpus: u8) -> Result<Reply, Failure> {
     let mut request = request(kernel(&counting()));
     request.config.vcpus = vcpus;
     request.config.devices = devices();
-    vmm.ask(Action::BootTemplate(Box::new(request.config)), &request.files.all())
+    let template = TemplateConfig { machine: request.config, max_vcpus: MAX_VCPUS };
+    vmm.ask(Action::BootTemplate(Box::new(template)), &request.files.all())
 }
 
 fn save(vmm: &mut Vmm) -> Result<Saved, Failure> {
@@ -159,16 +167,32 @@ fn machine_has_a_generation_and_takes_more_devices_when_it_is_restored() {
 }
 
 #[test]
+fn machine_goes_on_with_more_vcpus_and_memory_than_it_had() {
+    let saved = saved(1);
+    saved.let_end();
+    for (vcpus, memory_mib) in [(MAX_VCPUS, 32), (1, 34), (2, 512)] {
+        let mut vmm = start();
+        let restored = saved.restore(&mut vmm, |config| {
+            (config.vcpus, config.memory_mib) = (vcpus, memory_mib);
+        });
+        restored.expect("restore");
+        assert_eq!(vmm.event().0, Event::Exited(ExitReason::PowerOff));
+    }
+}
+
+#[test]
 fn state_that_does_not_fit_is_refused_by_name_and_a_boot_may_follow() {
     let mut saved = saved(1);
     let good = saved.state_bytes();
     let mut vmm = start();
     type Change = fn(&mut RestoreConfig);
-    let changes: [(Change, &str); 6] = [
-        (|c| c.vcpus = 2, "1 vCPUs and 32 MiB"),
-        (|c| c.memory_mib = 64, "1 vCPUs and 32 MiB"),
+    let changes: [(Change, &str); 8] = [
+        (|c| c.vcpus = 0, "give 1 to"),
+        (|c| c.vcpus = MAX_VCPUS + 1, "1 to 4 vCPUs, and 5"),
+        (|c| c.memory_mib = 33, "32 MiB of memory, and 33"),
         (|c| c.version += 1, "one release"),
-        (|c| c.devices.truncate(1), "2 devices, and 1"),
+        (|c| c.devices.truncate(1), "3 devices, and 1"),
+        (|c| (c.memory_mib, c.devices[2]) = (64, DeviceConfig::Rng), "32 MiB of memory, and 64"),
         (|c| c.devices.reverse(), "the machine has"),
         (|c| c.memory = Descriptor(9), "missing or named twice"),
     ];
@@ -208,6 +232,7 @@ fn machine_that_cannot_be_saved_says_so_and_runs_on() {
     assert_eq!(save(&mut vmm).err().map(|failure| failure.kind), Some(FailureKind::State));
     let mut plain = request(kernel(&counting()));
     plain.config.devices = devices();
+    plain.config.devices.pop();
     vmm.ask(Action::Boot(Box::new(plain.config)), &plain.files.all()).expect("boot");
     let failure = save(&mut vmm).err().expect("a failure");
     assert!(failure.message.contains("as a template"), "{failure:?}");
@@ -216,7 +241,8 @@ fn machine_that_cannot_be_saved_says_so_and_runs_on() {
     let mut vmm = start();
     let mut console = request(kernel(&counting()));
     console.config.console = Some(console.files.add(tempfile::tempfile().unwrap()));
-    let action = Action::BootTemplate(Box::new(console.config));
+    let template = TemplateConfig { machine: console.config, max_vcpus: 1 };
+    let action = Action::BootTemplate(Box::new(template));
     let failure = vmm.ask(action, &console.files.all()).unwrap_err();
     assert!(failure.message.contains("console"), "{failure:?}");
     boot_template(&mut vmm, 1).expect("boot");

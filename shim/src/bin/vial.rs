@@ -51,14 +51,15 @@ enum Command {
 enum TemplateCommand {
     /// Boots a guest and saves it, in place of an older template of that size. Prints its name.
     Create {
-        /// vCPUs of the VM, as the configuration says without this.
+        /// The fewest vCPUs of a pod's VM, as the configuration says without this. Up to 8 it can
+        /// have more.
         #[arg(long, value_parser = clap::value_parser!(u8).range(bounds(VCPUS)))]
         vcpus: Option<u8>,
-        /// Memory of the VM in MiB, as the configuration says without this. A pod whose containers
-        /// have limits has their memory on top of the configuration's.
+        /// The least memory of a pod's VM in MiB, as the configuration says without this. One with
+        /// more takes it when it starts.
         #[arg(long, value_parser = clap::value_parser!(u32).range(bounds(MEMORY_MIB)))]
         memory_mib: Option<u32>,
-        /// Do nothing when there is one for pods without limits, or while another process makes
+        /// Do nothing when there is one for pods of every size, or while another process makes
         /// one; else make it at the lowest priority. So a pod that finds none has it made.
         #[arg(long, conflicts_with_all = ["vcpus", "memory_mib"])]
         if_missing: bool,

@@ -4,7 +4,7 @@
 use std::os::fd::OwnedFd;
 
 use tokio::{net::UnixStream, sync::mpsc};
-use vial_agent_protocol::{AGENT_PORT, READY_PORT};
+use vial_agent_protocol::{AGENT_PORT, READY_PORT, agent::AdoptRequest};
 use vial_vmm_api::{
     API_VERSION, Action, Descriptor, DeviceConfig, FailureKind, Placement, Reply, RestoreConfig,
 };
@@ -31,8 +31,9 @@ pub(super) enum Started {
     /// Its kernel boots: because there is no template, though the pod could have gone on from one,
     /// or because it could not.
     Booted { template_missing: bool },
-    /// It goes on from a template, with devices that the template had not, or without.
-    Restored { new_devices: bool },
+    /// It goes on from a template, with devices that the template had not, or without, and with
+    /// more memory, in MiB.
+    Restored { new_devices: bool, more_memory_mib: u32 },
 }
 
 pub(super) fn mark_report(plan: &Plan, marks: Vec<(String, u64)>) {
@@ -112,6 +113,7 @@ pub(super) struct Saved<'a> {
     pub(super) state: Descriptor,
     pub(super) kvm: Descriptor,
     pub(super) devices: &'a [DeviceConfig],
+    pub(super) memory_mib: u32,
     pub(super) hot_plug: bool,
 }
 
@@ -119,7 +121,7 @@ pub(super) struct Saved<'a> {
 pub(super) async fn restore(
     plan: &Plan,
     template: &Template,
-    Saved { memory, state, kvm, devices, hot_plug }: Saved<'_>,
+    Saved { memory, state, kvm, devices, memory_mib, hot_plug }: Saved<'_>,
     client: &VmmClient,
     given: &Given<'_>,
 ) -> Result<bool, ServiceError> {
@@ -129,7 +131,7 @@ pub(super) async fn restore(
         memory,
         state,
         vcpus: plan.config.vcpus,
-        memory_mib: plan.config.memory_mib,
+        memory_mib,
         devices: devices.to_vec(),
         hot_plug,
     };
@@ -178,12 +180,18 @@ pub(super) async fn meet_agent(
             timeline.mark("agent greeted");
             Ok((ready, agent))
         }
-        Started::Restored { new_devices } => {
+        Started::Restored { new_devices, more_memory_mib } => {
             // What the guest remembers of its boot was not this pod's.
             let forgotten = Timeline::default();
             let agent = Agent::greet(connect().await?, config.boot_timeout, &forgotten).await?;
             timeline.mark("agent greeted");
-            agent.adopt(new_devices).await?;
+            let request = AdoptRequest {
+                new_devices,
+                vcpus: config.vcpus.into(),
+                more_memory_mib,
+                ..Default::default()
+            };
+            agent.adopt(request).await?;
             let ready = wait_ready(events).await?;
             timeline.mark("guest adopted");
             Ok((ready, agent))

@@ -31,7 +31,7 @@ const PATIENCE: u32 = 10;
 /// The lowest priority, see setpriority(2).
 const NICE: i32 = 19;
 
-/// Starts the making of a template for pods without limits, if the operator wants that.
+/// Starts the making of a template, if the operator wants that.
 pub fn begin(config: &Config) {
     if config.templates != Templates::Auto {
         return;
@@ -75,7 +75,7 @@ fn program() -> PathBuf {
         .unwrap_or_else(|| "vial".into())
 }
 
-/// Makes the template for pods without limits, unless there is one or somebody else makes one.
+/// Makes the template of the configuration, unless there is one or somebody else makes one.
 /// Returns its name when it was made. A failure is written down, and keeps others from trying for
 /// ten minutes.
 ///

@@ -22,10 +22,13 @@ use rustix::{
 use sha2::{Digest, Sha256};
 use tokio::{io::AsyncReadExt, sync::mpsc};
 use vial_agent_protocol::READY_PORT;
-use vial_vmm_api::{API_VERSION, Action, Descriptor, FailureKind, Placement, VmConfig};
+use vial_vmm_api::{
+    API_VERSION, Action, Descriptor, DeviceConfig, FailureKind, Placement, TemplateConfig, VmConfig,
+};
 
 use super::{
-    MANIFEST, MANIFEST_VERSION, MEMORY, Manifest, STATE, Stamp, UNFINISHED, ahead, prefix,
+    MANIFEST, MANIFEST_VERSION, MEMORY, Manifest, STATE, Stamp, UNFINISHED, ahead, max_vcpus,
+    prefix,
 };
 use crate::{
     config::Config,
@@ -200,8 +203,9 @@ fn manifest(config: &Config) -> Result<Manifest, CreateError> {
         initrd: stamp(&config.initrd)?,
         vmm: stamp(&config.vmm)?,
         vcpus: config.vcpus,
+        max_vcpus: max_vcpus(config),
         memory_mib: config.memory_mib,
-        command_line: super::command_line(config),
+        command_line: super::command_line(config, config.vcpus),
         processor: processor(),
         created_unix_seconds: SystemTime::now()
             .duration_since(UNIX_EPOCH)
@@ -251,6 +255,7 @@ fn name(manifest: &Manifest) -> String {
         digest.update((part.len() as u64).to_le_bytes());
         digest.update(part);
     }
+    digest.update([manifest.max_vcpus]);
     let digest = hex(&digest.finalize());
     prefix(manifest.vcpus, manifest.memory_mib) + &digest[..16]
 }
@@ -291,6 +296,8 @@ async fn boot(
     let own = PathBuf::from(format!("/proc/{}/fd", process.pid()));
     let own = descriptors::process_descriptors(process.pid()).map_err(file("open", &own))?;
     let given = [kvm.as_fd(), kernel.as_fd(), initrd.as_fd(), root.as_fd(), own.as_fd()];
+    let mut devices = base_devices(Descriptor(3), Descriptor(4));
+    devices.push(DeviceConfig::Memory);
     let machine = VmConfig {
         version: API_VERSION,
         kvm: Descriptor(0),
@@ -298,13 +305,14 @@ async fn boot(
         memory_mib: config.memory_mib,
         kernel: Descriptor(1),
         initrd: Some(Descriptor(2)),
-        command_line: super::command_line(config),
+        command_line: super::command_line(config, config.vcpus),
         console: None,
-        devices: base_devices(Descriptor(3), Descriptor(4)),
+        devices,
         hot_plug: false,
         placement: Placement::default(),
     };
-    let booted = client.request(Action::BootTemplate(Box::new(machine)), &given).await;
+    let template = TemplateConfig { machine, max_vcpus: max_vcpus(config) };
+    let booted = client.request(Action::BootTemplate(Box::new(template)), &given).await;
     booted.map(drop).map_err(vmm("boot the guest of a template"))
 }
 
@@ -406,6 +414,7 @@ mod tests {
             initrd: stamp("initrd"),
             vmm: stamp("vmm"),
             vcpus: 2,
+            max_vcpus: 8,
             memory_mib: 256,
             command_line: "quiet".into(),
             processor: "one".into(),
@@ -417,7 +426,7 @@ mod tests {
     fn name_changes_with_whatever_the_guest_boots_from() {
         let base = name(&manifest());
         assert!(base.starts_with("2x256-"), "{base}");
-        let changes: [fn(&mut Manifest); 8] = [
+        let changes: [fn(&mut Manifest); 9] = [
             |m| m.release.push('x'),
             |m| m.kernel.digest.push('x'),
             |m| m.initrd.digest.push('x'),
@@ -425,6 +434,7 @@ mod tests {
             |m| m.command_line.push('x'),
             |m| m.processor.push('x'),
             |m| m.vcpus = 3,
+            |m| m.max_vcpus = 9,
             |m| m.memory_mib = 257,
         ];
         for change in changes {

@@ -14,9 +14,11 @@ pub struct Listed {
     pub used: bool,
     /// Why not.
     pub reason: Option<String>,
-    /// vCPUs of its VM.
+    /// The fewest vCPUs of a VM that goes on from it.
     pub vcpus: Option<u8>,
-    /// Memory of its VM, in MiB.
+    /// The most.
+    pub max_vcpus: Option<u8>,
+    /// The least memory of such a VM, in MiB.
     pub memory_mib: Option<u32>,
     /// How much of the disk it takes, in bytes.
     pub disk_bytes: u64,
@@ -50,6 +52,7 @@ fn listed(config: &Config, name: String) -> Listed {
         used: reason.is_none(),
         reason,
         vcpus: manifest.as_ref().map(|manifest| manifest.vcpus),
+        max_vcpus: manifest.as_ref().map(|manifest| manifest.max_vcpus),
         memory_mib: manifest.as_ref().map(|manifest| manifest.memory_mib),
         disk_bytes: disk_bytes(&path),
         created_unix_seconds: manifest.map(|manifest| manifest.created_unix_seconds),
@@ -59,15 +62,18 @@ fn listed(config: &Config, name: String) -> Listed {
 
 /// A table for people.
 pub fn table(listed: &[Listed]) -> String {
-    let number = |number: Option<u32>| number.map_or("-".into(), |number| number.to_string());
+    let range = |least: Option<u8>, most: Option<u8>| match (least, most) {
+        (Some(least), Some(most)) => format!("{least}-{most}"),
+        _ => "-".into(),
+    };
     let mut text =
         format!("{:<32} {:>5} {:>10} {:>9}  USED\n", "TEMPLATE", "VCPUS", "MEMORY_MIB", "DISK_MIB");
     for one in listed {
         text += &format!(
             "{:<32} {:>5} {:>10} {:>9.1}  {}\n",
             one.name,
-            number(one.vcpus.map(u32::from)),
-            number(one.memory_mib),
+            range(one.vcpus, one.max_vcpus),
+            one.memory_mib.map_or("-".into(), |least| format!("{least}+")),
             one.disk_bytes as f64 / f64::from(1 << 20),
             one.reason.as_ref().map_or("yes".into(), |reason| format!("no: {reason}")),
         );
@@ -86,6 +92,7 @@ mod tests {
             used: reason.is_none(),
             reason: reason.map(str::to_owned),
             vcpus: Some(1),
+            max_vcpus: Some(8),
             memory_mib: Some(128),
             disk_bytes: 30 << 20,
             created_unix_seconds: Some(1),
@@ -93,7 +100,8 @@ mod tests {
         let text = table(&[one(None), one(Some("made with another kernel"))]);
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines.len(), 3);
-        assert!(lines[1].ends_with(" 30.0  yes"), "{text}");
+        assert!(lines[1].ends_with(" 30.0  yes") && lines[1].contains(" 1-8 "), "{text}");
+        assert!(lines[1].contains(" 128+ "), "{text}");
         assert!(lines[2].ends_with("no: made with another kernel"), "{text}");
     }
 }

@@ -22,8 +22,9 @@ fn made(root: &Path) -> (Config, String) {
         initrd: stamp(&config.initrd),
         vmm: stamp(&config.vmm),
         vcpus: config.vcpus,
+        max_vcpus: max_vcpus(&config),
         memory_mib: config.memory_mib,
-        command_line: command_line(&config),
+        command_line: command_line(&config, config.vcpus),
         processor: "any".into(),
         created_unix_seconds: 1,
     };
@@ -57,8 +58,10 @@ fn template_that_does_not_fit_is_refused_by_what_is_another() {
     assert!(reason(&off).contains("off"));
     let console = Config { debug_console: true, ..config.clone() };
     assert!(reason(&console).contains("console"));
-    let larger = Config { memory_mib: 256, ..config.clone() };
-    assert!(reason(&larger).contains("256 MiB"));
+    let smaller = Config { memory_mib: 64, ..config.clone() };
+    assert!(reason(&smaller).contains("64 MiB"));
+    let many = Config { vcpus: 9, ..config.clone() };
+    assert!(reason(&many).contains("no more than 8 vCPUs"), "{}", reason(&many));
     let argument = Config { kernel_arguments: "quieter".into(), ..config.clone() };
     assert!(reason(&argument).contains("another kernel command line"), "{}", reason(&argument));
     // The same bytes in another file, as an update leaves them.
@@ -70,12 +73,48 @@ fn template_that_does_not_fit_is_refused_by_what_is_another() {
 }
 
 #[test]
+fn pod_of_any_size_finds_the_largest_that_it_has_room_for() {
+    let root = tempfile::tempdir().unwrap();
+    let (config, small) = made(root.path());
+    let from = config.template_directory.join(&small);
+    let mut manifest = read_manifest(&from).unwrap();
+    manifest.memory_mib = 1024;
+    let large = format!("{}0123456789abcdef", prefix(1, 1024));
+    let directory = config.template_directory.join(&large);
+    fs::create_dir(&directory).unwrap();
+    fs::write(directory.join(MANIFEST), serde_json::to_vec(&manifest).unwrap()).unwrap();
+    for (vcpus, memory_mib, expected) in
+        [(1, 128, &small), (8, 1023, &small), (1, 1024, &large), (8, 65536, &large)]
+    {
+        let config = Config { vcpus, memory_mib, ..config.clone() };
+        assert_eq!(find(&config).unwrap().0, *expected, "{vcpus}x{memory_mib}");
+    }
+}
+
+#[test]
+fn growth_is_in_steps_and_enough() {
+    let file = || tempfile::tempfile().unwrap();
+    let template = |base_memory_mib| Template {
+        name: "a".into(),
+        memory: file(),
+        state: file(),
+        base_memory_mib,
+    };
+    for (base, wanted, grown) in [(128, 128, 128), (128, 129, 130), (127, 130, 131), (128, 4, 128)]
+    {
+        let template = template(base);
+        assert_eq!(template.grown_mib(wanted), grown);
+        assert_eq!(template.more_mib(grown), grown - base);
+    }
+}
+
+#[test]
 fn manifest_that_is_damaged_is_named() {
     let root = tempfile::tempdir().unwrap();
     let (config, name) = made(root.path());
     let path = config.template_directory.join(&name).join(MANIFEST);
     let good = fs::read_to_string(&path).unwrap();
-    let other = good.replacen("\"version\":1", "\"version\":2", 1);
+    let other = good.replacen("\"version\":2", "\"version\":1", 1);
     let large = " ".repeat(MAX_MANIFEST_BYTES as usize + 1);
     for bad in ["", "{}", &good[..good.len() / 2], &other, &large] {
         fs::write(&path, bad).unwrap();

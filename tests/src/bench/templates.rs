@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use tempfile::TempDir;
 use vial_tests::node::{self, Configuration};
 
-/// A template for pods without limits. The configuration is as before when it is dropped.
+/// A template. The configuration is as before when it is dropped.
 #[derive(Debug)]
 pub(crate) struct Template {
     directory: TempDir,

@@ -13,6 +13,7 @@ mod machine;
 mod network;
 pub(crate) mod placement;
 pub(crate) mod record;
+mod sizes;
 pub(crate) mod soak;
 mod streams;
 mod templates;
@@ -90,6 +91,10 @@ pub(crate) fn cases() -> Vec<Case> {
         templates::template_that_cannot_be_made_is_not_tried_again_at_once,
         templates::template_is_not_for_a_pod_that_does_not_want_one,
         templates::template_is_listed_checked_and_removed,
+        sizes::cri_pod_of_every_size_starts_from_one_template,
+        sizes::cri_pod_beyond_the_template_boots_cold,
+        sizes::cri_memory_that_came_later_is_the_pods_to_use,
+        sizes::cri_ten_pods_of_different_sizes_start_at_once,
         input::wrong_configuration_is_named,
         input::wrong_command_lines_are_refused,
         input::check_says_that_this_host_is_fit,

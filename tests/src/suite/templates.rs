@@ -19,8 +19,8 @@ use crate::cri::pod::eventually;
 /// Where the templates of a case are. Not in memory, which the host has little of.
 const DIRECTORY: &str = "/var/lib/vial-suite-templates";
 /// What the shim says of a VM that went on from a template, and of one that did not.
-const RESTORED: &str = "goes on from the template";
-const COLD: &str = "the VM boots cold";
+pub(super) const RESTORED: &str = "goes on from the template";
+pub(super) const COLD: &str = "the VM boots cold";
 /// How long a making may take, and how long until there is a VMM.
 const PATIENCE: Duration = Duration::from_secs(90);
 
@@ -54,7 +54,7 @@ impl Node {
         Ok(Self { _configuration: configuration })
     }
 
-    /// One with a template for pods without limits, and that template's directory.
+    /// One with a template, and that template's directory.
     pub(super) fn with_template() -> Result<(Self, PathBuf)> {
         let node = Self::empty()?;
         let name = vial(&["template", "create"])?;

@@ -11,7 +11,7 @@
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// The version of these types. The first message names it; another version is refused.
-pub const API_VERSION: u32 = 4;
+pub const API_VERSION: u32 = 5;
 
 /// The largest encoded message, in bytes.
 pub const MAX_MESSAGE_BYTES: usize = 64 << 10;
@@ -22,6 +22,8 @@ pub const MAX_DESCRIPTORS: usize = 64;
 pub const VCPUS: std::ops::RangeInclusive<u8> = 1..=64;
 /// The least and the most memory a VM can have, in MiB.
 pub const MEMORY_MIB: std::ops::RangeInclusive<u32> = 32..=(64 << 10);
+/// What comes to a saved VM's memory is a multiple of this, in MiB.
+pub const GROWTH_STEP_MIB: u32 = 2;
 /// The longest kernel command line that a caller can give, in bytes. The VMM adds its own words.
 pub const MAX_COMMAND_LINE_BYTES: usize = 1536;
 /// The most devices a VM can have: one PCI bus less the host bridge.
@@ -70,7 +72,7 @@ pub enum Action {
     /// As [`Action::Boot`], but the VM can be saved. It has neither console nor network, and its
     /// guest is one that nobody but the operator has put anything into: while it runs, the VMM
     /// keeps the right to read it out.
-    BootTemplate(Box<VmConfig>),
+    BootTemplate(Box<TemplateConfig>),
     /// Saves a VM that [`Action::BootTemplate`] started, and ends it. Answered by a failure of the
     /// kind [`FailureKind::State`], and the VM goes on, while vsock connections are open.
     Save {
@@ -325,6 +327,16 @@ impl HugePages {
     }
 }
 
+/// A machine that is to be saved, for others to go on from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TemplateConfig {
+    /// The machine. Its vCPUs are those that it has until it is saved; the guest's kernel must not
+    /// look for the others before.
+    pub machine: VmConfig,
+    /// The most vCPUs that a machine can have that goes on from it, as the guest is told.
+    pub max_vcpus: u8,
+}
+
 /// A machine that was saved. Every descriptor is open, of the right kind, and given to the VMM.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RestoreConfig {
@@ -337,9 +349,11 @@ pub struct RestoreConfig {
     pub memory: Descriptor,
     /// What [`Action::Save`] left of all else, open for reading.
     pub state: Descriptor,
-    /// See [`VCPUS`]. As it was saved.
+    /// As many as were saved, or more, up to [`TemplateConfig::max_vcpus`]. Those that were not
+    /// saved wait for the guest's kernel to start them.
     pub vcpus: u8,
-    /// See [`MEMORY_MIB`]. As it was saved.
+    /// See [`MEMORY_MIB`]. As it was saved, or more by a multiple of [`GROWTH_STEP_MIB`] when it
+    /// has [`DeviceConfig::Memory`], by which the guest takes it.
     pub memory_mib: u32,
     /// First those that were saved, in their order, then others, which the guest finds when it
     /// looks for new ones.
@@ -388,6 +402,9 @@ pub enum DeviceConfig {
     },
     /// A source of random numbers (virtio 1.2, 5.4).
     Rng,
+    /// Where more memory comes to a machine that goes on from a saved one (virtio 1.2, 5.15). At
+    /// most one, and none in a machine that is never saved: that has all its memory at once.
+    Memory,
     /// PCI functions of the host, which share an IOMMU address space. At most one entry, and none
     /// in a VM that is restored: those come by [`Action::AddFunctions`]. Each function has a device
     /// number on the bus.

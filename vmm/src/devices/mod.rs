@@ -5,6 +5,7 @@
 pub mod block;
 pub(crate) mod buffers;
 pub mod fs;
+pub mod mem;
 pub mod net;
 mod one_queue;
 pub mod rng;

@@ -6,12 +6,21 @@ use vial_vmm_api::{AddedFunctions, DeviceConfig};
 
 use super::passed::{Given, Passed};
 use super::{Descriptors, GuestConnected, MachineError, Platform};
+use crate::devices::mem::Room;
 use crate::devices::vfio::Placed;
-use crate::devices::{block, fs, net, rng, vsock};
+use crate::devices::{block, fs, mem, net, rng, vsock};
 use crate::kvm::Vm;
 use crate::memory::GuestRam;
 use crate::virtio::VirtioDevice;
 use crate::virtio::pci::{DeviceState, VirtioPci, Workers};
+
+/// How a machine's memory grows.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Growth {
+    pub(super) room: Room,
+    /// Whether functions of the host may come to hold what the guest gives back.
+    pub(super) hot_plug: bool,
+}
 
 /// What devices are put together with.
 pub(super) struct Assembly<'a> {
@@ -19,6 +28,7 @@ pub(super) struct Assembly<'a> {
     ram: &'a GuestRam,
     platform: &'a Arc<Platform>,
     workers: Workers,
+    growth: Growth,
     pub(super) vsock: Option<vsock::VsockConnector>,
     pub(super) functions: Vec<Arc<Mutex<VirtioPci>>>,
     pub(super) passed: Passed,
@@ -33,12 +43,14 @@ impl<'a> Assembly<'a> {
         platform: &'a Arc<Platform>,
         workers: Workers,
         passed: Passed,
+        growth: Growth,
     ) -> Self {
         Self {
             vm,
             ram,
             platform,
             workers,
+            growth,
             vsock: None,
             functions: Vec::new(),
             passed,
@@ -127,6 +139,9 @@ impl<'a> Assembly<'a> {
                 Box::new(block::Block::new(file, read_only, &serial).map_err(|e| text(&e))?)
             }
             DeviceConfig::Rng => Box::new(rng::Rng::new()),
+            DeviceConfig::Memory => {
+                Box::new(mem::Mem::new(self.growth.room, !self.growth.hot_plug))
+            }
             DeviceConfig::Passthrough { .. } => return Err("it is no virtio device".into()),
         })
     }
@@ -140,6 +155,7 @@ pub(super) fn kind(config: &DeviceConfig) -> &'static str {
         DeviceConfig::Net { .. } => "net",
         DeviceConfig::Block { .. } => "block",
         DeviceConfig::Rng => "rng",
+        DeviceConfig::Memory => "memory",
         DeviceConfig::Passthrough { .. } => "passthrough",
     }
 }

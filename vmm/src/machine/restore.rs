@@ -7,11 +7,13 @@ use std::fs::File;
 use std::sync::Arc;
 
 use kvm_bindings::kvm_cpuid_entry2;
-use vial_vmm_api::{BootReport, RestoreConfig};
+use vial_vmm_api::{BootReport, DeviceConfig, GROWTH_STEP_MIB, RestoreConfig};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    Descriptors, GuestConnected, Machine, MachineError, assembly::Assembly, passed::Passed,
+    Descriptors, GuestConnected, Machine, MachineError,
+    assembly::{Assembly, Growth},
+    passed::Passed,
     passed_functions, vcpus,
 };
 use crate::arch::vcpu_state::differing_leaf;
@@ -25,14 +27,26 @@ use crate::snapshot::Snapshot;
 use crate::vcpu::Platform;
 
 fn check(config: &RestoreConfig, snapshot: &Snapshot) -> Result<(), MachineError> {
-    let has = (snapshot.vcpus.len(), snapshot.memory_mib);
-    let wanted = (usize::from(config.vcpus), config.memory_mib);
-    if has != wanted {
+    // There are no more than `max_vcpus`, a byte.
+    let least = u8::try_from(snapshot.vcpus.len()).unwrap_or(u8::MAX);
+    if !(least..=snapshot.max_vcpus).contains(&config.vcpus) {
         return Err(MachineError::Config(format!(
-            "the saved machine has {} vCPUs and {} MiB of memory, and {} and {} are wanted; make \
-             one of that size",
-            has.0, has.1, wanted.0, wanted.1
+            "the saved machine can go on with {least} to {} vCPUs, and {} are wanted; make one \
+             that can have so many",
+            snapshot.max_vcpus, config.vcpus
         )));
+    }
+    let grows = config.devices.contains(&DeviceConfig::Memory);
+    match config.memory_mib.checked_sub(snapshot.memory_mib) {
+        Some(0) => {}
+        Some(more) if grows && more.is_multiple_of(GROWTH_STEP_MIB) => {}
+        _ => {
+            return Err(MachineError::Config(format!(
+                "the saved machine has {} MiB of memory, and {} are wanted; with a memory device \
+                 there can be more, by a multiple of {GROWTH_STEP_MIB}",
+                snapshot.memory_mib, config.memory_mib
+            )));
+        }
     }
     if config.devices.len() < snapshot.devices.len() {
         return Err(MachineError::Config(format!(
@@ -84,16 +98,15 @@ impl Machine {
         let kvm = kvm::adopt(descriptors.take(config.kvm, "/dev/kvm")?)?;
         let vm = Vm::new(&kvm)?;
         let memory = File::from(descriptors.take(config.memory, "the saved memory")?);
-        let ram = map_saved_ram(u64::from(config.memory_mib) << 20, memory)?;
+        let room = super::room(snapshot.memory_mib, config.memory_mib);
+        let ram = map_saved_ram(u64::from(snapshot.memory_mib) << 20, memory, room)?;
         vm.set_memory(&ram)?;
         mark("vm created");
 
         let supported = kvm::supported_cpuid(&kvm)?;
-        let made = vcpus::create(&supported, &vm, config.vcpus, 0)?;
+        let made = vcpus::create(&supported, &vm, config.vcpus, snapshot.max_vcpus, 0)?;
         check_processor(&made.cpuid, &snapshot.cpuid)?;
-        for ((index, vcpu), state) in (0..).zip(&made.vcpus).zip(&snapshot.vcpus) {
-            state.apply(vcpu, index)?;
-        }
+        vcpus::restore(&made.vcpus, &snapshot.vcpus)?;
         vm.apply(&snapshot.vm)?;
         mark("vcpus restored");
 
@@ -103,7 +116,8 @@ impl Machine {
         let pci = PciBus::with_high_window(high_window.clone());
         let platform = Arc::new(Platform { ports: Ports::new(None), pci });
         let passed = Passed::new(&vm, &ram, &platform, high_window);
-        let mut assembly = Assembly::new(&vm, &ram, &platform, workers, passed);
+        let growth = Growth { room, hot_plug: config.hot_plug };
+        let mut assembly = Assembly::new(&vm, &ram, &platform, workers, passed, growth);
         let mut guest_connected = Some(guest_connected);
         let saved = snapshot.devices.iter().map(Some).chain(std::iter::repeat(None));
         for ((number, device), saved) in config.devices.into_iter().enumerate().zip(saved) {

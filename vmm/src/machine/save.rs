@@ -67,6 +67,7 @@ impl SaveError {
 pub(super) struct Saving {
     pub(super) ram: GuestRam,
     pub(super) memory_mib: u32,
+    pub(super) max_vcpus: u8,
     pub(super) devices: Vec<Arc<Mutex<VirtioPci>>>,
     pub(super) cpuid: Vec<Vec<kvm_cpuid_entry2>>,
     /// The model-specific registers that make up a vCPU's state.
@@ -103,6 +104,7 @@ impl Saving {
         let snapshot = Snapshot {
             vmm: RELEASE.into(),
             memory_mib: self.memory_mib,
+            max_vcpus: self.max_vcpus,
             cpuid: self.cpuid.clone(),
             vcpus,
             vm: vm.state()?,
@@ -160,6 +162,7 @@ mod tests {
     use vm_memory::GuestAddress;
 
     use super::*;
+    use crate::devices::mem::Room;
     use crate::memory::{map_ram, map_saved_ram};
 
     #[test]
@@ -178,12 +181,17 @@ mod tests {
             ram.read_slice(&mut text, GuestAddress(at)).unwrap();
             text
         };
-        let first = map_saved_ram(32 << 20, file.try_clone().unwrap()).unwrap();
-        let second = map_saved_ram(32 << 20, file.try_clone().unwrap()).unwrap();
+        let none = Room { start: 4 << 30, bytes: 1 << 30, present: 0 };
+        let first = map_saved_ram(32 << 20, file.try_clone().unwrap(), none).unwrap();
+        let more = Room { present: 6 << 20, ..none };
+        let second = map_saved_ram(32 << 20, file.try_clone().unwrap(), more).unwrap();
+        assert_eq!(text(&second, (4 << 30) + (6 << 20) - 6), [0; 6]);
+        assert_eq!((first.num_regions(), second.num_regions()), (1, 2));
+        assert_eq!(second.last_addr().0, (4 << 30) + (6 << 20) - 1);
         first.write_slice(b"secret", GuestAddress(5 << 20)).unwrap();
         assert_eq!(&text(&first, 5 << 20), b"secret");
         assert_eq!(&text(&second, 5 << 20), b"middle");
         assert_eq!(&text(&second, (32 << 20) - 6), b"\0\0\0end");
-        assert!(map_saved_ram(33 << 20, file).is_err());
+        assert!(map_saved_ram(33 << 20, file, none).is_err());
     }
 }

@@ -8,6 +8,7 @@ use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::VcpuFd;
 
 use super::MachineError;
+use crate::arch::vcpu_state::VcpuState;
 use crate::arch::{cpuid, registers};
 use crate::kvm::Vm;
 use crate::seccomp::{self, ThreadKind};
@@ -22,18 +23,20 @@ pub(super) struct Vcpus {
     pub(super) cpuid: Vec<Vec<kvm_cpuid_entry2>>,
 }
 
-/// Makes vCPUs that have nothing but their CPUID, for a guest of so many NUMA nodes.
+/// Makes the first vCPUs of a `package` of so many, for a guest of so many NUMA nodes. They have
+/// nothing but their CPUID.
 pub(super) fn create(
     supported: &kvm_bindings::CpuId,
     vm: &Vm,
     count: u8,
+    package: u8,
     nodes: usize,
 ) -> Result<Vcpus, MachineError> {
     let mut made = Vcpus { vcpus: Vec::new(), cpuid: Vec::new() };
     for index in 0..count {
         let vcpu = vm.create_vcpu(index)?;
         let tsc_khz = vcpu.get_tsc_khz().ok();
-        let entries = cpuid::for_vcpu(supported, index, count, nodes, tsc_khz);
+        let entries = cpuid::for_vcpu(supported, index, package, nodes, tsc_khz);
         kvm_bindings::CpuId::from_entries(&entries)
             .map_err(|error| MachineError::Cpuid(index, format!("{error:?}")))
             .and_then(|cpuid| {
@@ -56,6 +59,23 @@ pub(super) fn set_boot_state(
         registers::set_local_apic(vcpu)?;
         if index == 0 {
             registers::set_boot_state(vcpu, entry)?;
+        }
+    }
+    Ok(())
+}
+
+/// Gives the first vCPUs what was saved, and the others what one has that nobody has started yet,
+/// and the time of the first.
+pub(super) fn restore(vcpus: &[VcpuFd], saved: &[VcpuState]) -> Result<(), MachineError> {
+    let mut states = saved.iter();
+    for (index, vcpu) in (0..).zip(vcpus) {
+        match (states.next(), saved.first()) {
+            (Some(state), _) => state.apply(vcpu, index)?,
+            (None, first) => {
+                registers::set_model_specific_registers(vcpu)?;
+                registers::set_local_apic(vcpu)?;
+                first.map_or(Ok(()), |first| first.share_time(vcpu, index))?;
+            }
         }
     }
     Ok(())

@@ -51,6 +51,11 @@ pub trait VirtioDevice: Send {
     /// The device-specific configuration space. What is read past its end is zeros.
     fn config(&self) -> &[u8];
 
+    /// Reads it from `offset` on. A device whose configuration changes by itself has its own way.
+    fn read_config(&self, offset: usize, data: &mut [u8]) {
+        read_at(self.config(), offset, data);
+    }
+
     /// The thread that the worker runs on.
     fn worker_thread(&self) -> WorkerThread {
         WorkerThread::Io
@@ -62,6 +67,14 @@ pub trait VirtioDevice: Send {
     /// # Errors
     /// A sentence that says what the host refused. The guest sees a device that needs a reset.
     fn activate(&mut self, activation: Activation) -> Result<Box<dyn Worker>, ActivateError>;
+}
+
+/// Fills `data` with what lies at `offset` of `config`, and zeros behind its end.
+pub(crate) fn read_at(config: &[u8], offset: usize, data: &mut [u8]) {
+    let there = config.get(offset..).unwrap_or_default();
+    for (index, byte) in data.iter_mut().enumerate() {
+        *byte = there.get(index).copied().unwrap_or(0);
+    }
 }
 
 /// Why a device could not be activated.

@@ -6,7 +6,7 @@
 //! 0xc000_0000  32-bit hole: BARs of PCI devices
 //! 0xe000_0000    PCI configuration space (ECAM), one bus
 //! 0xfec0_0000    I/O APIC, local APIC, pages that KVM keeps for itself
-//! 0x1_0000_0000  RAM that does not fit below the hole
+//! 0x1_0000_0000  RAM that does not fit below the hole, then room for what comes at a restore
 //! upper half     64-bit BARs of passed functions, in a machine that has any
 //! ```
 
@@ -33,6 +33,16 @@ pub fn high_window(address_bits: u8) -> std::ops::Range<u64> {
 }
 /// With fewer bits, the window would begin in the largest memory that a VM can have.
 const HIGH_WINDOW_BITS_MIN: u8 = 38;
+
+/// Where memory can come to a machine that has `ram_bytes`, and how much: from 4 GiB on or behind
+/// its RAM, in whole blocks as Linux adds them, up to `most_bytes` with what there is.
+pub fn growth_room(ram_bytes: u64, most_bytes: u64) -> std::ops::Range<u64> {
+    let end = HIGH_RAM_START + ram_bytes.saturating_sub(LOW_RAM_END);
+    let start = end.next_multiple_of(GROWTH_ALIGNMENT);
+    let bytes = most_bytes.saturating_sub(ram_bytes).next_multiple_of(GROWTH_ALIGNMENT);
+    start..start + bytes.max(GROWTH_ALIGNMENT)
+}
+const GROWTH_ALIGNMENT: u64 = 128 << 20;
 
 /// The I/O APIC's registers.
 pub const IO_APIC_START: u32 = 0xfec0_0000;
@@ -92,3 +102,25 @@ pub const RESET_PORT: u16 = 0x602;
 /// The first interrupt line that message-signalled interrupts use: those below belong to the I/O
 /// APIC's pins.
 pub const FIRST_MSI_GSI: u32 = 24;
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use vial_vmm_api::MEMORY_MIB;
+
+    use super::*;
+    use crate::memory::ram_ranges;
+
+    proptest! {
+        #[test]
+        fn growth_has_room_behind_the_ram_and_below_the_windows_of_functions(mib in MEMORY_MIB) {
+            let (bytes, most) = (u64::from(mib) << 20, u64::from(*MEMORY_MIB.end()) << 20);
+            let room = growth_room(bytes, most);
+            prop_assert!(room.start >= HIGH_RAM_START && room.start % GROWTH_ALIGNMENT == 0);
+            prop_assert!(ram_ranges(bytes).iter().all(|(at, length)| at.0 + length <= room.start));
+            prop_assert!(bytes + (room.end - room.start) >= most);
+            // But for the largest, whose window a processor with few bits places in RAM's reach.
+            prop_assert!(room.end <= high_window(38).start || mib > 60 << 10);
+        }
+    }
+}

@@ -108,6 +108,17 @@ impl VcpuState {
         vcpu.set_vcpu_events(&self.events).map_err(set("set the pending events"))
     }
 
+    /// Lets a vCPU that was never run count time with the one whose state this is, which has it
+    /// already. KVM takes two that are set alike within a second as set at one moment.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn share_time(&self, vcpu: &VcpuFd, index: u8) -> Result<(), VcpuStateError> {
+        let time = self.registers.iter().filter(|(register, _)| *register == MSR_TSC);
+        // It goes on meanwhile, so what it holds then is not compared.
+        write_registers(vcpu, index, &time.copied().collect::<Vec<_>>())
+    }
+
     /// Whether there are no more model-specific registers than there can be.
     pub fn is_bounded(&self) -> bool {
         self.registers.len() <= MAX_REGISTERS

@@ -350,12 +350,7 @@ impl PciFunction for VirtioPci {
                 }
                 self.registers.read(within, data);
             }
-            DEVICE_CONFIG => {
-                let config = self.device.config();
-                for (index, byte) in data.iter_mut().enumerate() {
-                    *byte = config.get(within as usize + index).copied().unwrap_or(0);
-                }
-            }
+            DEVICE_CONFIG => self.device.read_config(within as usize, data),
             MSIX_TABLE => self.msix.read_table(within, data),
             _ => data.fill(0),
         }
