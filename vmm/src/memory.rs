@@ -200,8 +200,8 @@ mod tests {
     fn memory_that_is_not_there_is_not_discarded() {
         let ram = map_ram(32 << 20).unwrap();
         discard(&ram, 0..32 << 20).unwrap();
-        for range in [0..33 << 20, 32 << 20..34 << 20, 2 << 20..0, 0..u64::MAX] {
-            assert!(discard(&ram, range.clone()).is_err() || range.is_empty(), "{range:?}");
+        for range in [0..33 << 20, 32 << 20..34 << 20, 0..u64::MAX] {
+            assert!(discard(&ram, range.clone()).is_err(), "{range:?}");
         }
     }
 }

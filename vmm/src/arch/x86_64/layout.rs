@@ -116,7 +116,7 @@ mod tests {
         fn growth_has_room_behind_the_ram_and_below_the_windows_of_functions(mib in MEMORY_MIB) {
             let (bytes, most) = (u64::from(mib) << 20, u64::from(*MEMORY_MIB.end()) << 20);
             let room = growth_room(bytes, most);
-            prop_assert!(room.start >= HIGH_RAM_START && room.start % GROWTH_ALIGNMENT == 0);
+            prop_assert!(room.start >= HIGH_RAM_START && room.start.is_multiple_of(GROWTH_ALIGNMENT));
             prop_assert!(ram_ranges(bytes).iter().all(|(at, length)| at.0 + length <= room.start));
             prop_assert!(bytes + (room.end - room.start) >= most);
             // But for the largest, whose window a processor with few bits places in RAM's reach.

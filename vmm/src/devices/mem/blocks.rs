@@ -178,7 +178,7 @@ mod tests {
             (at(0) + 4096, 1),
             (at(0) - BLOCK_BYTES, 1),
             (0, 1),
-            (u64::MAX & !(BLOCK_BYTES - 1), u16::MAX),
+            (!(BLOCK_BYTES - 1), u16::MAX),
             (at(0), 17),
             (at(15), 2),
             (at(16), 1),
