@@ -80,6 +80,8 @@ pub struct File {
     pub pci_devices: Option<Vec<String>>,
     /// Whether containers can bring functions into a VM that runs.
     pub hot_plug_devices: Option<bool>,
+    /// Whether each VMM has its cores to itself.
+    pub core_scheduling: Option<bool>,
 }
 
 /// The configuration that the program uses.
@@ -119,6 +121,8 @@ pub struct Config {
     /// Whether containers can bring functions into a VM that runs, on a node that has some bound to
     /// vfio-pci.
     pub hot_plug_devices: bool,
+    /// Whether each VMM has the cores to itself on which it runs, see [`crate::core_scheduling`].
+    pub core_scheduling: bool,
 }
 
 /// Why a configuration cannot be used.
@@ -240,6 +244,7 @@ impl Config {
             memory_overhead_mib: within(path, "memory_overhead_mib", overhead, OVERHEAD_MIB)?,
             pci_devices,
             hot_plug_devices: file.hot_plug_devices.unwrap_or(true),
+            core_scheduling: file.core_scheduling.unwrap_or(false),
         })
     }
 

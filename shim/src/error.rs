@@ -4,6 +4,7 @@ use ttrpc::Code;
 
 use crate::{
     agent::AgentError,
+    core_scheduling::CoreSchedulingError,
     devices::{DeviceError, passed::WrongNumbers},
     jail::RecordError,
     life::NoSuchStep,
@@ -105,6 +106,9 @@ pub enum ServiceError {
     /// See [`WrongNumbers`].
     #[error(transparent)]
     WrongNumbers(#[from] WrongNumbers),
+    /// See [`CoreSchedulingError`].
+    #[error(transparent)]
+    CoreScheduling(#[from] CoreSchedulingError),
     /// See [`NumaError`].
     #[error(transparent)]
     Numa(#[from] NumaError),

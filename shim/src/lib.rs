@@ -30,6 +30,7 @@ pub mod cleanup;
 pub mod config;
 pub mod container;
 pub mod copies;
+pub mod core_scheduling;
 pub mod devices;
 pub mod error;
 pub mod events;

@@ -21,6 +21,7 @@ use vial_vmm_api::HugePages;
 
 use crate::{
     config::Config,
+    core_scheduling::{self, CoreSchedulingError},
     devices::wanted::Wanted,
     numa::{self, NumaError, claim::Claim},
     pod_files::PodFiles,
@@ -46,6 +47,9 @@ pub enum PlanError {
     /// See [`NumaError`].
     #[error(transparent)]
     Numa(#[from] NumaError),
+    /// See [`CoreSchedulingError`].
+    #[error(transparent)]
+    CoreScheduling(#[from] CoreSchedulingError),
     /// See [`template::ANNOTATION`].
     #[error(transparent)]
     Template(#[from] template::WrongAnnotation),
@@ -72,6 +76,24 @@ pub struct Place {
     pub timeline: Arc<Timeline>,
 }
 
+/// What a pod's annotations ask for beside functions of the host.
+#[derive(Debug, Clone, Copy)]
+struct Asked {
+    numa: numa::Wanted,
+    template: bool,
+    own_cores: bool,
+}
+
+impl Asked {
+    fn new(annotations: &HashMap<String, String>) -> Result<Self, PlanError> {
+        Ok(Self {
+            numa: numa::Wanted::new(annotations)?,
+            template: template::allowed(annotations)?,
+            own_cores: core_scheduling::wanted(annotations)?,
+        })
+    }
+}
+
 impl Place {
     /// The plan for the container in `bundle`, or for the pod that it is the sandbox of.
     ///
@@ -83,13 +105,12 @@ impl Place {
         let cgroups_path = spec.linux.cgroups_path.clone();
         let config = self.config.as_ref().map_err(|error| PlanError::Config(error.clone()))?;
         let devices = spec.wanted_devices(&config.pci_devices)?;
-        let numa = numa::Wanted::new(&spec.annotations)?;
-        let template = template::allowed(&spec.annotations)?;
+        let asked = Asked::new(&spec.annotations)?;
         let claim = spec.claim()?;
         if spec.role()? != Role::Sandbox {
             let pod = ConfigurePodRequest::default();
-            let plan = self.plan(Limits::default(), network, pod, numa)?;
-            return Ok(Plan { cgroups_path, devices, template, claim, ..plan });
+            let plan = self.plan(Limits::default(), network, pod, asked)?;
+            return Ok(Plan { cgroups_path, devices, claim, ..plan });
         }
         spec.check_sandbox()?;
         let pod = ConfigurePodRequest {
@@ -97,8 +118,8 @@ impl Place {
             sysctls: spec.linux.sysctl,
             ..Default::default()
         };
-        let plan = self.plan(Limits::of_annotations(&spec.annotations), network, pod, numa)?;
-        Ok(Plan { cgroups_path, devices, template, claim, ..plan })
+        let plan = self.plan(Limits::of_annotations(&spec.annotations), network, pod, asked)?;
+        Ok(Plan { cgroups_path, devices, claim, ..plan })
     }
 
     /// The plan for a sandbox that is asked for by the Sandbox API.
@@ -115,22 +136,22 @@ impl Place {
             Some(options) => cgroup_of(options, &self.id)?,
             None => None,
         };
-        let (devices, numa, template) = match request.options.as_ref() {
+        let (devices, asked) = match request.options.as_ref() {
             Some(options) => self.annotations_of(options)?,
-            None => (Wanted::default(), numa::Wanted::default(), true),
+            None => (Wanted::default(), Asked::new(&HashMap::new())?),
         };
-        let plan = self.plan(limits, network, pod, numa)?;
-        Ok(Plan { files: Some(files), cgroups_path, devices, template, ..plan })
+        let plan = self.plan(limits, network, pod, asked)?;
+        Ok(Plan { files: Some(files), cgroups_path, devices, ..plan })
     }
 
     /// What the pod's annotations ask for.
-    fn annotations_of(&self, options: &Any) -> Result<(Wanted, numa::Wanted, bool), PlanError> {
+    fn annotations_of(&self, options: &Any) -> Result<(Wanted, Asked), PlanError> {
         let config = self.config.as_ref().map_err(|error| PlanError::Config(error.clone()))?;
         let annotations = Fields::read(&options.value)?.map(field::CONFIG_ANNOTATIONS)?;
         check_annotations(&annotations)?;
         let devices = Wanted::new(&annotations, std::iter::empty(), &config.pci_devices)
             .map_err(SpecError::from)?;
-        Ok((devices, numa::Wanted::new(&annotations)?, template::allowed(&annotations)?))
+        Ok((devices, Asked::new(&annotations)?))
     }
 
     fn plan(
@@ -138,9 +159,10 @@ impl Place {
         limits: Limits,
         network_namespace: Option<PathBuf>,
         pod: ConfigurePodRequest,
-        numa: numa::Wanted,
+        Asked { numa, template, own_cores }: Asked,
     ) -> Result<Plan, PlanError> {
         let mut config = self.config.clone().map_err(PlanError::Config)?;
+        config.core_scheduling |= own_cores;
         (config.vcpus, config.memory_mib) = size::of_vm(limits, config.vcpus, config.memory_mib);
         // The most memory is a multiple of both sizes of pages.
         let page_mib = numa.huge_pages.map_or(1, HugePages::mib);
@@ -153,7 +175,7 @@ impl Place {
             network_namespace,
             cgroups_path: None,
             devices: Wanted::default(),
-            template: true,
+            template,
             numa,
             claim: Claim::default(),
             pod,

@@ -38,6 +38,7 @@ use crate::{
     agent::Agent,
     config::Config,
     copies::Copies,
+    core_scheduling,
     devices::{
         handles::{self, Handles},
         wanted::Wanted,
@@ -190,6 +191,9 @@ impl Sandbox {
         undo.push("start the VMM", || async move {
             killed.kill(KILL_PATIENCE).await.map_err(|error| error.to_string())
         });
+        if config.core_scheduling && !core_scheduling::set_apart(process.pid())? {
+            tracing::info!("no core of this host has two threads: there is none to be kept off");
+        }
         if passed.is_some() {
             process.allow_locked_memory(config.memory_mib, 1).map_err(ServiceError::from)?;
         }

@@ -12,6 +12,7 @@ use serde::Deserialize;
 use vial_agent_protocol::MAX_SPEC_BYTES;
 
 use crate::{
+    core_scheduling,
     devices::{self, DeviceError, address::Address, wanted::Wanted},
     numa::{self, NumaError, claim},
     template,
@@ -21,8 +22,13 @@ const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
 /// How annotations begin that are for Vial.
 const OURS: &str = "io.vial/";
 /// Those that there are.
-const ANNOTATIONS: [&str; 4] =
-    [devices::ANNOTATION, numa::ANNOTATION, numa::HUGE_PAGES, template::ANNOTATION];
+const ANNOTATIONS: [&str; 5] = [
+    devices::ANNOTATION,
+    numa::ANNOTATION,
+    numa::HUGE_PAGES,
+    template::ANNOTATION,
+    core_scheduling::ANNOTATION,
+];
 const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 /// Where a container has memory to share, and where CRI gives it the pod's.
 pub(crate) const SHARED_MEMORY: &str = "/dev/shm";

@@ -238,7 +238,9 @@ fn arguments(
     if machine.icount {
         add(&["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-smp", "1"]);
     } else {
-        add(&["-accel", "tcg,thread=multi", "-smp", &machine.cpus.to_string()]);
+        let threads = if machine.smt { ",threads=2" } else { "" };
+        let cpus = format!("{}{threads}", machine.cpus);
+        add(&["-accel", "tcg,thread=multi", "-smp", &cpus]);
     }
     let memory_mib = match machine.devices {
         true => machine.memory.min(devices::MEMORY_MIB_MAX),

@@ -63,6 +63,10 @@ pub(crate) struct Machine {
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=16))]
     pub(crate) cpus: u8,
 
+    /// The CPUs are two threads of each core
+    #[arg(long, requires = "cpus", conflicts_with = "devices")]
+    pub(crate) smt: bool,
+
     /// Memory of the host in MiB
     #[arg(long, value_name = "MIB", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(512..=65_536))]
     pub(crate) memory: u32,

@@ -155,8 +155,19 @@ impl Bed {
     /// Starts a container in the background. Its streams go nowhere: nobody is there to remove
     /// them when its shim is killed.
     pub(crate) fn detached(&self, runtime: Runtime, args: &[&str]) -> Result<Detached> {
+        self.detached_with(runtime, &[], args)
+    }
+
+    /// The same with options of `ctr run`.
+    pub(crate) fn detached_with(
+        &self,
+        runtime: Runtime,
+        options: &[&str],
+        args: &[&str],
+    ) -> Result<Detached> {
         let name = self.name();
-        run(&mut self.command(runtime, &["-d", "--null-io"], &name, args))?
+        let options = [&["-d", "--null-io"], options].concat();
+        run(&mut self.command(runtime, &options, &name, args))?
             .expect(0)
             .context("start a container in the background")?;
         Ok(Detached { name })

@@ -22,7 +22,14 @@ pub(crate) fn program_that_is_absent_fails_like_with_runc(bed: &Bed) -> Result<(
 /// The number of the only process whose name begins with `prefix` and whose command line
 /// mentions `word`.
 pub(crate) fn process(prefix: &str, word: &str) -> Result<i32> {
-    let found: Vec<i32> = fs::read_dir("/proc")?
+    let found = processes(prefix, word)?;
+    ensure!(found.len() == 1, "{} processes are called {prefix} with {word}", found.len());
+    Ok(found[0])
+}
+
+/// The numbers of all of them.
+pub(crate) fn processes(prefix: &str, word: &str) -> Result<Vec<i32>> {
+    let found = fs::read_dir("/proc")?
         .flatten()
         .filter_map(|entry| {
             let name = fs::read_to_string(entry.path().join("comm")).ok()?;
@@ -31,8 +38,7 @@ pub(crate) fn process(prefix: &str, word: &str) -> Result<i32> {
             entry.file_name().to_str()?.parse().ok()
         })
         .collect();
-    ensure!(found.len() == 1, "{} processes are called {prefix} with {word}", found.len());
-    Ok(found[0])
+    Ok(found)
 }
 
 pub(crate) fn kill(pid: i32) -> Result<()> {

@@ -77,6 +77,7 @@ pub(crate) fn cases() -> Vec<Case> {
         machine::disk_that_is_read_only_stays_as_it_is,
         machine::end_of_the_guest_is_told,
         isolation::vmm_is_jailed_with_each_of_its_threads,
+        isolation::pod_has_its_cores_to_itself,
         isolation::hostile_program_in_place_of_the_vmm_gets_nowhere,
         isolation::vmm_without_user_namespaces_is_jailed_and_warned_of,
         isolation::vmm_without_a_jail_runs_and_is_warned_of,
