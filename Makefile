@@ -12,7 +12,7 @@ PAYLOAD := target/payload
 export VIAL_STARTED := $(or $(VIAL_STARTED),$(shell date +%s))
 STEP := tests/host/step
 
-.PHONY: help deps build kernel image images host payload shell suite demo bench baseline fuzz fuzz-smoke test fmt clippy clean
+.PHONY: help deps build kernel image images host payload shell suite demo bench baseline fuzz fuzz-smoke deny sbom reproducible test fmt clippy clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -72,6 +72,15 @@ fuzz: deps ## run the fuzz targets for an hour each; FUZZ="--seconds N TARGET...
 
 fuzz-smoke: deps ## run the fuzz targets for a minute each
 	@tests/fuzz/run --seconds 60
+
+deny: deps ## hold the dependencies against deny.toml; DENY=--advisories for known faults, too
+	@tests/supply-chain/deny $(DENY)
+
+sbom: deps ## write what each program is made of to target/sbom/
+	@tests/supply-chain/sbom
+
+reproducible: deps ## build programs and image twice and compare the bytes
+	@tests/supply-chain/reproducible
 
 test: deps ## every check and test; ends with "N passed, N failed"
 	@tests/host/run-all

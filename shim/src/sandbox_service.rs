@@ -184,14 +184,16 @@ impl SandboxApi for SandboxService {
         // One that was never started is not ready, and no failure.
         let Ok(sandbox) = self.pod.sandbox().await else { return Ok(response) };
         response.pid = sandbox.pid();
-        match sandbox.end() {
+        let end = sandbox.end();
+        if request.verbose {
+            // What reads it takes each value for JSON.
+            let state = sandbox.dir.read_state().unwrap_or_default();
+            let info = serde_json::json!({ "pid": sandbox.pid(), "end": end, "sandbox": state });
+            response.info.insert("info".into(), info.to_string());
+        }
+        match end {
             None => response.state = READY.into(),
-            Some(why) => {
-                response.exited_at = MessageField::some(timestamp(self.ended().at));
-                if request.verbose {
-                    response.info.insert("end".into(), why);
-                }
-            }
+            Some(_) => response.exited_at = MessageField::some(timestamp(self.ended().at)),
         }
         Ok(response)
     }

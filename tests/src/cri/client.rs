@@ -65,6 +65,14 @@ impl Cri {
         answer.status.context("a pod without a status")
     }
 
+    /// What else a pod's runtime tells of it.
+    pub(crate) fn pod_info(&self, id: &str) -> Result<serde_json::Value> {
+        let request = PodSandboxStatusRequest { pod_sandbox_id: id.into(), verbose: true };
+        let answer: PodSandboxStatusResponse = self.call("PodSandboxStatus", &request)?;
+        let info = answer.info.get("info").context("a verbose status without info")?;
+        serde_json::from_str(info).with_context(|| format!("{info:?} is no JSON"))
+    }
+
     /// Ids of all pods.
     pub(crate) fn pods(&self) -> Result<Vec<String>> {
         let answer: ListPodSandboxResponse = self.call("ListPodSandbox", &Empty {})?;

@@ -82,6 +82,11 @@ pub(crate) fn pod_of_the_sandbox_api_goes_through_its_states(bed: &Bed) -> Resul
     let seen = first.exec("ip -o address show eth0")?;
     ensure!(!address.is_empty() && seen.contains(&address), "no {address} in {seen}");
     first.exec("echo of the first >/dev/shm/file")?;
+    let info = pod.cri.pod_info(&pod.id)?;
+    let vmm = process("vial-vmm", "")?;
+    ensure!(info["pid"] == vmm && info["end"].is_null(), "the pod is told of as {info}");
+    ensure!(info["sandbox"]["vmm"]["pid"] == vmm, "the pod is told of as {info}");
+
     let second = pod.run(sh("cat /dev/shm/file; exit 3"))?;
     let (status, printed) = (second.exit_code, second.stdout.as_str());
     ensure!(status == 3 && printed == "of the first\n", "the second is {second:?}");
@@ -103,6 +108,8 @@ pub(crate) fn pod_of_the_sandbox_api_goes_through_its_states(bed: &Bed) -> Resul
         ensure!(state == SandboxState::NotReady, "the pod is {state:?}");
         Ok(())
     })?;
+    let info = pod.cri.pod_info(&pod.id)?;
+    ensure!(info["end"].as_str().is_some_and(|end| end.contains("signal")), "its end is {info}");
     pod.end()
 }
 

@@ -87,8 +87,14 @@ messages! {
     PodId {
         [string] pod_sandbox_id: String = 1;
     }
+    PodSandboxStatusRequest {
+        [string] pod_sandbox_id: String = 1;
+        [bool] verbose: bool = 2;
+    }
     PodSandboxStatusResponse {
         [message, optional] status: Option<PodSandboxStatus> = 1;
+        /// JSON, when it is verbose.
+        [btree_map = "string, string"] info: Words = 2;
     }
     ListPodSandboxResponse {
         [message, repeated] items: Vec<PodSandbox> = 1;
