@@ -15,6 +15,9 @@ use rustix::{
 /// The annotation of a pod that asks for it. A pod cannot be without what the operator wants.
 pub const ANNOTATION: &str = "io.vial/core-scheduling";
 
+/// Where the kernel says it.
+const SMT: &str = "/sys/devices/system/cpu/smt/active";
+
 /// Why a pod shares cores though it should not.
 #[derive(Debug, thiserror::Error)]
 pub enum CoreSchedulingError {
@@ -65,9 +68,17 @@ pub fn set_apart(pid: u32) -> Result<bool, CoreSchedulingError> {
     match create_core_scheduling_cookie(process, CoreSchedulingScope::ThreadGroup) {
         Ok(()) => Ok(true),
         Err(Errno::NODEV) => Ok(false),
+        // A kernel without it does not say whether it would have been needed.
+        Err(Errno::INVAL) if !shares_cores() => Ok(false),
         Err(Errno::INVAL) => Err(CoreSchedulingError::Unsupported),
         Err(error) => Err(refused(error.into())),
     }
+}
+
+/// Whether a core of this host has two threads (Linux, Documentation/ABI/testing/
+/// sysfs-devices-system-cpu). It has when nobody says.
+fn shares_cores() -> bool {
+    std::fs::read_to_string(SMT).map_or(true, |text| text.trim() != "0")
 }
 
 #[cfg(test)]

@@ -160,7 +160,8 @@ fn run_with(bed: &Bed, change: &str) -> Result<super::bed::Outcome> {
     bed.run(Runtime::Vial, &[], &["true"])
 }
 
-/// With `vial-host run --cpus 2 --smt` there are cores of two threads; elsewhere there is nothing to keep off them.
+/// With `vial-host run --cpus 2 --smt` there are cores of two threads; elsewhere there is nothing to keep off them. A
+/// kernel that cannot keep anything off refuses.
 pub(crate) fn pod_has_its_cores_to_itself(bed: &Bed) -> Result<()> {
     let annotation = |value| format!("io.vial/core-scheduling={value}");
     let wrong = bed.run(Runtime::Vial, &["--annotation", &annotation("maybe")], &["true"])?;
@@ -177,6 +178,14 @@ pub(crate) fn pod_has_its_cores_to_itself(bed: &Bed) -> Result<()> {
     };
     let log = bed.log_length();
     let asks = annotation("true");
+    let smt = fs::read_to_string("/sys/devices/system/cpu/smt/active").unwrap_or_default();
+    let kernel = fs::read_to_string("/proc/kallsyms")?;
+    if smt.trim() == "1" && !kernel.contains(" sched_core_share_pid") {
+        let refused = bed.run(Runtime::Vial, &["--annotation", &asks], &["true"])?;
+        ensure!(refused.status != 0, "it runs on cores that it shares: {refused:?}");
+        ensure!(refused.stderr.contains("CONFIG_SCHED_CORE"), "{refused:?}");
+        return Ok(());
+    }
     let (mut pods, mut vmms) = (Vec::new(), Vec::new());
     for options in [&["--annotation", &asks][..], &["--annotation", &asks], &[]] {
         let pod = bed.detached_with(Runtime::Vial, options, &["sleep", "1000"])?;
@@ -185,7 +194,6 @@ pub(crate) fn pod_has_its_cores_to_itself(bed: &Bed) -> Result<()> {
         let mut all = processes("vial-vmm", "--api-fd")?.into_iter();
         vmms.push(all.find(|pid| !vmms.contains(pid)).context("the pod has no VMM")?);
     }
-    let smt = fs::read_to_string("/sys/devices/system/cpu/smt/active").unwrap_or_default();
     if smt.trim() != "1" {
         let told = bed.lines_since(log, "no core of this host has two threads");
         ensure!(told.len() == 2, "a host without SMT is told of {} times", told.len());
