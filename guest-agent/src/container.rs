@@ -27,6 +27,7 @@ use crate::devices::DeviceError;
 use crate::launch::LaunchError;
 use crate::pod::{Pod, PodError};
 use crate::reaper::{ExitStatus, Reaper};
+use crate::served::ServedError;
 use crate::share::{Share, ShareError};
 use crate::spec::SpecError;
 use crate::stdio::{Input, StdioError};
@@ -99,6 +100,8 @@ pub(crate) enum ContainerError {
     Cgroup(#[from] CgroupError),
     #[error(transparent)]
     Pod(#[from] PodError),
+    #[error(transparent)]
+    Served(#[from] ServedError),
     #[error(transparent)]
     Workdir(#[from] WorkdirError),
     #[error(transparent)]

@@ -24,6 +24,7 @@ mod marks;
 mod network;
 mod pod;
 mod reaper;
+mod served;
 mod server;
 mod service;
 mod share;

@@ -61,6 +61,7 @@ fn code(error: &ContainerError) -> Code {
         | E::Launch(LaunchError::Executable(_))
         | E::Stdio(StdioError::TerminalStderr | StdioError::Twice(_)) => Code::INVALID_ARGUMENT,
         E::Pod(error) if error.is_of_the_request() => Code::INVALID_ARGUMENT,
+        E::Served(error) if error.is_of_the_request() => Code::INVALID_ARGUMENT,
         E::Resource(error) if error.is_of_the_request() => Code::INVALID_ARGUMENT,
         E::NoOomCount(_) => Code::UNIMPLEMENTED,
         E::Cgroup(CgroupError::Restless(_)) => Code::DEADLINE_EXCEEDED,
@@ -77,6 +78,7 @@ fn code(error: &ContainerError) -> Code {
         | E::Cgroup(_)
         | E::Resource(_)
         | E::Pod(_)
+        | E::Served(_)
         | E::Device(_)
         | E::BrokenOff => Code::INTERNAL,
     }
@@ -224,6 +226,7 @@ impl agent_ttrpc::Agent for AgentService {
                 Some(namespace) => PidNamespace::Of(namespace.container_id),
             },
             functions: names(request.functions),
+            served: request.served,
         };
         // Limits, and file systems in memory, go by what there is.
         self.adoption.grown().await.map_err(|error| failed(&error, false))?;

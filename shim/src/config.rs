@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use crate::devices::{DeviceError, address::Address};
 use crate::jail::user_ids::Range;
+use crate::vhost_user::listed::{Entry, Listed};
 use serde::Deserialize;
 use vial_vmm_api::{MAX_COMMAND_LINE_BYTES, MEMORY_MIB, VCPUS};
 
@@ -82,6 +83,8 @@ pub struct File {
     pub hot_plug_devices: Option<bool>,
     /// Whether each VMM has its cores to itself.
     pub core_scheduling: Option<bool>,
+    /// Devices of other processes that pods may name.
+    pub vhost_user: Option<Vec<Entry>>,
 }
 
 /// The configuration that the program uses.
@@ -123,6 +126,8 @@ pub struct Config {
     pub hot_plug_devices: bool,
     /// Whether each VMM has the cores to itself on which it runs, see [`crate::core_scheduling`].
     pub core_scheduling: bool,
+    /// Devices of other processes that pods may name, see [`crate::vhost_user`].
+    pub vhost_user: Vec<Listed>,
 }
 
 /// Why a configuration cannot be used.
@@ -245,6 +250,7 @@ impl Config {
             pci_devices,
             hot_plug_devices: file.hot_plug_devices.unwrap_or(true),
             core_scheduling: file.core_scheduling.unwrap_or(false),
+            vhost_user: listed_devices(path, file.vhost_user.unwrap_or_default())?,
         })
     }
 
@@ -271,6 +277,22 @@ impl Config {
         words.extend(self.kernel_arguments.split_ascii_whitespace());
         words.join(" ")
     }
+}
+
+/// What pods may name, each by a name of its own.
+fn listed_devices(path: &Path, entries: Vec<Entry>) -> Result<Vec<Listed>, ConfigError> {
+    let key = "vhost_user";
+    let mut listed: Vec<Listed> = Vec::new();
+    for entry in entries {
+        let device =
+            Listed::new(entry).map_err(|expected| wrong(path, key, "an entry".into(), expected))?;
+        if listed.iter().any(|other| other.name == device.name) {
+            let expected = "a list of devices with different names".into();
+            return Err(wrong(path, key, format!("'{}' twice", device.name), expected));
+        }
+        listed.push(device);
+    }
+    Ok(listed)
 }
 
 /// `vial-vmm` beside the running program if it is there, else the installed one.

@@ -17,6 +17,7 @@ use crate::{
     spec::SpecError,
     state_dir::StateDirError,
     stdio::StdioError,
+    vhost_user::VhostUserError,
     vmm_client::VmmError,
     vmm_process::VmmProcessError,
 };
@@ -103,6 +104,9 @@ pub enum ServiceError {
     /// See [`DeviceError`].
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// See [`VhostUserError`].
+    #[error(transparent)]
+    VhostUser(#[from] VhostUserError),
     /// See [`WrongNumbers`].
     #[error(transparent)]
     WrongNumbers(#[from] WrongNumbers),
@@ -160,9 +164,16 @@ impl ServiceError {
             Self::Numa(error) | Self::Spec(SpecError::Numa(error)) if error.is_of_the_pod() => {
                 Code::INVALID_ARGUMENT
             }
-            Self::State(_) | Self::Precondition(_) | Self::Device(_) | Self::Numa(_) => {
-                Code::FAILED_PRECONDITION
+            Self::VhostUser(error) | Self::Spec(SpecError::VhostUser(error))
+                if error.is_of_the_pod() =>
+            {
+                Code::INVALID_ARGUMENT
             }
+            Self::State(_)
+            | Self::Precondition(_)
+            | Self::Device(_)
+            | Self::VhostUser(_)
+            | Self::Numa(_) => Code::FAILED_PRECONDITION,
             Self::Unimplemented(_) => Code::UNIMPLEMENTED,
             Self::VmEnded(_) | Self::BootTimeout(..) => Code::UNAVAILABLE,
             Self::Agent(AgentError::Status(status)) => {

@@ -58,5 +58,6 @@ pub mod task;
 pub mod template;
 pub mod timeline;
 pub mod undo;
+pub mod vhost_user;
 pub mod vmm_client;
 pub mod vmm_process;

@@ -30,6 +30,7 @@ use crate::{
     spec::{Role, Spec, SpecError, check_annotations},
     template,
     timeline::Timeline,
+    vhost_user::{self, listed::Listed},
 };
 
 /// The name of CRI's type of a pod's configuration.
@@ -77,16 +78,18 @@ pub struct Place {
 }
 
 /// What a pod's annotations ask for beside functions of the host.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 struct Asked {
+    served: Vec<Listed>,
     numa: numa::Wanted,
     template: bool,
     own_cores: bool,
 }
 
 impl Asked {
-    fn new(annotations: &HashMap<String, String>) -> Result<Self, PlanError> {
+    fn new(annotations: &HashMap<String, String>, listed: &[Listed]) -> Result<Self, PlanError> {
         Ok(Self {
+            served: vhost_user::wanted(annotations, listed).map_err(SpecError::from)?,
             numa: numa::Wanted::new(annotations)?,
             template: template::allowed(annotations)?,
             own_cores: core_scheduling::wanted(annotations)?,
@@ -105,7 +108,7 @@ impl Place {
         let cgroups_path = spec.linux.cgroups_path.clone();
         let config = self.config.as_ref().map_err(|error| PlanError::Config(error.clone()))?;
         let devices = spec.wanted_devices(&config.pci_devices)?;
-        let asked = Asked::new(&spec.annotations)?;
+        let asked = Asked::new(&spec.annotations, &config.vhost_user)?;
         let claim = spec.claim()?;
         if spec.role()? != Role::Sandbox {
             let pod = ConfigurePodRequest::default();
@@ -138,7 +141,7 @@ impl Place {
         };
         let (devices, asked) = match request.options.as_ref() {
             Some(options) => self.annotations_of(options)?,
-            None => (Wanted::default(), Asked::new(&HashMap::new())?),
+            None => (Wanted::default(), Asked::new(&HashMap::new(), &[])?),
         };
         let plan = self.plan(limits, network, pod, asked)?;
         Ok(Plan { files: Some(files), cgroups_path, devices, ..plan })
@@ -151,7 +154,7 @@ impl Place {
         check_annotations(&annotations)?;
         let devices = Wanted::new(&annotations, std::iter::empty(), &config.pci_devices)
             .map_err(SpecError::from)?;
-        Ok((devices, Asked::new(&annotations)?))
+        Ok((devices, Asked::new(&annotations, &config.vhost_user)?))
     }
 
     fn plan(
@@ -159,7 +162,7 @@ impl Place {
         limits: Limits,
         network_namespace: Option<PathBuf>,
         pod: ConfigurePodRequest,
-        Asked { numa, template, own_cores }: Asked,
+        Asked { served, numa, template, own_cores }: Asked,
     ) -> Result<Plan, PlanError> {
         let mut config = self.config.clone().map_err(PlanError::Config)?;
         config.core_scheduling |= own_cores;
@@ -175,6 +178,7 @@ impl Place {
             network_namespace,
             cgroups_path: None,
             devices: Wanted::default(),
+            served,
             template,
             numa,
             claim: Claim::default(),

@@ -26,7 +26,7 @@ use tokio::{
 };
 use vial_agent_protocol::{
     READY_PORT, SHARE_TAG,
-    agent::{ConfigureNetworkRequest, ConfigurePodRequest},
+    agent::{ConfigureNetworkRequest, ConfigurePodRequest, ServedDevice},
 };
 use vial_vmm_api::{
     self as api, API_VERSION, Action, AddedFunctions, Descriptor, DeviceConfig, Reply, VmConfig,
@@ -58,6 +58,7 @@ use crate::{
     template::ahead,
     timeline::Timeline,
     undo::UndoStack,
+    vhost_user::{self, connect::Connected, listed::Listed, reconnect::Reconnector},
     vmm_client::{self, VmmClient, VmmEvent},
     vmm_process::VmmProcess,
 };
@@ -96,6 +97,8 @@ pub struct Plan {
     pub devices: Wanted,
     /// Whether it may start from a template.
     pub template: bool,
+    /// The devices of other processes that it asks for.
+    pub served: Vec<Listed>,
     /// What its annotations ask for of the host's nodes.
     pub numa: numa::Wanted,
     /// What its container asks for of them, when that is known with it.
@@ -121,6 +124,8 @@ pub struct Sandbox {
     pub next_stream: AtomicU64,
     /// Where on the host it is.
     pub placed: Placed,
+    /// What its containers are given of devices of other processes.
+    pub served: Vec<ServedDevice>,
     functions: tokio::sync::Mutex<Functions>,
     process: Arc<VmmProcess>,
     ended: watch::Receiver<Option<String>>,
@@ -162,7 +167,7 @@ impl Sandbox {
         }
         timeline.mark("state directory");
 
-        let (taps, network) = match &plan.network_namespace {
+        let (taps, mut network) = match &plan.network_namespace {
             Some(namespace) => attach_network(namespace, &dir, &mut state, undo)?,
             None => Default::default(),
         };
@@ -170,6 +175,9 @@ impl Sandbox {
 
         let passed = pass_devices(plan, &dir, &mut state, undo)?;
         let (placed, placement) = start::place(plan, &dir, &state)?;
+        let (pages, mib) = (placement.huge_pages, config.memory_mib);
+        let backends = Connected::new(&plan.served, mib, pages).await?;
+        plan.served.iter().for_each(|device| device.add_to(&mut network));
 
         let mounted = dir.path().to_path_buf();
         undo.push("mount the shared tree", || async move {
@@ -221,13 +229,16 @@ impl Sandbox {
             share: &share,
             taps,
             passed,
+            backends,
             hot_plug,
             placement,
         };
+        let reconnector = Reconnector::new(client.clone(), &plan.served);
         let boot = async {
-            let (started, listed) = boot(plan, handed, &process, &client).await?;
+            let (started, made) = boot(plan, handed, &process, &client).await?;
             placed.started(state.vmm)?;
-            let (ready, agent) = start::meet_agent(plan, started, &client, &mut events).await?;
+            let events = (&mut events, &reconnector);
+            let (ready, agent) = start::meet_agent(plan, started, &client, events).await?;
             if plan.pod != ConfigurePodRequest::default() {
                 agent.configure_pod(&plan.pod).await?;
                 timeline.mark("pod configured");
@@ -239,9 +250,9 @@ impl Sandbox {
             if let Started::Booted { template_missing: true } = started {
                 ahead::begin(config);
             }
-            Ok((ready, agent, listed))
+            Ok((ready, agent, made))
         };
-        let (ready, agent, listed) = tokio::select! {
+        let (ready, agent, made) = tokio::select! {
             result = tokio::time::timeout(config.boot_timeout, boot) => match result {
                 Ok(booted) => booted,
                 Err(_) => {
@@ -265,9 +276,10 @@ impl Sandbox {
             });
         }
         share.has_own_copy = state.jail.is_some();
-        let functions = Functions::begin(state, listed.as_ref(), hot_plug)?;
+        let functions = Functions::begin(state, made.functions.as_ref(), hot_plug)?;
+        let served = vhost_user::served(&plan.served, &made.backends)?;
         let (end, ended) = watch::channel(None);
-        tokio::spawn(watch_end(process.clone(), ready, events, end));
+        tokio::spawn(watch_end(process.clone(), ready, (events, reconnector), end));
         Ok(Self {
             dir,
             share,
@@ -276,6 +288,7 @@ impl Sandbox {
             agent,
             next_stream: AtomicU64::new(1),
             placed,
+            served,
             functions: functions.into(),
             process,
             ended,
@@ -414,6 +427,7 @@ struct Handed<'a> {
     share: &'a Share,
     taps: Vec<Tap>,
     passed: Option<Handles>,
+    backends: Option<Connected>,
     hot_plug: bool,
     placement: api::Placement,
 }
@@ -492,14 +506,21 @@ pub(crate) fn base_devices(root: Descriptor, own_descriptors: Descriptor) -> Vec
     ]
 }
 
-/// Lets the VM run: from a template when there is one that fits, else its kernel boots. Returns
-/// where its functions of the host are, too.
+/// Where the VM has what not all VMs have.
+#[derive(Debug, Default)]
+struct Made {
+    functions: Option<AddedFunctions>,
+    /// The numbers of the devices that backends serve.
+    backends: Vec<u8>,
+}
+
+/// Lets the VM run: from a template when there is one that fits, else its kernel boots.
 async fn boot(
     plan: &Plan,
-    Handed { files, console, share, taps, passed, hot_plug, placement }: Handed<'_>,
+    Handed { files, console, share, taps, passed, backends, hot_plug, placement }: Handed<'_>,
     process: &VmmProcess,
     client: &VmmClient,
-) -> Result<(Started, Option<AddedFunctions>), ServiceError> {
+) -> Result<(Started, Made), ServiceError> {
     let lost = |what: &'static str| {
         move |error| ServiceError::Open { path: what.into(), error, remedy: "see the shim's log" }
     };
@@ -522,6 +543,10 @@ async fn boot(
             functions: functions.iter().map(|function| given.add(function)).collect(),
         });
     }
+    let shared_memory = backends.as_ref().map(|connected| {
+        devices.extend(connected.configs(|descriptor| given.add(descriptor)));
+        given.add(&connected.memory)
+    });
     let kvm = given.add(&files.kvm);
     let (template, mut missing) = start::find_template(plan, &devices, &placement);
     if let Some(template) = &template {
@@ -540,7 +565,7 @@ async fn boot(
         if start::restore(plan, template, saved, client, &given).await? {
             let new_devices = devices.len() > base + 1;
             let more_memory_mib = template.more_mib(memory_mib);
-            return Ok((Started::Restored { new_devices, more_memory_mib }, None));
+            return Ok((Started::Restored { new_devices, more_memory_mib }, Made::default()));
         }
         missing = true;
     }
@@ -556,16 +581,18 @@ async fn boot(
         devices,
         hot_plug,
         placement,
+        shared_memory,
     };
     let action = Action::Boot(Box::new(config));
     let answer = client.request(action, &given.0).await;
     // The VMM alone holds them from here on: they go when it goes.
     drop(given);
-    drop((taps, passed));
+    drop((taps, passed, backends));
     match answer {
         Ok(Reply::Booted(report)) => {
             start::mark_report(plan, report.marks);
-            Ok((Started::Booted { template_missing: missing }, report.functions))
+            let made = Made { functions: report.functions, backends: report.backends };
+            Ok((Started::Booted { template_missing: missing }, made))
         }
         Ok(_) => Err(vmm("boot the VM")(vmm_client::VmmError::Answer)),
         // Why it ended is better known to whoever waits for the process.
@@ -591,7 +618,7 @@ impl<'a> Given<'a> {
 async fn watch_end(
     process: Arc<VmmProcess>,
     mut ready: UnixStream,
-    mut events: mpsc::Receiver<VmmEvent>,
+    (mut events, reconnector): (mpsc::Receiver<VmmEvent>, Reconnector),
     end: watch::Sender<Option<String>>,
 ) {
     // The guest writes nothing there that matters; its end does.
@@ -606,6 +633,7 @@ async fn watch_end(
                 VmmEvent::GuestConnected { port, .. } => {
                     tracing::warn!("the guest connected to port {port} again; refused");
                 }
+                VmmEvent::BackendGone(backend) => reconnector.gone(backend),
                 VmmEvent::Exited(reason) => tracing::info!("{reason}"),
             }
         }

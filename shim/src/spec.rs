@@ -16,14 +16,16 @@ use crate::{
     devices::{self, DeviceError, address::Address, wanted::Wanted},
     numa::{self, NumaError, claim},
     template,
+    vhost_user::{self, VhostUserError},
 };
 
 const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
 /// How annotations begin that are for Vial.
 const OURS: &str = "io.vial/";
 /// Those that there are.
-const ANNOTATIONS: [&str; 5] = [
+const ANNOTATIONS: [&str; 6] = [
     devices::ANNOTATION,
+    vhost_user::ANNOTATION,
     numa::ANNOTATION,
     numa::HUGE_PAGES,
     template::ANNOTATION,
@@ -184,6 +186,9 @@ pub enum SpecError {
     /// The devices that are asked for.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// The devices of other processes that are asked for.
+    #[error(transparent)]
+    VhostUser(#[from] VhostUserError),
     /// The CPUs, nodes or pages that are asked for.
     #[error(transparent)]
     Numa(#[from] NumaError),

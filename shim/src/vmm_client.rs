@@ -39,6 +39,8 @@ pub enum VmmEvent {
         /// The connection.
         socket: OwnedFd,
     },
+    /// The connection to a vhost-user backend broke.
+    BackendGone(u8),
     /// The VM ended.
     Exited(ExitReason),
 }
@@ -139,6 +141,11 @@ impl VmmClient {
         answered.await.map_err(|_| VmmError::Closed)?.map_err(VmmError::Refused)
     }
 
+    /// Whether the connection to the VMM is gone.
+    pub fn is_closed(&self) -> bool {
+        lock(&self.waiting).is_none()
+    }
+
     /// Connects a new stream to a port of the guest.
     ///
     /// # Errors
@@ -211,6 +218,7 @@ fn with_descriptor(event: Event, descriptors: Vec<OwnedFd>) -> Option<VmmEvent> 
             let socket = descriptors.into_iter().nth(index.into())?;
             Some(VmmEvent::GuestConnected { port, socket })
         }
+        Event::BackendGone { backend } => Some(VmmEvent::BackendGone(backend)),
         Event::Exited(reason) => Some(VmmEvent::Exited(reason)),
     }
 }

@@ -90,7 +90,7 @@ impl Vmm {
                 Event::GuestConnected { port: connected, .. } if connected == port => {
                     return Ok(());
                 }
-                Event::GuestConnected { .. } => {}
+                Event::GuestConnected { .. } | Event::BackendGone { .. } => {}
                 Event::Exited(reason) => bail!("the machine ended: {reason}"),
             }
         }

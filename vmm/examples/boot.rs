@@ -35,6 +35,7 @@ fn main() {
         devices,
         hot_plug: false,
         placement: Placement::default(),
+        shared_memory: None,
     };
     let mut vmm = client::Vmm::start(Path::new(vmm));
     let report = vmm.ask(Action::Boot(Box::new(config)), &files.all());

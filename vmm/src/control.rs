@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender};
 
 use rustix::event::{PollFd, PollFlags, poll};
@@ -17,6 +18,7 @@ use vial_vmm_api::{
     MAX_MESSAGE_BYTES, Message, Reply, Request, VmState, decode, encode,
 };
 
+use crate::devices::vhost_user::BackendGone;
 use crate::machine::{
     Descriptors, GuestConnected, Machine, MachineError, PassError, Purpose, RunningMachine,
 };
@@ -50,6 +52,7 @@ const MAX_NOTICES: usize = 64;
 /// What other threads tell this one.
 enum Notice {
     GuestConnected(u32, OwnedFd),
+    BackendGone(u8),
 }
 
 /// The socket and the VM behind it.
@@ -112,13 +115,24 @@ impl Control {
     }
 
     fn forward_notices(&mut self) {
-        while let Ok(Notice::GuestConnected(port, socket)) = self.notices.try_recv() {
-            let event = Event::GuestConnected { port, socket: Descriptor(0) };
-            // A guest that connects faster than the shim reads loses its connections.
-            if let Err(error) =
-                self.send(&Message::Event(event), &[socket.as_fd()], SendFlags::DONTWAIT)
-            {
-                tracing::warn!(port, %error, "a connection of the guest's is dropped");
+        while let Ok(notice) = self.notices.try_recv() {
+            match notice {
+                Notice::GuestConnected(port, socket) => {
+                    let event = Event::GuestConnected { port, socket: Descriptor(0) };
+                    // A guest that connects faster than the shim reads loses its connections.
+                    if let Err(error) =
+                        self.send(&Message::Event(event), &[socket.as_fd()], SendFlags::DONTWAIT)
+                    {
+                        tracing::warn!(port, %error, "a connection of the guest's is dropped");
+                    }
+                }
+                Notice::BackendGone(backend) => {
+                    // The guest has nothing to say about these, so the shim's reading is waited for.
+                    let event = Message::Event(Event::BackendGone { backend });
+                    if let Err(error) = self.send(&event, &[], SendFlags::empty()) {
+                        tracing::error!(backend, %error, "nobody connects to its backend again");
+                    }
+                }
             }
         }
     }
@@ -145,12 +159,18 @@ impl Control {
         let mut end = None;
         let result = match action {
             Action::Boot(config) => {
-                self.boot(|connected| Machine::build(*config, descriptors, connected, Purpose::Run))
+                let gone = self.backend_gone();
+                self.boot(|connected| {
+                    Machine::build(*config, descriptors, connected, gone, Purpose::Run)
+                })
             }
-            Action::BootTemplate(config) => self.boot(|connected| {
+            Action::BootTemplate(config) => {
+                let gone = self.backend_gone();
                 let purpose = Purpose::Template { max_vcpus: config.max_vcpus };
-                Machine::build(config.machine, descriptors, connected, purpose)
-            }),
+                self.boot(|connected| {
+                    Machine::build(config.machine, descriptors, connected, gone, purpose)
+                })
+            }
             Action::Restore(config) => {
                 self.boot(|connected| Machine::restore(*config, descriptors, connected))
             }
@@ -168,6 +188,9 @@ impl Control {
                 .map(Reply::FunctionsAdded),
             Action::RemoveFunctions { set } => {
                 self.pass(|machine| machine.remove_functions(set)).map(|()| Reply::Done)
+            }
+            Action::ReconnectBackend { backend, socket } => {
+                self.reconnect(backend, socket, descriptors)
             }
             Action::Status => Ok(Reply::Status(self.state)),
             Action::Stop => {
@@ -263,6 +286,36 @@ impl Control {
                 .map_err(|message| failure(FailureKind::Host, message)),
             None => Err(failure(FailureKind::State, "no VM runs; boot one first".into())),
         }
+    }
+
+    /// What tells of a backend that is gone.
+    fn backend_gone(&self) -> BackendGone {
+        let (notifier, wake) = (self.notifier.clone(), self.wake.clone());
+        Arc::new(move |backend| {
+            // This thread takes them one after the other, and never waits for the one that tells.
+            if notifier.send(Notice::BackendGone(backend)).is_ok() {
+                wake.ring();
+            }
+        })
+    }
+
+    /// Gives a device another connection to its backend.
+    fn reconnect(
+        &mut self,
+        backend: u8,
+        socket: Descriptor,
+        mut descriptors: Descriptors,
+    ) -> Result<Reply, Failure> {
+        self.state = self.advance(VmEvent::Connect)?;
+        let invalid = |message| Failure { kind: FailureKind::Invalid, message };
+        let socket = descriptors
+            .take(socket, "the connection to the backend")
+            .map_err(|error| invalid(error.to_string()))?;
+        match &self.machine {
+            Some(machine) => machine.reconnect(backend, socket).map_err(invalid)?,
+            None => return Err(invalid("no VM runs; boot one first".into())),
+        }
+        Ok(Reply::Done)
     }
 
     /// Gives functions to the machine, or takes them.

@@ -30,10 +30,11 @@ use crate::arch::{acpi, boot, cpuid, generation, layout, registers, vcpu_state};
 use crate::clock::monotonic_ns;
 use crate::devices::mem::Room;
 use crate::devices::vfio::Placed;
+use crate::devices::vhost_user::{BackendGone, Handover};
 use crate::devices::vsock;
 use crate::event_loop::{EventLoop, EventLoopError};
 use crate::kvm::{self, Vm};
-use crate::memory::{GuestRam, map_placed};
+use crate::memory::{GuestRam, map_placed, map_shared};
 use crate::numa;
 use crate::pci::PciBus;
 use crate::ports::{Console, Ports};
@@ -184,6 +185,18 @@ pub fn check(config: &VmConfig) -> Result<(), MachineError> {
             config.command_line.len()
         ));
     }
+    let backends = config.devices.iter().any(is_of_backend);
+    if backends != config.shared_memory.is_some() {
+        return wrong(
+            "vhost-user backends and shared memory come together; give both, or none".into(),
+        );
+    }
+    if backends && config.devices.contains(&DeviceConfig::Memory) {
+        return wrong(
+            "vhost-user backends see no memory that comes later; leave the memory device out"
+                .into(),
+        );
+    }
     if config.command_line.contains(|c: char| c.is_control()) {
         return wrong("the kernel command line holds control characters; take them out".into());
     }
@@ -230,6 +243,11 @@ fn check_common(
         return wrong(format!("more than {MAX_PASSED_FUNCTIONS} passed functions: give fewer"));
     }
     Ok(())
+}
+
+/// Whether a process of the host serves the device.
+fn is_of_backend(device: &DeviceConfig) -> bool {
+    matches!(device, DeviceConfig::VhostUser { .. })
 }
 
 /// How many functions of the host the entry passes, if it is one of those.
@@ -318,6 +336,7 @@ pub struct Machine {
     vsock: Option<vsock::VsockConnector>,
     vm: Arc<Vm>,
     passed: Passed,
+    backends: Vec<Handover>,
     hot_plug: bool,
     report: BootReport,
     saving: Option<Saving>,
@@ -330,6 +349,7 @@ pub struct RunningMachine {
     /// Keeps KVM's side of the machine for as long as the guest's memory is mapped.
     vm: Arc<Vm>,
     passed: Passed,
+    backends: Vec<Handover>,
     hot_plug: bool,
     saving: Option<Saving>,
 }
@@ -344,6 +364,7 @@ impl Machine {
         config: VmConfig,
         mut descriptors: Descriptors,
         guest_connected: GuestConnected,
+        backend_gone: BackendGone,
         purpose: Purpose,
     ) -> Result<Self, MachineError> {
         check(&config)?;
@@ -353,7 +374,7 @@ impl Machine {
         let mut mark = |name: &str| marks.push((name.to_owned(), monotonic_ns()));
         let kvm = kvm::adopt(descriptors.take(config.kvm, "/dev/kvm")?)?;
         let vm = Vm::new(&kvm)?;
-        let ram = map_placed(u64::from(config.memory_mib) << 20, &config.placement)?;
+        let ram = map_memory(&config, &mut descriptors)?;
         vm.set_memory(&ram)?;
         mark("vm created");
 
@@ -373,11 +394,12 @@ impl Machine {
         let room = room(config.memory_mib, config.memory_mib);
         let growth = Growth { room, hot_plug: config.hot_plug };
         let mut assembly = Assembly::new(&vm, &ram, &platform, workers, passed, growth);
+        assembly.backend_gone = Some(backend_gone);
         let mut guest_connected = Some(guest_connected);
         for (number, device) in config.devices.into_iter().enumerate() {
             assembly.add(number, device, None, &mut descriptors, &mut guest_connected)?;
         }
-        let Assembly { vsock, functions, passed, listed, .. } = assembly;
+        let Assembly { vsock, functions, passed, listed, backends, .. } = assembly;
         mark("devices added");
 
         let nodes = config.placement.nodes.len();
@@ -402,9 +424,10 @@ impl Machine {
             }
         };
         mark("vcpus created");
-        let report = BootReport { marks, functions: listed };
-        let hot_plug = config.hot_plug;
-        Ok(Self { platform, vcpus: made.vcpus, vsock, vm, passed, hot_plug, report, saving })
+        let (devices, backends) = backends.into_iter().unzip();
+        let report = BootReport { marks, functions: listed, backends: devices };
+        let (vcpus, hot_plug) = (made.vcpus, config.hot_plug);
+        Ok(Self { platform, vcpus, vsock, vm, passed, backends, hot_plug, report, saving })
     }
 
     /// Lets the guest run. How it ends is told by `end`.
@@ -441,6 +464,7 @@ impl Machine {
             vsock: self.vsock,
             vm: self.vm,
             passed: self.passed,
+            backends: self.backends,
             hot_plug: self.hot_plug,
             saving,
         };
@@ -487,6 +511,16 @@ impl RunningMachine {
         }
     }
 
+    /// Gives a device another connection to its backend.
+    ///
+    /// # Errors
+    /// There is no such device.
+    pub fn reconnect(&self, backend: u8, socket: OwnedFd) -> Result<(), String> {
+        let handover = self.backends.get(usize::from(backend));
+        handover.ok_or_else(|| format!("the VM has no vhost-user device {backend}"))?.give(socket);
+        Ok(())
+    }
+
     /// Stops the machine and writes it to two files, its memory and all else.
     ///
     /// # Errors
@@ -511,6 +545,18 @@ fn room(base_mib: u32, memory_mib: u32) -> Room {
         bytes: range.end - range.start,
         present: bytes(memory_mib.saturating_sub(base_mib)),
     }
+}
+
+/// The guest's memory: its own, or what backends map as well.
+fn map_memory(config: &VmConfig, descriptors: &mut Descriptors) -> Result<GuestRam, MachineError> {
+    let bytes = u64::from(config.memory_mib) << 20;
+    Ok(match config.shared_memory {
+        Some(which) => {
+            let file = File::from(descriptors.take(which, "the shared memory")?);
+            map_shared(bytes, &config.placement, file)?
+        }
+        None => map_placed(bytes, &config.placement)?,
+    })
 }
 
 /// Loads the kernel and all that it finds in memory, for a guest that is told of so many vCPUs, and
@@ -572,7 +618,14 @@ fn start_workers(
         })?),
         false => None,
     };
-    Ok(Workers { io, file_server })
+    let vhost_user = match devices.iter().any(is_of_backend) {
+        true => Some(EventLoop::start("vhost-user", || {
+            privileges::give_up_capabilities().map_err(|error| error.to_string())?;
+            seccomp::confine(ThreadKind::VhostUser).map_err(|error| error.to_string())
+        })?),
+        false => None,
+    };
+    Ok(Workers { io, file_server, vhost_user })
 }
 
 #[cfg(test)]
@@ -593,6 +646,7 @@ pub(crate) mod tests {
             devices: Vec::new(),
             hot_plug: false,
             placement: Placement::default(),
+            shared_memory: None,
         }
     }
 
@@ -607,7 +661,7 @@ pub(crate) mod tests {
     #[test]
     fn machine_beyond_a_bound_is_refused_by_name() {
         type Change = fn(&mut VmConfig);
-        let cases: [(Change, &str); 11] = [
+        let cases: [(Change, &str); 12] = [
             (|c| c.version += 1, "version"),
             (|c| c.vcpus = 0, "vCPUs"),
             (|c| c.vcpus = 65, "vCPUs"),
@@ -622,6 +676,7 @@ pub(crate) mod tests {
                 },
                 "vsock",
             ),
+            (|c| c.shared_memory = Some(Descriptor(2)), "shared memory"),
             (|c| c.devices = vec![passed(1), passed(1)], "two lists"),
             (|c| c.devices = vec![passed(MAX_PASSED_FUNCTIONS + 1)], "passed functions"),
         ];

@@ -80,7 +80,7 @@ pub fn ram_ranges(bytes: u64) -> Vec<(GuestAddress, u64)> {
 /// # Errors
 /// The host refuses the mapping.
 pub fn map_ram(bytes: u64) -> Result<GuestRam, MemoryError> {
-    from_regions(map(bytes, None, None)?)
+    from_regions(map(bytes, &Backing::Anonymous, None)?)
 }
 
 /// As [`map_ram`], from where the placement says. Huge pages are taken at once.
@@ -88,7 +88,19 @@ pub fn map_ram(bytes: u64) -> Result<GuestRam, MemoryError> {
 /// # Errors
 /// The host refuses the mapping, a node, or so many huge pages.
 pub fn map_placed(bytes: u64, placement: &Placement) -> Result<GuestRam, MemoryError> {
-    let ram = from_regions(map(bytes, None, placement.huge_pages)?)?;
+    let ram = from_regions(map(bytes, &Backing::Anonymous, placement.huge_pages)?)?;
+    numa::place(&ram, placement)?;
+    Ok(ram)
+}
+
+/// As [`map_placed`], in `file`, which others map as well. It is as long as the guest's memory, and
+/// nobody can make it shorter.
+///
+/// # Errors
+/// As [`map_placed`], or the file is too short.
+pub fn map_shared(bytes: u64, placement: &Placement, file: File) -> Result<GuestRam, MemoryError> {
+    let file = Backing::Shared(long_enough(bytes, file)?);
+    let ram = from_regions(map(bytes, &file, placement.huge_pages)?)?;
     numa::place(&ram, placement)?;
     Ok(ram)
 }
@@ -101,16 +113,31 @@ pub fn map_placed(bytes: u64, placement: &Placement) -> Result<GuestRam, MemoryE
 /// # Errors
 /// The file is too short, or the host refuses the mapping.
 pub fn map_saved_ram(bytes: u64, file: File, room: Room) -> Result<GuestRam, MemoryError> {
-    // A page behind the file's end would end the VMM when the guest touches it.
+    let mut regions = map(bytes, &Backing::Saved(long_enough(bytes, file)?), None)?;
+    if room.present > 0 {
+        let range = (GuestAddress(room.start), room.present);
+        regions.push(map_range(range, &Backing::Anonymous, 0, None)?);
+    }
+    from_regions(regions)
+}
+
+/// A page behind the file's end would end the VMM when the guest touches it.
+fn long_enough(bytes: u64, file: File) -> Result<Arc<File>, MemoryError> {
     let file_bytes = file.metadata().map_err(MemoryError::File)?.len();
     if file_bytes < bytes {
         return Err(MemoryError::Short { bytes, file_bytes });
     }
-    let mut regions = map(bytes, Some(Arc::new(file)), None)?;
-    if room.present > 0 {
-        regions.push(map_range((GuestAddress(room.start), room.present), None, None)?);
-    }
-    from_regions(regions)
+    Ok(Arc::new(file))
+}
+
+/// What memory is mapped from.
+enum Backing {
+    /// Nothing.
+    Anonymous,
+    /// A file that stays as it is.
+    Saved(Arc<File>),
+    /// A file that the guest writes, and others too.
+    Shared(Arc<File>),
 }
 
 /// Gives memory back to the host, which the guest then finds full of zeros.
@@ -133,30 +160,38 @@ fn from_regions(regions: Vec<GuestRegionMmap>) -> Result<GuestRam, MemoryError> 
 
 fn map(
     bytes: u64,
-    file: Option<Arc<File>>,
+    backing: &Backing,
     huge_pages: Option<HugePages>,
 ) -> Result<Vec<GuestRegionMmap>, MemoryError> {
     let mut offset = 0;
     ram_ranges(bytes)
         .into_iter()
         .map(|range| {
-            let file = file.as_ref().map(|file| FileOffset::from_arc(file.clone(), offset));
+            let start = offset;
             offset += range.1;
-            map_range(range, file, huge_pages)
+            map_range(range, backing, start, huge_pages)
         })
         .collect()
 }
 
-/// Maps a part of a file, or nothing, for this process alone.
+/// Maps a part of what there is, from `offset` of a file on.
 fn map_range(
     (start, length): (GuestAddress, u64),
-    file: Option<FileOffset>,
+    backing: &Backing,
+    offset: u64,
     huge_pages: Option<HugePages>,
 ) -> Result<GuestRegionMmap, MemoryError> {
-    let kind = if file.is_some() { 0 } else { libc::MAP_ANONYMOUS };
+    let (file, kind) = match backing {
+        Backing::Anonymous => (None, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS),
+        Backing::Saved(file) => (Some(file), libc::MAP_PRIVATE),
+        Backing::Shared(file) => (Some(file), libc::MAP_SHARED),
+    };
+    let file = file.map(|file| FileOffset::from_arc(file.clone(), offset));
     // Huge pages are reserved with the mapping, so that another process cannot take them away.
     let pages = match huge_pages {
         None => libc::MAP_NORESERVE,
+        // The file's pages are what they are.
+        Some(_) if file.is_some() => 0,
         Some(HugePages::Mib2) => libc::MAP_HUGETLB | libc::MAP_HUGE_2MB,
         Some(HugePages::Gib1) => libc::MAP_HUGETLB | libc::MAP_HUGE_1GB,
     };
@@ -168,13 +203,8 @@ fn map_range(
         }
     };
     let size = usize::try_from(length).map_err(|error| refused(error.to_string()))?;
-    let mapping = MmapRegion::build(
-        file,
-        size,
-        libc::PROT_READ | libc::PROT_WRITE,
-        libc::MAP_PRIVATE | pages | kind,
-    )
-    .map_err(|error| refused(error.to_string()))?;
+    let mapping = MmapRegion::build(file, size, libc::PROT_READ | libc::PROT_WRITE, pages | kind)
+        .map_err(|error| refused(error.to_string()))?;
     GuestRegionMmap::new(mapping, start)
         .ok_or_else(|| MemoryError::Layout(format!("the range at {:#x}", start.0)))
 }

@@ -26,6 +26,8 @@ pub enum ThreadKind {
     Io,
     /// Serves files and disks.
     FileServer,
+    /// Speaks with vhost-user backends.
+    VhostUser,
     /// Serves the shim's socket, once the VM runs.
     Control,
     /// The same, where functions of the host can come and go.

@@ -30,7 +30,7 @@ pub mod agent_ttrpc {
 }
 
 /// The version of this protocol. Shim and agent refuse each other when it differs.
-pub const PROTOCOL_VERSION: u32 = 7;
+pub const PROTOCOL_VERSION: u32 = 8;
 
 /// The host's vsock port that the agent connects to when it can serve.
 pub const READY_PORT: u32 = 1024;
@@ -79,6 +79,9 @@ pub const MAX_SYSCTLS: usize = 256;
 pub const MAX_FUNCTIONS: usize = 16;
 /// The device numbers on the guest's PCI bus that they can have.
 pub const FUNCTION_DEVICES: std::ops::RangeInclusive<u32> = 1..=31;
+
+/// The most devices of other processes of the host that a pod can have.
+pub const MAX_SERVED_DEVICES: usize = 8;
 
 /// The tag of the shared file system, as the guest mounts it.
 pub const SHARE_TAG: &str = "vial";

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::timeout;
-use vial_agent_protocol::agent::SharedMount;
+use vial_agent_protocol::agent::{ServedDevice, SharedMount};
 
 use super::life::{ContainerEvent, ContainerState};
 use super::{
@@ -23,6 +23,7 @@ use crate::helper::{Order, Task};
 use crate::launch;
 use crate::pod;
 use crate::reaper::Launch;
+use crate::served;
 use crate::spec::environment::{self, Names};
 use crate::spec::{self, Guest};
 use crate::stdio::{self, Claimed, Input, StdioIds};
@@ -45,6 +46,8 @@ pub(crate) struct Create {
     pub(crate) stdio: StdioIds,
     /// The VM's functions of the host.
     pub(crate) functions: Names,
+    /// The VM's devices that other processes of the host serve.
+    pub(crate) served: Vec<ServedDevice>,
 }
 
 /// In place of a PID namespace that the spec joins.
@@ -213,7 +216,8 @@ impl Containers {
             pid_namespace,
             devices,
         };
-        let (spec, dropped) = spec::rewrite(spec, &guest)?;
+        let (mut spec, dropped) = spec::rewrite(spec, &guest)?;
+        served::add_to(&mut spec, &served::prepare(&create.served)?);
         if let Some(process) = spec.process() {
             workdir::make(&guest.root, process.cwd())?;
         }

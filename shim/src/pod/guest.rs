@@ -55,6 +55,7 @@ pub(super) async fn make(
                 .collect(),
             pid_namespace: MessageField::from_option(pids.map(pid_namespace)),
             functions: sandbox.function_names().await,
+            served: sandbox.served.clone(),
             ..Default::default()
         };
         sandbox.agent.create(&request).await?;

@@ -22,6 +22,7 @@ use crate::{
     state_dir::{State, StateDir},
     template::{self, NoTemplate, Template, ahead},
     timeline::Timeline,
+    vhost_user::reconnect::Reconnector,
     vmm_client::{self, VmmClient, VmmEvent},
 };
 
@@ -168,7 +169,7 @@ pub(super) async fn meet_agent(
     plan: &Plan,
     started: Started,
     client: &VmmClient,
-    events: &mut mpsc::Receiver<VmmEvent>,
+    events: (&mut mpsc::Receiver<VmmEvent>, &Reconnector),
 ) -> Result<(UnixStream, Agent), ServiceError> {
     let Plan { config, timeline, .. } = plan;
     let connect = || async { client.connect(AGENT_PORT).await.map_err(vmm("reach the agent")) };
@@ -200,7 +201,9 @@ pub(super) async fn meet_agent(
 }
 
 /// Waits until the agent connects to the ready port.
-async fn wait_ready(events: &mut mpsc::Receiver<VmmEvent>) -> Result<UnixStream, ServiceError> {
+async fn wait_ready(
+    (events, reconnector): (&mut mpsc::Receiver<VmmEvent>, &Reconnector),
+) -> Result<UnixStream, ServiceError> {
     loop {
         match events.recv().await {
             Some(VmmEvent::GuestConnected { port: READY_PORT, socket }) => {
@@ -213,6 +216,7 @@ async fn wait_ready(events: &mut mpsc::Receiver<VmmEvent>) -> Result<UnixStream,
             Some(VmmEvent::GuestConnected { port, .. }) => {
                 tracing::warn!("the guest connected to port {port}, which nothing serves");
             }
+            Some(VmmEvent::BackendGone(backend)) => reconnector.gone(backend),
             Some(VmmEvent::Exited(reason)) => tracing::warn!("{reason} before it was ready"),
             None => std::future::pending().await,
         }

@@ -310,6 +310,7 @@ async fn boot(
         devices,
         hot_plug: false,
         placement: Placement::default(),
+        shared_memory: None,
     };
     let template = TemplateConfig { machine, max_vcpus: max_vcpus(config) };
     let booted = client.request(Action::BootTemplate(Box::new(template)), &given).await;

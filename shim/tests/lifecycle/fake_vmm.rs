@@ -77,7 +77,11 @@ impl Vmm {
                     }
                     self.held.lock().unwrap().extend(descriptors);
                     let marks = vec![("started".into(), 1)];
-                    reply(Ok(Reply::Booted(BootReport { marks, functions: None })));
+                    reply(Ok(Reply::Booted(BootReport {
+                        marks,
+                        functions: None,
+                        backends: Vec::new(),
+                    })));
                     if config.command_line.contains("hang") {
                         continue;
                     }
@@ -105,6 +109,10 @@ impl Vmm {
                 }
                 Action::AddFunctions { .. } | Action::RemoveFunctions { .. } => {
                     let message = "it has no function of the host".into();
+                    reply(Err(Failure { kind: FailureKind::Invalid, message }));
+                }
+                Action::ReconnectBackend { .. } => {
+                    let message = "it has no device of another process".into();
                     reply(Err(Failure { kind: FailureKind::Invalid, message }));
                 }
                 Action::Status => reply(Ok(Reply::Status(VmState::Running))),

@@ -294,6 +294,7 @@ fn machine_until_ready() -> Result<f64> {
         ],
         hot_plug: false,
         placement: Placement::default(),
+        shared_memory: None,
     };
     vmm.boot(config, &files)?;
     vmm.guest_connected(READY_PORT)?;

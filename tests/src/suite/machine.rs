@@ -87,6 +87,7 @@ fn machine(script: &str, disks: &[(&Path, bool)]) -> Result<Ended> {
         devices,
         hot_plug: false,
         placement: Placement::default(),
+        shared_memory: None,
     };
     let program = setting("vmm", "/usr/lib/vial/vial-vmm")?;
     let mut vmm = Vmm::start(&PathBuf::from(program), PATIENCE)?;

@@ -17,6 +17,7 @@ mod sizes;
 pub(crate) mod soak;
 mod streams;
 mod templates;
+mod vhost_user;
 pub(crate) mod watch;
 
 use std::path::PathBuf;
@@ -96,6 +97,9 @@ pub(crate) fn cases() -> Vec<Case> {
         sizes::cri_pod_beyond_the_template_boots_cold,
         sizes::cri_memory_that_came_later_is_the_pods_to_use,
         sizes::cri_ten_pods_of_different_sizes_start_at_once,
+        vhost_user::vhost_disk_holds_every_byte_though_its_backend_is_killed,
+        vhost_user::vhost_device_that_cannot_be_had_is_refused,
+        vhost_user::vhost_file_system_is_the_hosts_directory,
         input::wrong_configuration_is_named,
         input::wrong_command_lines_are_refused,
         input::check_says_that_this_host_is_fit,

@@ -11,7 +11,7 @@
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// The version of these types. The first message names it; another version is refused.
-pub const API_VERSION: u32 = 5;
+pub const API_VERSION: u32 = 6;
 
 /// The largest encoded message, in bytes.
 pub const MAX_MESSAGE_BYTES: usize = 64 << 10;
@@ -28,6 +28,13 @@ pub const GROWTH_STEP_MIB: u32 = 2;
 pub const MAX_COMMAND_LINE_BYTES: usize = 1536;
 /// The most devices a VM can have: one PCI bus less the host bridge.
 pub const MAX_DEVICES: usize = 31;
+
+/// How many queues a device of a vhost-user backend can have: pairs, for a network.
+pub const VHOST_USER_QUEUES: std::ops::RangeInclusive<u8> = 1..=8;
+/// The size of [`VhostUserKind::Block`]'s rings, in bytes.
+pub const VHOST_USER_RING_BYTES: u64 = 8 * (16 << 10);
+/// The most bytes in the name of a file system (virtio 1.2, 5.11.4).
+pub const MAX_TAG_BYTES: usize = 36;
 
 /// The most functions of the host that a VM can have at one time.
 pub const MAX_PASSED_FUNCTIONS: usize = 16;
@@ -101,6 +108,15 @@ pub enum Action {
         /// Which: [`AddedFunctions::set`].
         set: u32,
     },
+    /// Gives a device of [`DeviceConfig::VhostUser`] another connection in place of one that
+    /// [`Event::BackendGone`] has told of. Answered when it is taken; a backend that does not serve
+    /// the device as the one before is told of by another such event.
+    ReconnectBackend {
+        /// As in the event.
+        backend: u8,
+        /// As in [`DeviceConfig::VhostUser`].
+        socket: Descriptor,
+    },
 }
 
 /// What the VMM sends.
@@ -147,6 +163,9 @@ pub struct BootReport {
     pub marks: Vec<(String, u64)>,
     /// The functions of [`DeviceConfig::Passthrough`], if there are any.
     pub functions: Option<AddedFunctions>,
+    /// The device number on the guest's PCI bus 0 of each [`DeviceConfig::VhostUser`], in their
+    /// order.
+    pub backends: Vec<u8>,
 }
 
 /// The states of a VM as its owner can see them.
@@ -190,6 +209,11 @@ pub enum Event {
         port: u32,
         /// The connection.
         socket: Descriptor,
+    },
+    /// The connection to a vhost-user backend broke. The guest waits for another.
+    BackendGone {
+        /// The place of the device among those of [`DeviceConfig::VhostUser`], from 0.
+        backend: u8,
     },
     /// The VM ended. The last message; the process exits with [`ExitReason::status`].
     Exited(ExitReason),
@@ -275,6 +299,10 @@ pub struct VmConfig {
     pub hot_plug: bool,
     /// Where the memory lies.
     pub placement: Placement,
+    /// The memory itself, for a machine with [`DeviceConfig::VhostUser`], whose backends map it: a
+    /// file (memfd_create(2)) of its size that cannot be made shorter, of huge pages if the
+    /// placement says so. Other machines have memory of their own.
+    pub shared_memory: Option<Descriptor>,
 }
 
 /// Where a machine's memory lies on the host, and what the guest is told of it. By default, it
@@ -416,6 +444,40 @@ pub enum DeviceConfig {
         /// The functions (`VFIO_GROUP_GET_DEVICE_FD`), at most [`MAX_PASSED_FUNCTIONS`].
         functions: Vec<Descriptor>,
     },
+    /// A device that a process of the host serves, by vhost-user. None in a VM that is restored,
+    /// and only with [`VmConfig::shared_memory`].
+    VhostUser {
+        /// What it is.
+        kind: VhostUserKind,
+        /// How many queues at most, see [`VHOST_USER_QUEUES`]. The backend may have fewer.
+        queues: u8,
+        /// A stream socket that is connected to the backend.
+        socket: Descriptor,
+    },
+}
+
+/// The kinds of devices that vhost-user backends serve.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VhostUserKind {
+    /// A network interface (virtio 1.2, 5.1).
+    Net {
+        /// The guest's address.
+        mac: [u8; 6],
+        /// As in [`DeviceConfig::Net`].
+        mtu: u16,
+    },
+    /// A disk (virtio 1.2, 5.2).
+    Block {
+        /// Whether the backend has to be one that refuses writes.
+        read_only: bool,
+        /// A file as [`VmConfig::shared_memory`], of [`VHOST_USER_RING_BYTES`], all zeros.
+        rings: Descriptor,
+    },
+    /// A file system (virtio 1.2, 5.11).
+    Fs {
+        /// The name that the guest mounts it by, 1 to [`MAX_TAG_BYTES`] bytes.
+        tag: String,
+    },
 }
 
 /// Why a message could not be encoded or decoded.
@@ -477,6 +539,7 @@ mod tests {
             ],
             hot_plug: true,
             placement: Placement::default(),
+            shared_memory: None,
         }
     }
 

@@ -14,4 +14,5 @@ pub mod rng;
 #[cfg_attr(fuzzing, allow(dead_code))]
 pub(crate) mod testing;
 pub mod vfio;
+pub mod vhost_user;
 pub mod vsock;

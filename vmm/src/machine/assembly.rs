@@ -2,17 +2,18 @@
 
 use std::sync::{Arc, Mutex};
 
-use vial_vmm_api::{AddedFunctions, DeviceConfig};
+use vial_vmm_api::{AddedFunctions, DeviceConfig, VhostUserKind};
 
 use super::passed::{Given, Passed};
 use super::{Descriptors, GuestConnected, MachineError, Platform};
 use crate::devices::mem::Room;
 use crate::devices::vfio::Placed;
+use crate::devices::vhost_user::{self, BackendGone, Handover, VhostUser};
 use crate::devices::{block, fs, mem, net, rng, vsock};
 use crate::kvm::Vm;
 use crate::memory::GuestRam;
-use crate::virtio::VirtioDevice;
 use crate::virtio::pci::{DeviceState, VirtioPci, Workers};
+use crate::virtio::{VirtioDevice, WorkerThread};
 
 /// How a machine's memory grows.
 #[derive(Debug, Clone, Copy)]
@@ -34,6 +35,12 @@ pub(super) struct Assembly<'a> {
     pub(super) passed: Passed,
     /// The functions of the host that the configuration lists.
     pub(super) listed: Option<AddedFunctions>,
+    /// Told when a connection to a vhost-user backend breaks.
+    pub(super) backend_gone: Option<BackendGone>,
+    /// The number on the bus of each device of such a backend, and where it is given another.
+    pub(super) backends: Vec<(u8, Handover)>,
+    /// Of the device that is being added.
+    handover: Option<Handover>,
 }
 
 impl<'a> Assembly<'a> {
@@ -55,6 +62,9 @@ impl<'a> Assembly<'a> {
             functions: Vec::new(),
             passed,
             listed: None,
+            backend_gone: None,
+            backends: Vec::new(),
+            handover: None,
         }
     }
 
@@ -98,11 +108,12 @@ impl<'a> Assembly<'a> {
         }
         let function = Arc::new(Mutex::new(function));
         self.functions.push(function.clone());
-        self.platform.pci.add(function).map_err(|error| MachineError::Device {
+        let at = self.platform.pci.add(function).map_err(|error| MachineError::Device {
             number,
             kind,
             reason: error.to_string(),
         })?;
+        self.backends.extend(self.handover.take().map(|handover| (at, handover)));
         Ok(())
     }
 
@@ -138,6 +149,33 @@ impl<'a> Assembly<'a> {
                 let file = take(file, "the disk")?;
                 Box::new(block::Block::new(file, read_only, &serial).map_err(|e| text(&e))?)
             }
+            DeviceConfig::VhostUser { kind, queues, socket } => {
+                let socket = take(socket, "the connection to the backend")?;
+                let kind = match kind {
+                    VhostUserKind::Net { mac, mtu } => vhost_user::Kind::Net { mac, mtu },
+                    VhostUserKind::Block { read_only, rings } => {
+                        let rings = take(rings, "the rings' memory")?;
+                        vhost_user::Kind::Block { read_only, rings }
+                    }
+                    VhostUserKind::Fs { tag } => vhost_user::Kind::Fs { tag },
+                };
+                let plan = vhost_user::Plan {
+                    kind,
+                    queues,
+                    socket,
+                    ram: self.ram.clone(),
+                    // There are fewer than numbers on the bus.
+                    number: self.backends.len() as u8,
+                    gone: self.backend_gone.clone().ok_or("a restored machine has none")?,
+                    patience: vhost_user::PATIENCE,
+                };
+                let (device, handover, watcher) =
+                    VhostUser::new(plan).map_err(|error| text(&error))?;
+                let thread = self.workers.of(WorkerThread::VhostUser);
+                thread.add(watcher).map_err(|error| text(&error))?;
+                self.handover = Some(handover);
+                Box::new(device)
+            }
             DeviceConfig::Rng => Box::new(rng::Rng::new()),
             DeviceConfig::Memory => {
                 Box::new(mem::Mem::new(self.growth.room, !self.growth.hot_plug))
@@ -157,5 +195,8 @@ pub(super) fn kind(config: &DeviceConfig) -> &'static str {
         DeviceConfig::Rng => "rng",
         DeviceConfig::Memory => "memory",
         DeviceConfig::Passthrough { .. } => "passthrough",
+        DeviceConfig::VhostUser { kind: VhostUserKind::Net { .. }, .. } => "vhost-user net",
+        DeviceConfig::VhostUser { kind: VhostUserKind::Block { .. }, .. } => "vhost-user block",
+        DeviceConfig::VhostUser { kind: VhostUserKind::Fs { .. }, .. } => "vhost-user fs",
     }
 }

@@ -62,6 +62,12 @@ fn check(config: &RestoreConfig, snapshot: &Snapshot) -> Result<(), MachineError
                 .into(),
         ));
     }
+    if config.devices.iter().any(|device| matches!(device, DeviceConfig::VhostUser { .. })) {
+        return Err(MachineError::Config(
+            "a restored machine has memory of its own, which no vhost-user backend can see; boot it"
+                .into(),
+        ));
+    }
     Ok(())
 }
 
@@ -126,9 +132,10 @@ impl Machine {
         let Assembly { vsock, passed, .. } = assembly;
         renew_generation(&vm, &ram)?;
         mark("devices restored");
-        let report = BootReport { marks, functions: None };
+        let report = BootReport { marks, functions: None, backends: Vec::new() };
         let (vcpus, hot_plug) = (made.vcpus, config.hot_plug);
-        Ok(Self { platform, vcpus, vsock, vm, passed, hot_plug, report, saving: None })
+        let (saving, backends) = (None, Vec::new());
+        Ok(Self { platform, vcpus, vsock, vm, passed, backends, hot_plug, report, saving })
     }
 }
 

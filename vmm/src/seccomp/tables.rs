@@ -185,6 +185,15 @@ const ASKING: Call = (
     OneOf(0, &[libc::PR_SET_VMA as u64, libc::PR_CAPBSET_READ as u64, libc::PR_CAP_AMBIENT as u64]),
 );
 
+/// Messages on the sockets that the shim has connected to backends.
+const VHOST_USER: &[Call] = &[
+    (libc::SYS_poll, Any),
+    (libc::SYS_ppoll, Any),
+    (libc::SYS_recvmsg, Any),
+    (libc::SYS_sendmsg, Any),
+    (libc::SYS_shutdown, Any),
+];
+
 /// The shim's socket.
 const CONTROL: &[Call] = &[
     (libc::SYS_poll, Any),
@@ -266,6 +275,7 @@ pub(super) fn of(kind: ThreadKind) -> impl Iterator<Item = &'static Call> {
         ThreadKind::VcpuWithFunctions => [VCPU, VCPU_WITH_FUNCTIONS, NOTHING, NOTHING],
         ThreadKind::Io => [EVENT_LOOP, IO, NOTHING, NOTHING],
         ThreadKind::FileServer => [EVENT_LOOP, FILES, IDENTITY, &[ASKING]],
+        ThreadKind::VhostUser => [EVENT_LOOP, VHOST_USER, NOTHING, NOTHING],
         ThreadKind::Control => [CONTROL, NOTHING, NOTHING, NOTHING],
         ThreadKind::ControlWithFunctions => [CONTROL, CONTROL_WITH_FUNCTIONS, NOTHING, NOTHING],
         ThreadKind::Saver => [CONTROL, SAVER, NOTHING, NOTHING],

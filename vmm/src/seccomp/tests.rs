@@ -9,11 +9,12 @@ use super::*;
 const KIND: &str = "VIAL_TEST_THREAD_KIND";
 const CALL: &str = "VIAL_TEST_CALL";
 
-const KINDS: [ThreadKind; 7] = [
+const KINDS: [ThreadKind; 8] = [
     ThreadKind::Vcpu,
     ThreadKind::VcpuWithFunctions,
     ThreadKind::Io,
     ThreadKind::FileServer,
+    ThreadKind::VhostUser,
     ThreadKind::Control,
     ThreadKind::ControlWithFunctions,
     ThreadKind::Saver,
@@ -102,6 +103,10 @@ fn table(kind: ThreadKind) -> (&'static [Attempt], &'static [Attempt]) {
         ThreadKind::FileServer => {
             (&[OPEN, IDENTITY, EPOLL, DUPLICATE], &[PAIR, RUN, RECEIVE, OWNER, POLL])
         }
+        ThreadKind::VhostUser => (
+            &[EPOLL, POLL, RECEIVE],
+            &[OPEN, PAIR, IDENTITY, RUN, DUPLICATE, READ_AT, WRITE_AT, SLOT, EVENT],
+        ),
         ThreadKind::Control => (
             &[POLL, RECEIVE],
             &[

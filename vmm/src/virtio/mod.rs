@@ -35,6 +35,8 @@ pub enum WorkerThread {
     Io,
     /// Of the devices that make file system calls, which block: the file server and disks.
     FileServer,
+    /// Of the devices that vhost-user backends serve, whose answers are waited for.
+    VhostUser,
 }
 
 /// A device, as the transport needs it.
@@ -133,6 +135,11 @@ impl Interrupt {
     /// An interrupt that adds 1 to `event`.
     pub fn new(event: Arc<EventFd>) -> Self {
         Self(Some(event))
+    }
+
+    /// What triggers it, if anything does.
+    pub fn event(&self) -> Option<&EventFd> {
+        self.0.as_deref()
     }
 
     /// Interrupts the guest.

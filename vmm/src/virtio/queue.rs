@@ -187,6 +187,25 @@ impl ActiveQueue {
         self.queue.enable_notification(&*self.ram).map_err(QueueError::from)
     }
 
+    /// Where its descriptors, its available and its used ring are in the guest's memory.
+    pub fn addresses(&self) -> [u64; 3] {
+        [self.queue.desc_table(), self.queue.avail_ring(), self.queue.used_ring()]
+    }
+
+    /// How many chains were given back, by the ring's own count: whoever serves it has written that.
+    ///
+    /// # Errors
+    /// The used ring is not in guest memory.
+    pub fn used_index(&self) -> Result<u16, QueueError> {
+        let index = self.queue.used_idx(&*self.ram, Ordering::Acquire)?;
+        Ok(index.0)
+    }
+
+    /// What interrupts the driver.
+    pub fn interrupt(&self) -> &Interrupt {
+        &self.interrupt
+    }
+
     /// How many chains the queue can hold.
     pub fn size(&self) -> u16 {
         self.queue.size()

@@ -65,6 +65,7 @@ pub(crate) fn request(kernel: File) -> Request {
         devices: Vec::new(),
         hot_plug: false,
         placement: Placement::default(),
+        shared_memory: None,
     };
     Request { config, files }
 }

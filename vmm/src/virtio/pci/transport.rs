@@ -89,14 +89,19 @@ pub struct Workers {
     pub io: EventLoop,
     /// See [`WorkerThread::FileServer`].
     pub file_server: Option<EventLoop>,
+    /// See [`WorkerThread::VhostUser`].
+    pub vhost_user: Option<EventLoop>,
 }
 
 impl Workers {
-    fn of(&self, thread: WorkerThread) -> &EventLoop {
-        match (thread, &self.file_server) {
-            (WorkerThread::FileServer, Some(file_server)) => file_server,
-            _ => &self.io,
-        }
+    /// The one for a kind of device.
+    pub fn of(&self, thread: WorkerThread) -> &EventLoop {
+        let own = match thread {
+            WorkerThread::Io => &None,
+            WorkerThread::FileServer => &self.file_server,
+            WorkerThread::VhostUser => &self.vhost_user,
+        };
+        own.as_ref().unwrap_or(&self.io)
     }
 }
 

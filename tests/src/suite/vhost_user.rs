@@ -1,0 +1,286 @@
+//! Devices that other processes of the host serve: real backends, from the distribution's packages.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use vial_tests::node::Configuration;
+
+use super::bed::{Bed, Runtime, run};
+use super::devices::{detached, refused};
+
+/// Where backends have their sockets and data. Not where containers leave traces.
+const PLACE: &str = "/var/lib/vial-suite-backends";
+/// How long a backend may take to begin, and a container to get on.
+const PATIENCE: Duration = Duration::from_secs(60);
+const MIB: usize = 1 << 20;
+
+/// A directory for backends, until dropped.
+struct Place;
+
+impl Place {
+    fn new() -> Result<Self> {
+        fs::create_dir_all(PLACE)?;
+        Ok(Self)
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        Path::new(PLACE).join(name)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(PLACE);
+    }
+}
+
+/// A backend's process, until dropped.
+struct Backend(Child);
+
+impl Backend {
+    fn start(program: &str, arguments: &[String], socket: &Path) -> Result<Self> {
+        // One that was killed leaves its socket behind.
+        let _ = fs::remove_file(socket);
+        let child = Command::new(program)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .with_context(|| format!("start {program}"))?;
+        let mut backend = Self(child);
+        let start = Instant::now();
+        while !socket.exists() {
+            if let Some(status) = backend.0.try_wait()? {
+                bail!("{program} ended with {status}");
+            }
+            ensure!(start.elapsed() < PATIENCE, "{program} makes no socket");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(backend)
+    }
+
+    /// QEMU's storage daemon, with a file as a disk.
+    fn disk(file: &Path, socket: &Path, writable: bool) -> Result<Self> {
+        let on = if writable { "on" } else { "off" };
+        let arguments = [
+            "--blockdev".into(),
+            format!("driver=file,node-name=disk,filename={},locking=off", file.display()),
+            "--export".into(),
+            format!(
+                "type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={},\
+                 num-queues=2,writable={on}",
+                socket.display()
+            ),
+        ];
+        Self::start("qemu-storage-daemon", &arguments, socket)
+    }
+
+    /// virtiofsd, with a directory. It ends with the connection.
+    fn directory(directory: &Path, socket: &Path) -> Result<Self> {
+        let arguments = [
+            format!("--shared-dir={}", directory.display()),
+            format!("--socket-path={}", socket.display()),
+            "--sandbox=none".into(),
+        ];
+        Self::start("/usr/libexec/virtiofsd", &arguments, socket)
+    }
+
+    fn kill(mut self) -> Result<()> {
+        self.0.kill()?;
+        self.0.wait()?;
+        Ok(())
+    }
+
+    /// Waits until it ends by itself.
+    fn ends(mut self) -> Result<()> {
+        let start = Instant::now();
+        while self.0.try_wait()?.is_none() {
+            ensure!(start.elapsed() < PATIENCE, "the backend does not end with its pod");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Backend {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The node's configuration with such a device, until dropped.
+fn listed(name: &str, kind: &str, socket: &Path, more: &str) -> Result<Configuration> {
+    let configuration = Configuration::keep();
+    let socket = socket.display();
+    let text = format!(
+        "{}\n[[vhost_user]]\nname = \"{name}\"\nkind = \"{kind}\"\nsocket = \"{socket}\"\n{more}\n",
+        configuration.text()
+    );
+    configuration.write(&text)?;
+    Ok(configuration)
+}
+
+fn sparse(path: &Path, bytes: usize) -> Result<()> {
+    Ok(File::create(path)?.set_len(bytes as u64)?)
+}
+
+/// Regions of the disk that are written at the same time, and their size.
+const REGIONS: usize = 8;
+const REGION_BYTES: usize = MIB;
+/// How often all of them are written.
+const ROUNDS: usize = 4;
+
+fn line(region: usize, round: usize) -> String {
+    format!("region {region} in round {round}\n")
+}
+
+/// What the disk has to hold when the writers are done.
+fn written() -> Vec<u8> {
+    (0..REGIONS)
+        .flat_map(|region| line(region, ROUNDS).into_bytes().into_iter().cycle().take(REGION_BYTES))
+        .collect()
+}
+
+/// Writes all regions at once, in rounds, and says what it reads of them in the end.
+fn writers() -> String {
+    format!(
+        "set -e; for round in $(seq {ROUNDS}); do \
+           writers=; for region in $(seq 0 {last}); do \
+             yes \"region $region in round $round\" | head -c {REGION_BYTES} | \
+               dd of=/dev/fast bs=64k seek=$((region * {blocks})) conv=notrunc,fsync 2>/dev/null & \
+             writers=\"$writers $!\"; \
+           done; \
+           for writer in $writers; do wait $writer; done; \
+         done; \
+         dd if=/dev/fast bs=1M count={REGIONS} 2>/dev/null | sha256sum",
+        last = REGIONS - 1,
+        blocks = REGION_BYTES / (64 << 10),
+    )
+}
+
+/// Waits until the disk's file shows that a round has begun, and some of it is not there yet.
+fn reaches_round(file: &File, round: usize) -> Result<()> {
+    let start = Instant::now();
+    loop {
+        for region in 0..REGIONS {
+            let wanted = line(region, round);
+            let mut found = vec![0; wanted.len()];
+            file.read_exact_at(&mut found, (region * REGION_BYTES) as u64)?;
+            if found == wanted.as_bytes() {
+                return Ok(());
+            }
+        }
+        ensure!(start.elapsed() < PATIENCE, "the writers do not get to round {round}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn sha256(bytes: &Path) -> Result<String> {
+    let line = format!("head -c {} {} | sha256sum", REGIONS * REGION_BYTES, bytes.display());
+    Ok(run(Command::new("sh").args(["-c", &line]))?.expect(0)?.stdout)
+}
+
+pub(crate) fn vhost_disk_holds_every_byte_though_its_backend_is_killed(bed: &Bed) -> Result<()> {
+    let place = Place::new()?;
+    let (file, socket) = (place.at("disk.img"), place.at("disk.sock"));
+    sparse(&file, 32 * MIB)?;
+    let mut backend = Backend::disk(&file, &socket, true)?;
+    let _configuration = listed("disk1", "blk", &socket, "path = \"/dev/fast\"\nqueues = 2")?;
+    let container = detached(bed, &["--annotation", "io.vial/vhost-user=disk1"])?;
+    let disk = File::open(&file)?;
+    let script = writers();
+    let outcome = std::thread::scope(|scope| {
+        let writing = scope.spawn(|| container.exec(&[], &["sh", "-c", &script]));
+        let killed = (1..ROUNDS).try_for_each(|round| -> Result<()> {
+            reaches_round(&disk, round)?;
+            let killed = std::mem::replace(&mut backend, Backend(Command::new("true").spawn()?));
+            killed.kill()?;
+            backend = Backend::disk(&file, &socket, true)?;
+            Ok(())
+        });
+        let outcome = writing.join().map_err(|_| anyhow::anyhow!("the writers' thread ended"));
+        killed.and_then(|()| outcome?)
+    })?
+    .expect(0)?;
+    ensure!(fs::read(&file)?[..REGIONS * REGION_BYTES] == written(), "the disk has other data");
+    ensure!(outcome.stdout == sha256(&file)?, "the guest reads other data: {outcome:?}");
+    let node = container.exec(&[], &["sh", "-c", "test -b /dev/fast && cat /proc/partitions"])?;
+    ensure!(node.expect(0)?.stdout.contains("32768"), "the disk has another size");
+    drop(container);
+    // What another VM reads has not been in this one's memory.
+    let read = format!("dd if=/dev/fast bs=1M count={REGIONS} 2>/dev/null | sha256sum");
+    let options = ["--annotation", "io.vial/vhost-user=disk1"];
+    let outcome = bed.run(Runtime::Vial, &options, &["sh", "-c", &read])?.expect(0)?;
+    ensure!(outcome.stdout == sha256(&file)?, "another VM reads other data: {outcome:?}");
+    Ok(())
+}
+
+pub(crate) fn vhost_device_that_cannot_be_had_is_refused(bed: &Bed) -> Result<()> {
+    let place = Place::new()?;
+    let (file, socket) = (place.at("disk.img"), place.at("disk.sock"));
+    sparse(&file, MIB)?;
+    let options = ["--annotation", "io.vial/vhost-user=disk1"];
+    let path = "path = \"/dev/fast\"";
+    let asked = |words: &[&str]| refused(bed, &options, words);
+    asked(&["disk1", "[[vhost_user]]"])?;
+    let configuration = listed("disk1", "blk", &socket, path)?;
+    asked(&["has no socket", "start its backend"])?;
+    fs::write(&socket, "")?;
+    asked(&["which is no socket"])?;
+    fs::remove_file(&socket)?;
+    drop(std::os::unix::net::UnixListener::bind(&socket)?);
+    asked(&["nobody serves", "disk1"])?;
+    // Somebody who takes connections, and says nothing.
+    fs::remove_file(&socket)?;
+    let silent = std::os::unix::net::UnixListener::bind(&socket)?;
+    asked(&["does not answer", "serve another VM"])?;
+    drop(silent);
+    // A backend that has a client already.
+    let backend = Backend::disk(&file, &socket, true)?;
+    let client = UnixStream::connect(&socket)?;
+    asked(&["does not answer", "serve another VM"])?;
+    drop(client);
+    bed.run(Runtime::Vial, &options, &["test", "-b", "/dev/fast"])?.expect(0)?;
+    drop(configuration);
+    let configuration = listed("disk1", "blk", &socket, "path = \"/dev/fast\"\nread_only = true")?;
+    asked(&["to be read-only", "export the disk read-only"])?;
+    drop(backend);
+    let _backend = Backend::disk(&file, &socket, false)?;
+    let write = "! dd if=/dev/zero of=/dev/fast count=1 conv=fsync 2>/dev/null && \
+                 cat /sys/class/block/vda/ro";
+    let outcome = bed.run(Runtime::Vial, &options, &["sh", "-c", write])?.expect(0)?;
+    ensure!(outcome.stdout.trim() == "1", "the disk is no read-only one: {outcome:?}");
+    drop(configuration);
+    let _configuration = listed("disk1", "blk", &socket, "path = \"dev/fast\"")?;
+    asked(&["vhost_user", "absolute `path`"])
+}
+
+pub(crate) fn vhost_file_system_is_the_hosts_directory(bed: &Bed) -> Result<()> {
+    let place = Place::new()?;
+    let (directory, socket) = (place.at("shared"), place.at("fs.sock"));
+    fs::create_dir_all(&directory)?;
+    let text = "from the host\n".repeat(100_000);
+    fs::write(directory.join("host"), &text)?;
+    let backend = Backend::directory(&directory, &socket)?;
+    let _configuration = listed("files", "fs", &socket, "path = \"/shared\"")?;
+    let script = "set -e; cat /shared/host | sha256sum; mkdir /shared/made; \
+                  yes from the guest | head -c 3000000 > /shared/made/guest; \
+                  grep ' /shared ' /proc/mounts";
+    let options = ["--annotation", "io.vial/vhost-user=files"];
+    let outcome = bed.run(Runtime::Vial, &options, &["sh", "-c", script])?.expect(0)?;
+    let host = format!("sha256sum < {}", directory.join("host").display());
+    let host = run(Command::new("sh").args(["-c", &host]))?.expect(0)?.stdout;
+    ensure!(outcome.stdout.starts_with(&host), "the guest reads other data: {outcome:?}");
+    ensure!(outcome.stdout.contains("virtiofs"), "it is no file system of its own: {outcome:?}");
+    let made = fs::read(directory.join("made/guest"))?;
+    let wanted: Vec<u8> = b"from the guest\n".iter().copied().cycle().take(3_000_000).collect();
+    ensure!(made == wanted, "the host has other data: {} bytes", made.len());
+    backend.ends()
+}
