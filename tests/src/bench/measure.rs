@@ -12,6 +12,7 @@ use vial_tests::node::setting;
 use vial_tests::vmm::{Files, Vmm};
 use vial_vmm_api::{API_VERSION, DeviceConfig, Placement, VmConfig};
 
+use super::pods::Pods;
 use super::report::{Measured, Series};
 use super::subject::{Idle, Subject, since};
 use super::templates::Template;
@@ -32,6 +33,9 @@ const TOGETHER: usize = 10;
 /// Where the directories that are mounted into containers are made.
 const VOLUMES: &str = "/dev/shm";
 
+/// Pods that are started at once.
+const PODS: [(&str, usize); 3] = [("cri_pod_1", 1), ("cri_pod_10", 10), ("cri_pod_50", 50)];
+
 /// What to measure.
 #[derive(Debug)]
 pub(crate) struct Plan {
@@ -41,6 +45,8 @@ pub(crate) struct Plan {
     pub(crate) peers: Vec<Subject>,
     /// Only the measurements whose id contains one of these; all without any.
     pub(crate) only: Vec<String>,
+    /// Not those whose id is one of these.
+    pub(crate) not: Vec<String>,
 }
 
 struct Bench<'a> {
@@ -70,6 +76,7 @@ pub(crate) fn measure(plan: &Plan) -> Result<Measured> {
     let mut bench = Bench { plan, measured, begun: Instant::now() };
     bench.machines()?;
     bench.containers(&subjects)?;
+    bench.pods(&subjects)?;
     bench.idle(&subjects)?;
     bench.idle_together(&subjects)?;
     bench.files(&subjects)?;
@@ -94,8 +101,9 @@ fn host() -> BTreeMap<String, String> {
 
 impl Bench<'_> {
     fn wanted(&self, ids: &[&str]) -> bool {
-        let only = &self.plan.only;
-        only.is_empty() || ids.iter().any(|id| only.iter().any(|part| id.contains(part)))
+        let Plan { only, not, .. } = self.plan;
+        let named = |id: &&str| only.is_empty() || only.iter().any(|part| id.contains(part));
+        ids.iter().any(|id| named(id) && !not.iter().any(|left_out| left_out == id))
     }
 
     fn add(&mut self, id: &str, subject: &str, unit: &str, sample: f64) {
@@ -150,6 +158,39 @@ impl Bench<'_> {
                 self.add("ctr_first_instruction", &subject.name, "ms", first);
                 self.add("ctr_run", &subject.name, "ms", ran.end);
             }
+        }
+        Ok(())
+    }
+
+    /// Pods through CRI, some at once: from the first request until the last container runs. The first pod of a handler is
+    /// not counted, nor is that of a subject without one.
+    fn pods(&mut self, subjects: &[Subject]) -> Result<()> {
+        let all = PODS.map(|(id, _)| id);
+        if !self.wanted(&all) {
+            return Ok(());
+        }
+        let socket = std::env::var_os("CONTAINERD_ADDRESS")
+            .map_or("/run/containerd/containerd.sock".into(), PathBuf::from);
+        let start = |subject: &Subject, count| {
+            subject.configure()?;
+            Pods::start(&socket, subject.handler(), &self.plan.image, count).context(
+                "pods need containerd's CRI plugin, a handler of each runtime and a network;                  `--not cri_pod_1,cri_pod_10,cri_pod_50` leaves them out",
+            )
+        };
+        for subject in subjects {
+            drop(start(subject, 1)?);
+        }
+        let mut samples = Vec::new();
+        for (id, count) in PODS.into_iter().filter(|(id, _)| self.wanted(&[id])) {
+            for round in 0..self.plan.rounds {
+                for subject in subjects {
+                    self.progress(&format!("{count} pods at once"), &subject.name, round);
+                    samples.push((id, subject.name.clone(), start(subject, count)?.started));
+                }
+            }
+        }
+        for (id, subject, ms) in samples {
+            self.add(id, &subject, "ms", ms);
         }
         Ok(())
     }

@@ -64,8 +64,18 @@ pub(crate) fn ctr(args: &[&str]) -> Result<()> {
 }
 
 impl Subject {
-    fn configure(&self) -> Result<()> {
+    /// Makes the node one for it.
+    pub(crate) fn configure(&self) -> Result<()> {
         self.configuration.as_deref().map_or(Ok(()), node::write)
+    }
+
+    /// The name of its runtime in containerd's CRI configuration.
+    pub(crate) fn handler(&self) -> &str {
+        match self.runtime.as_str() {
+            "io.containerd.runc.v2" => "runc",
+            "io.containerd.vial.v2" => "vial",
+            _ => &self.name,
+        }
     }
 
     /// Runs a shell line in a container until it ends, with more options of `ctr run`.

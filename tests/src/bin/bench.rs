@@ -50,6 +50,9 @@ enum Action {
         /// Only the measurements whose id contains one of these words, parted by commas
         #[arg(long, value_name = "WORDS", value_delimiter = ',')]
         only: Vec<String>,
+        /// Not the measurements with these ids, parted by commas
+        #[arg(long, value_name = "IDS", value_delimiter = ',')]
+        not: Vec<String>,
         /// Where to write the samples
         #[arg(long, value_name = "FILE")]
         output: PathBuf,
@@ -89,12 +92,12 @@ fn main() -> ExitCode {
 
 fn run(action: Action) -> Result<()> {
     match action {
-        Action::Measure { mode, rounds, image, peer, only, output } => {
+        Action::Measure { mode, rounds, image, peer, only, not, output } => {
             let mode = match mode {
                 Mode::Wall => "wall",
                 Mode::Icount => "icount",
             };
-            let plan = Plan { mode: mode.into(), rounds, image, peers: peer, only };
+            let plan = Plan { mode: mode.into(), rounds, image, peers: peer, only, not };
             write(&output, &serde_json::to_string_pretty(&measure(&plan)?)?)
         }
         Action::Report { output, measured } => report(&output, &read_all(&measured)?),

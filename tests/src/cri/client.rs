@@ -1,6 +1,6 @@
 //! CRI as a kubelet calls it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -21,7 +21,12 @@ pub(crate) struct Cri {
 impl Cri {
     /// containerd's.
     pub(crate) fn new() -> Self {
-        Self { socket: "/run/containerd/containerd.sock".into() }
+        Self::at("/run/containerd/containerd.sock".as_ref())
+    }
+
+    /// That of a certain socket.
+    pub(crate) fn at(socket: &Path) -> Self {
+        Self { socket: socket.into() }
     }
 
     fn call<Answer: Message + Default>(
