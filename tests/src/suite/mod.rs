@@ -100,6 +100,7 @@ pub(crate) fn cases() -> Vec<Case> {
         vhost_user::vhost_disk_holds_every_byte_though_its_backend_is_killed,
         vhost_user::vhost_device_that_cannot_be_had_is_refused,
         vhost_user::vhost_file_system_is_the_hosts_directory,
+        vhost_user::vhost_networks_of_two_pods_are_joined_by_a_switch_that_restarts,
         input::wrong_configuration_is_named,
         input::wrong_command_lines_are_refused,
         input::check_says_that_this_host_is_fit,

@@ -48,7 +48,8 @@ impl Backend {
         let _ = fs::remove_file(socket);
         let child = Command::new(program)
             .args(arguments)
-            .stdin(Stdio::null())
+            // testpmd ends with its input.
+            .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
@@ -89,6 +90,27 @@ impl Backend {
             "--sandbox=none".into(),
         ];
         Self::start("/usr/libexec/virtiofsd", &arguments, socket)
+    }
+
+    /// DPDK's testpmd, which carries packets between two networks. It polls, and fills a CPU.
+    fn switch(sockets: &[PathBuf; 2]) -> Result<Self> {
+        for socket in sockets {
+            let _ = fs::remove_file(socket);
+        }
+        let device = |(number, socket): (usize, &PathBuf)| {
+            ["--vdev".into(), format!("net_vhost{number},iface={}", socket.display())]
+        };
+        let fixed = "--lcores 0@0,1@0 --no-huge -m 128 --no-pci --no-shconf --no-telemetry";
+        let mut arguments: Vec<String> = fixed.split(' ').map(str::to_owned).collect();
+        arguments.extend(sockets.iter().enumerate().flat_map(device));
+        arguments.extend(["--", "--total-num-mbufs=2048"].map(str::to_owned));
+        let switch = Self::start("dpdk-testpmd", &arguments, &sockets[0])?;
+        let start = Instant::now();
+        while !sockets[1].exists() {
+            ensure!(start.elapsed() < PATIENCE, "testpmd makes no second socket");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(switch)
     }
 
     fn kill(mut self) -> Result<()> {
@@ -283,4 +305,52 @@ pub(crate) fn vhost_file_system_is_the_hosts_directory(bed: &Bed) -> Result<()> 
     let wanted: Vec<u8> = b"from the guest\n".iter().copied().cycle().take(3_000_000).collect();
     ensure!(made == wanted, "the host has other data: {} bytes", made.len());
     backend.ends()
+}
+
+/// Addresses of the two pods in their own network.
+const FIRST: &str = "10.77.0.10";
+const SECOND: &str = "10.77.0.11";
+
+pub(crate) fn vhost_networks_of_two_pods_are_joined_by_a_switch_that_restarts(
+    bed: &Bed,
+) -> Result<()> {
+    let place = Place::new()?;
+    let sockets = [place.at("net0.sock"), place.at("net1.sock")];
+    let mut switch = Backend::switch(&sockets)?;
+    let net = |name: &str, last: u8, address: &str| {
+        let more = format!("mac = \"02:00:00:00:00:{last:02x}\"\naddresses = [\"{address}/24\"]");
+        listed(name, "net", &sockets[usize::from(last)], &more)
+    };
+    let _first = net("fast0", 0, FIRST)?;
+    let _both = net("fast1", 1, SECOND)?;
+    let pod = |name: &str| {
+        let annotation = format!("io.vial/vhost-user={name}");
+        detached(bed, &["--annotation", &annotation, "--net-host"])
+    };
+    let (server, client) = (pod("fast0")?, pod("fast1")?);
+    let data = "yes 'packets of a switch' | head -c 1000000";
+    // What comes before the other side listens is tried again.
+    let script = format!(
+        "wanted=$({data} | sha256sum); for try in $(seq 60); do \
+           [ \"$({data} | nc {FIRST} 7777 | sha256sum)\" = \"$wanted\" ] && echo whole && exit; \
+           sleep 1; done; exit 1"
+    );
+    for round in 0..2 {
+        std::thread::scope(|scope| -> Result<()> {
+            let serving =
+                scope.spawn(|| server.exec(&[], &["nc", "-l", "-p", "7777", "-e", "cat"]));
+            let sent = client.exec(&[], &["sh", "-c", &script])?.expect(0);
+            let served =
+                serving.join().map_err(|_| anyhow::anyhow!("the server's thread ended"))?;
+            served?.expect(0).and(sent)?;
+            Ok(())
+        })
+        .with_context(|| format!("round {round}"))?;
+        if round == 0 {
+            let killed = std::mem::replace(&mut switch, Backend(Command::new("true").spawn()?));
+            killed.kill()?;
+            switch = Backend::switch(&sockets)?;
+        }
+    }
+    Ok(())
 }
