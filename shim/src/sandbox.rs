@@ -4,51 +4,42 @@
 //! pod and network configured. Each step pushes its undo; a failure takes all back, and stopping does the
 //! same.
 
+mod boot;
 mod functions;
 mod start;
 
 use std::{
-    fs::File,
-    os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::fs::{FileExt, OpenOptionsExt},
-    },
+    os::fd::{AsFd, OwnedFd},
     path::Path,
     sync::{Arc, Mutex, atomic::AtomicU64},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use rustix::fs::{Mode, OFlags};
 use tokio::{
     io::AsyncReadExt,
     net::UnixStream,
     sync::{mpsc, watch},
 };
-use vial_agent_protocol::{
-    READY_PORT, SHARE_TAG,
-    agent::{ConfigureNetworkRequest, ConfigurePodRequest, ServedDevice},
-};
-use vial_vmm_api::{
-    self as api, API_VERSION, Action, AddedFunctions, Descriptor, DeviceConfig, Reply, VmConfig,
-};
+use vial_agent_protocol::agent::{ConfigureNetworkRequest, ConfigurePodRequest, ServedDevice};
+use vial_vmm_api::Action;
 
-use self::functions::{Functions, pass_devices};
-use self::start::{Saved, Started};
+pub(crate) use self::boot::base_devices;
+use self::{
+    boot::{Files, Given, Handed, boot, console_tail, open_console},
+    functions::{Functions, pass_devices},
+    start::Started,
+};
 use crate::{
     agent::Agent,
     config::Config,
     copies::Copies,
     core_scheduling,
-    devices::{
-        handles::{self, Handles},
-        wanted::Wanted,
-    },
+    devices::{handles, wanted::Wanted},
     error::ServiceError,
     forward,
     jail::{
         self, Confinement,
         cgroup::{Cgroup, Limits},
-        descriptors,
     },
     network::{self, Tap},
     numa::{self, claim::Claim, placed::Placed},
@@ -63,15 +54,11 @@ use crate::{
     vmm_process::VmmProcess,
 };
 
-/// The guest's context id. Each VM has a vsock of its own, so all can have the same.
-const GUEST_CID: u32 = 3;
 /// How long a VMM may take to end when it is asked to, and when it is killed.
 const STOP_PATIENCE: Duration = Duration::from_secs(2);
 const KILL_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a VM may live on after its agent has gone: a panic that is being written.
 const AGENT_GONE_PATIENCE: Duration = Duration::from_secs(3);
-/// How much of the console's end is shown with a failure.
-const CONSOLE_TAIL_BYTES: u64 = 1024;
 
 /// Who the sandbox is, and what it is made from.
 #[derive(Debug)]
@@ -411,207 +398,6 @@ fn attach_network(
     });
     let taps = network::attach(&found)?;
     Ok((taps, found.request))
-}
-
-/// What the VMM is handed and exists before the sandbox does.
-struct Files {
-    kvm: File,
-    kernel: File,
-    initrd: File,
-}
-
-/// All that the VMM is handed.
-struct Handed<'a> {
-    files: &'a Files,
-    console: Option<&'a File>,
-    share: &'a Share,
-    taps: Vec<Tap>,
-    passed: Option<Handles>,
-    backends: Option<Connected>,
-    hot_plug: bool,
-    placement: api::Placement,
-}
-
-impl Files {
-    fn open(config: &Config) -> Result<Self, ServiceError> {
-        Ok(Self {
-            kvm: open(
-                Path::new("/dev/kvm"),
-                true,
-                "Vial needs hardware virtualisation: see `vial check`",
-            )?,
-            kernel: open(
-                &config.kernel,
-                false,
-                "install the guest kernel there, or set `kernel` in the configuration",
-            )?,
-            initrd: open(
-                &config.initrd,
-                false,
-                "install the guest image there, or set `initrd` in the configuration",
-            )?,
-        })
-    }
-}
-
-fn open(path: &Path, device: bool, remedy: &'static str) -> Result<File, ServiceError> {
-    let open = if device { descriptors::open_device } else { descriptors::open_file };
-    open(path).map_err(|error| ServiceError::Open {
-        path: path.display().to_string(),
-        error,
-        remedy,
-    })
-}
-
-fn open_path(path: &Path) -> Result<OwnedFd, ServiceError> {
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    rustix::fs::open(path, flags, Mode::empty()).map_err(|error| ServiceError::Open {
-        path: path.display().to_string(),
-        error: error.into(),
-        remedy: "see the shim's log",
-    })
-}
-
-fn open_console(dir: &StateDir) -> Result<File, ServiceError> {
-    let path = dir.console();
-    File::options().read(true).append(true).create(true).mode(0o600).open(&path).map_err(|error| {
-        ServiceError::Open {
-            path: path.display().to_string(),
-            error,
-            remedy: "set `debug_console = false`",
-        }
-    })
-}
-
-/// The end of what the guest wrote to its console, to go behind a failure.
-fn console_tail(console: Option<&File>) -> String {
-    let Some(console) = console else { return String::new() };
-    let length = console.metadata().map(|metadata| metadata.len()).unwrap_or_default();
-    let from = length.saturating_sub(CONSOLE_TAIL_BYTES);
-    let mut tail = vec![0; CONSOLE_TAIL_BYTES as usize];
-    let bytes = console.read_at(&mut tail, from).unwrap_or_default();
-    let text: String = String::from_utf8_lossy(&tail[..bytes])
-        .chars()
-        .filter(|c| !c.is_control() || *c == '\n')
-        .collect();
-    format!("; its console ends with:\n{}", text.trim_end())
-}
-
-/// The devices that every VM has, in this order: entropy, vsock, and the shared directory.
-pub(crate) fn base_devices(root: Descriptor, own_descriptors: Descriptor) -> Vec<DeviceConfig> {
-    vec![
-        DeviceConfig::Rng,
-        DeviceConfig::Vsock { guest_cid: GUEST_CID, host_ports: vec![READY_PORT] },
-        DeviceConfig::Fs { tag: SHARE_TAG.into(), root, proc_fd: Some(own_descriptors) },
-    ]
-}
-
-/// Where the VM has what not all VMs have.
-#[derive(Debug, Default)]
-struct Made {
-    functions: Option<AddedFunctions>,
-    /// The numbers of the devices that backends serve.
-    backends: Vec<u8>,
-}
-
-/// Lets the VM run: from a template when there is one that fits, else its kernel boots.
-async fn boot(
-    plan: &Plan,
-    Handed { files, console, share, taps, passed, backends, hot_plug, placement }: Handed<'_>,
-    process: &VmmProcess,
-    client: &VmmClient,
-) -> Result<(Started, Made), ServiceError> {
-    let lost = |what: &'static str| {
-        move |error| ServiceError::Open { path: what.into(), error, remedy: "see the shim's log" }
-    };
-    let root = match plan.config.jail {
-        true => process.root().map_err(lost("the VMM's root"))?,
-        false => open_path(&share.share)?,
-    };
-    let proc_fd = descriptors::process_descriptors(process.pid())
-        .map_err(lost("the VMM's own descriptors"))?;
-    let mut given = Given::default();
-    let mut devices = base_devices(given.add(&root), given.add(&proc_fd));
-    let base = devices.len();
-    for Tap { descriptor, mac, mtu } in &taps {
-        devices.push(DeviceConfig::Net { tap: given.add(descriptor), mac: *mac, mtu: *mtu });
-    }
-    if let Some(Handles { container, groups, functions }) = &passed {
-        devices.push(DeviceConfig::Passthrough {
-            container: given.add(container),
-            groups: groups.iter().map(|group| given.add(group)).collect(),
-            functions: functions.iter().map(|function| given.add(function)).collect(),
-        });
-    }
-    let shared_memory = backends.as_ref().map(|connected| {
-        devices.extend(connected.configs(|descriptor| given.add(descriptor)));
-        given.add(&connected.memory)
-    });
-    let kvm = given.add(&files.kvm);
-    let (template, mut missing) = start::find_template(plan, &devices, &placement);
-    if let Some(template) = &template {
-        // Those of the template come first.
-        let mut devices = devices.clone();
-        devices.insert(base, DeviceConfig::Memory);
-        let memory_mib = template.grown_mib(plan.config.memory_mib);
-        let saved = Saved {
-            memory: given.add(&template.memory),
-            state: given.add(&template.state),
-            kvm,
-            devices: &devices,
-            memory_mib,
-            hot_plug,
-        };
-        if start::restore(plan, template, saved, client, &given).await? {
-            let new_devices = devices.len() > base + 1;
-            let more_memory_mib = template.more_mib(memory_mib);
-            return Ok((Started::Restored { new_devices, more_memory_mib }, Made::default()));
-        }
-        missing = true;
-    }
-    let config = VmConfig {
-        version: API_VERSION,
-        kvm,
-        vcpus: plan.config.vcpus,
-        memory_mib: plan.config.memory_mib,
-        kernel: given.add(&files.kernel),
-        initrd: Some(given.add(&files.initrd)),
-        command_line: plan.config.command_line(),
-        console: console.map(|console| given.add(console)),
-        devices,
-        hot_plug,
-        placement,
-        shared_memory,
-    };
-    let action = Action::Boot(Box::new(config));
-    let answer = client.request(action, &given.0).await;
-    // The VMM alone holds them from here on: they go when it goes.
-    drop(given);
-    drop((taps, passed, backends));
-    match answer {
-        Ok(Reply::Booted(report)) => {
-            start::mark_report(plan, report.marks);
-            let made = Made { functions: report.functions, backends: report.backends };
-            Ok((Started::Booted { template_missing: missing }, made))
-        }
-        Ok(_) => Err(vmm("boot the VM")(vmm_client::VmmError::Answer)),
-        // Why it ended is better known to whoever waits for the process.
-        Err(vmm_client::VmmError::Closed) => std::future::pending().await,
-        Err(error) => Err(vmm("boot the VM")(error)),
-    }
-}
-
-/// Descriptors in the order in which a message names them.
-#[derive(Default)]
-struct Given<'a>(Vec<BorrowedFd<'a>>);
-
-impl<'a> Given<'a> {
-    fn add(&mut self, file: &'a impl AsFd) -> Descriptor {
-        // A VM has a handful of them, far below what a message can carry.
-        let index = u8::try_from(self.0.len()).unwrap_or(u8::MAX);
-        self.0.push(file.as_fd());
-        Descriptor(index)
-    }
 }
 
 /// Tells once why the VM has ended. An agent that has gone takes its VM with it.
