@@ -235,7 +235,10 @@ pub fn allowed(annotations: &HashMap<String, String>) -> Result<bool, WrongAnnot
 /// The kernel's command line of a template whose VM has so many vCPUs: those that a pod may have
 /// besides wait until it has them.
 pub fn command_line(config: &Config, vcpus: u8) -> String {
-    format!("{} maxcpus={vcpus} {TEMPLATE_WORD}", config.command_line())
+    // A kernel that has patched itself for one processor would patch itself back in each pod that
+    // has more, and each would then have the kernel's code to itself.
+    let words = "noreplace-smp";
+    format!("{} {words} maxcpus={vcpus} {TEMPLATE_WORD}", config.command_line())
 }
 
 /// The most vCPUs of a VM that goes on from a template of that configuration.
