@@ -6,7 +6,7 @@
 
 use std::fs;
 use std::io::{self, ErrorKind};
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{
     LinuxDevice, LinuxDeviceBuilder, LinuxDeviceCgroupBuilder, LinuxDeviceType, LinuxResources,
@@ -14,14 +14,13 @@ use oci_spec::runtime::{
 };
 use rustix::mount::{MountFlags, mount};
 use vial_agent_protocol::agent::ServedDevice;
-use vial_agent_protocol::{FUNCTION_DEVICES, MAX_SERVED_DEVICES};
+use vial_agent_protocol::{FUNCTION_DEVICES, MAX_SERVED_DEVICES, is_plain_path};
 
 const FUNCTIONS: &str = "/sys/bus/pci/devices";
 /// Where file systems are mounted in the guest.
 const MOUNTS: &str = "/run/vial-served";
-/// The longest name of a file system (virtio 1.2, 5.11.4), and path, in bytes.
+/// The longest name of a file system (virtio 1.2, 5.11.4), in bytes.
 const MAX_TAG_BYTES: usize = 36;
-const MAX_PATH_BYTES: usize = 4095;
 
 /// Why a container does not get a device.
 #[derive(Debug, thiserror::Error)]
@@ -84,14 +83,11 @@ fn prepare_one(functions: &Path, device: &ServedDevice) -> Result<Served, Served
 }
 
 fn checked_path(text: &str) -> Result<PathBuf, ServedError> {
-    let path = Path::new(text);
-    let mut parts = path.components();
-    let plain = parts.next() == Some(Component::RootDir)
-        && path.components().count() > 1
-        && parts.all(|part| matches!(part, Component::Normal(_)))
-        && text.len() <= MAX_PATH_BYTES
-        && !text.contains('\0');
-    if plain { Ok(path.into()) } else { Err(ServedError::Path(text.chars().take(64).collect())) }
+    if is_plain_path(text) {
+        Ok(text.into())
+    } else {
+        Err(ServedError::Path(text.chars().take(64).collect()))
+    }
 }
 
 fn checked_tag(tag: &str) -> Result<&str, ServedError> {

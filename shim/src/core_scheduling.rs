@@ -12,6 +12,8 @@ use rustix::{
     thread::{CoreSchedulingScope, create_core_scheduling_cookie},
 };
 
+use crate::spec::start_of;
+
 /// The annotation of a pod that asks for it. A pod cannot be without what the operator wants.
 pub const ANNOTATION: &str = "io.vial/core-scheduling";
 
@@ -48,10 +50,7 @@ pub fn wanted(annotations: &HashMap<String, String>) -> Result<bool, CoreSchedul
     match annotations.get(ANNOTATION).map(String::as_str) {
         None | Some("false") => Ok(false),
         Some("true") => Ok(true),
-        Some(other) => {
-            let start = other.chars().take(32).flat_map(char::escape_debug).collect();
-            Err(CoreSchedulingError::Annotation(start))
-        }
+        Some(other) => Err(CoreSchedulingError::Annotation(start_of(other))),
     }
 }
 

@@ -27,7 +27,7 @@ use std::{collections::HashMap, path::PathBuf};
 
 use vial_vmm_api::HugePages;
 
-use crate::{devices::address::Address, jail::cgroup::CgroupError};
+use crate::{devices::address::Address, jail::cgroup::CgroupError, spec::start_of};
 
 /// The annotation of a pod that says how much its nodes matter, see [`Mode`].
 pub const ANNOTATION: &str = "io.vial/numa";
@@ -75,10 +75,6 @@ impl Wanted {
         };
         Ok(Self { mode, huge_pages })
     }
-}
-
-fn start_of(text: &str) -> String {
-    text.chars().take(32).flat_map(char::escape_debug).collect()
 }
 
 /// Why a pod does not get the place that it asks for.

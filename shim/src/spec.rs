@@ -318,6 +318,11 @@ pub fn check_annotations(annotations: &HashMap<String, String>) -> Result<(), Sp
     }
 }
 
+/// How a value of an annotation begins, for the sentence that refuses it.
+pub(crate) fn start_of(text: &str) -> String {
+    text.chars().take(32).flat_map(char::escape_debug).collect()
+}
+
 /// The size of the tmpfs at `path`; none when it is none, or without a size.
 fn tmpfs_bytes(path: &Path) -> Option<u64> {
     // linux/magic.h

@@ -35,6 +35,7 @@ use vial_vmm_api::GROWTH_STEP_MIB;
 use crate::{
     config::{Config, Templates},
     jail::descriptors,
+    spec::start_of,
 };
 
 /// The file names in a template.
@@ -225,10 +226,7 @@ pub fn allowed(annotations: &HashMap<String, String>) -> Result<bool, WrongAnnot
     match annotations.get(ANNOTATION).map(String::as_str) {
         None | Some("auto") => Ok(true),
         Some("none") => Ok(false),
-        Some(other) => {
-            let start = other.chars().take(32).flat_map(char::escape_debug).collect();
-            Err(WrongAnnotation(start))
-        }
+        Some(other) => Err(WrongAnnotation(start_of(other))),
     }
 }
 
@@ -237,8 +235,7 @@ pub fn allowed(annotations: &HashMap<String, String>) -> Result<bool, WrongAnnot
 pub fn command_line(config: &Config, vcpus: u8) -> String {
     // A kernel that has patched itself for one processor would patch itself back in each pod that
     // has more, and each would then have the kernel's code to itself.
-    let words = "noreplace-smp";
-    format!("{} {words} maxcpus={vcpus} {TEMPLATE_WORD}", config.command_line())
+    format!("{} noreplace-smp maxcpus={vcpus} {TEMPLATE_WORD}", config.command_line())
 }
 
 /// The most vCPUs of a VM that goes on from a template of that configuration.

@@ -15,6 +15,8 @@
 //!   port (2 bytes, little endian). The agent connects to that port of the guest's loopback and
 //!   answers [`FORWARDED`]; then the two are one connection. Without that byte there is none.
 
+use std::path::{Component, Path};
+
 /// The messages of `proto/agent.proto`.
 #[allow(warnings, clippy::all)] // Generated.
 #[rustfmt::skip]
@@ -59,6 +61,8 @@ pub const MAX_WAITING_STREAMS: usize = 256;
 pub const MAX_SPEC_BYTES: usize = 2 << 20;
 /// The longest container or exec id, in bytes: what a file name can have (NAME_MAX).
 pub const MAX_ID_BYTES: usize = 255;
+/// The longest path, in bytes (limits.h, PATH_MAX, without the zero byte).
+pub const MAX_PATH_BYTES: usize = 4095;
 
 /// The most interfaces of a pod.
 pub const MAX_INTERFACES: usize = 8;
@@ -119,6 +123,17 @@ pub fn is_valid_id(id: &str) -> bool {
         && bytes.iter().all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(b))
 }
 
+/// Whether `path` can be where a container has a device or a mount: absolute, below the root, never
+/// upwards, at most [`MAX_PATH_BYTES`] long and without a zero byte.
+pub fn is_plain_path(path: &str) -> bool {
+    let mut parts = Path::new(path).components();
+    parts.next() == Some(Component::RootDir)
+        && parts.clone().next().is_some()
+        && parts.all(|part| matches!(part, Component::Normal(_)))
+        && path.len() <= MAX_PATH_BYTES
+        && !path.contains('\0')
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -140,6 +155,18 @@ mod tests {
     fn stream_id_survives_its_header() {
         for id in [1, 0x0102_0304_0506_0708, u64::MAX] {
             assert_eq!(stream_id(stream_header(id)), id);
+        }
+    }
+
+    #[test]
+    fn paths_that_lead_elsewhere_are_refused() {
+        let longest = format!("/{}", "a/".repeat(MAX_PATH_BYTES / 2));
+        for good in ["/dev/fast", "/a", "/a/./b", &longest] {
+            assert!(is_plain_path(good), "{good:?}");
+        }
+        let longer = longest + "a";
+        for bad in ["", "/", "a", "./a", "/a/../b", "/..", "/a\0", &longer] {
+            assert!(!is_plain_path(bad), "{bad:?}");
         }
     }
 

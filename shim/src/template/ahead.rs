@@ -15,8 +15,8 @@ use std::{
 
 use super::{
     Template,
-    create::{CreateError, Wait, create_unless},
-    find, remove,
+    create::{self, CreateError},
+    remove,
 };
 use crate::config::{Config, Templates};
 
@@ -85,7 +85,7 @@ pub async fn create_missing(config: &Config) -> Result<Option<String>, CreateErr
     // On a host that refuses this, it costs others more time, and no more.
     let _ = rustix::process::setpriority_process(None, NICE);
     let patient = Config { boot_timeout: config.boot_timeout * PATIENCE, ..config.clone() };
-    let result = create_unless(&patient, Wait::No, || find(&patient).is_ok()).await;
+    let result = create::create_missing(&patient).await;
     if let Err(error) = &result {
         note_failure(&config.template_directory, &error.to_string());
     }

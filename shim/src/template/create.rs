@@ -96,41 +96,39 @@ fn vmm(action: &'static str) -> impl FnOnce(VmmError) -> CreateError {
     move |error| CreateError::Vmm { action, error }
 }
 
-/// Whether to wait until nobody else makes a template.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Wait {
-    /// For as long as it takes.
-    Yes,
-    /// Not at all: what the other makes will do.
-    No,
-}
-
 /// Makes the template for VMs of that configuration, in place of one that there is, and returns
 /// its name.
 ///
 /// # Errors
 /// [`CreateError`]. Nothing is left then.
 pub async fn create(config: &Config) -> Result<String, CreateError> {
-    let made = create_unless(config, Wait::Yes, || false).await?;
-    // Nothing but somebody else's lock keeps it from being made, and that was waited for.
-    made.ok_or(CreateError::Busy)
+    let _lock = begin(config, FlockOperation::LockExclusive)?;
+    make(config).await
 }
 
-/// As [`create`], but not when `needless` says so, or when somebody else makes one that is not
-/// waited for.
-pub(super) async fn create_unless(
-    config: &Config,
-    wait: Wait,
-    needless: impl FnOnce() -> bool,
-) -> Result<Option<String>, CreateError> {
-    if config.debug_console {
-        return Err(CreateError::Console);
+/// As [`create`], but not when there is one that fits, or when somebody else makes one.
+pub(super) async fn create_missing(config: &Config) -> Result<Option<String>, CreateError> {
+    let _lock = match begin(config, FlockOperation::NonBlockingLockExclusive) {
+        // What the other makes will do.
+        Err(CreateError::Busy) => return Ok(None),
+        lock => lock?,
+    };
+    match super::find(config) {
+        Ok(_) => Ok(None),
+        Err(_) => make(config).await.map(Some),
     }
+}
+
+fn begin(config: &Config, lock: FlockOperation) -> Result<File, CreateError> {
+    match config.debug_console {
+        true => Err(CreateError::Console),
+        false => prepare(&config.template_directory, lock),
+    }
+}
+
+/// Makes it, while nobody else makes one.
+async fn make(config: &Config) -> Result<String, CreateError> {
     let root = &config.template_directory;
-    let Some(_lock) = prepare(root, wait)? else { return Ok(None) };
-    if needless() {
-        return Ok(None);
-    }
     let manifest = manifest(config)?;
     let (memory, state) = (unnamed(root)?, unnamed(root)?);
     save_guest(config, &memory, &state).await?;
@@ -138,7 +136,7 @@ pub(super) async fn create_unless(
     put_in_place(root, &name, &manifest, &memory, &state)?;
     ahead::forget_failure(root);
     remove_outdated(root)?;
-    Ok(Some(name))
+    Ok(name)
 }
 
 /// Removes templates that no pod can start from any more, whatever its configuration: what they
@@ -154,8 +152,8 @@ fn remove_outdated(root: &Path) -> Result<(), CreateError> {
 }
 
 /// Makes the directory, locks it, and removes what somebody who was interrupted left in the moment
-/// of naming it. None when it is locked and that is not waited for.
-fn prepare(root: &Path, wait: Wait) -> Result<Option<File>, CreateError> {
+/// of naming it.
+fn prepare(root: &Path, operation: FlockOperation) -> Result<File, CreateError> {
     let make = |path: &Path| {
         let mut builder = DirBuilder::new();
         builder.recursive(true).mode(0o700).create(path).map_err(file("make", path))
@@ -170,21 +168,17 @@ fn prepare(root: &Path, wait: Wait) -> Result<Option<File>, CreateError> {
         .mode(0o600)
         .open(&path)
         .map_err(file("open", &path))?;
-    let operation = match wait {
-        Wait::Yes => FlockOperation::LockExclusive,
-        Wait::No => FlockOperation::NonBlockingLockExclusive,
-    };
-    match rustix::fs::flock(&lock, operation) {
-        Err(Errno::WOULDBLOCK) if wait == Wait::No => return Ok(None),
-        result => result.map_err(|error| file("lock", &path)(error.into()))?,
-    }
+    rustix::fs::flock(&lock, operation).map_err(|error| match error {
+        Errno::WOULDBLOCK => CreateError::Busy,
+        error => file("lock", &path)(error.into()),
+    })?;
     for entry in fs::read_dir(root).map_err(file("list", root))?.flatten() {
         if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
             let path = entry.path();
             fs::remove_dir_all(&path).map_err(file("remove", &path))?;
         }
     }
-    Ok(Some(lock))
+    Ok(lock)
 }
 
 /// A file without a name, which goes when nobody has it open.
@@ -451,7 +445,7 @@ mod tests {
     #[test]
     fn template_is_put_in_place_whole_and_replaced_whole() {
         let root = tempfile::tempdir().unwrap();
-        let _lock = prepare(root.path(), Wait::Yes).unwrap().unwrap();
+        let _lock = prepare(root.path(), FlockOperation::LockExclusive).unwrap();
         for content in ["one", "two"] {
             let (mut memory, state) =
                 (unnamed(root.path()).unwrap(), unnamed(root.path()).unwrap());
@@ -473,16 +467,17 @@ mod tests {
         let left = root.path().join(format!("{UNFINISHED}1x128-a"));
         fs::create_dir(&left).unwrap();
         fs::write(left.join(MEMORY), "half").unwrap();
-        drop(prepare(root.path(), Wait::Yes).unwrap());
+        drop(prepare(root.path(), FlockOperation::LockExclusive).unwrap());
         assert!(!left.exists());
     }
 
     #[test]
     fn lock_of_another_is_waited_for_or_not() {
         let root = tempfile::tempdir().unwrap();
-        let lock = prepare(root.path(), Wait::No).unwrap().expect("nobody has it");
-        assert!(prepare(root.path(), Wait::No).unwrap().is_none());
+        let at_once = || prepare(root.path(), FlockOperation::NonBlockingLockExclusive);
+        let lock = at_once().expect("nobody has it");
+        assert!(matches!(at_once(), Err(CreateError::Busy)));
         drop(lock);
-        assert!(prepare(root.path(), Wait::No).unwrap().is_some());
+        at_once().unwrap();
     }
 }

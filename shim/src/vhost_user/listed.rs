@@ -2,11 +2,11 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    path::{Component, Path, PathBuf},
+    path::PathBuf,
 };
 
 use serde::Deserialize;
-use vial_agent_protocol::agent;
+use vial_agent_protocol::{agent, is_plain_path};
 use vial_netlink::network::Cidr;
 use vial_vmm_api::VHOST_USER_QUEUES;
 
@@ -191,7 +191,7 @@ impl Kind {
             "blk" | "fs" if of_net => Err("none of `mac`, `mtu`, `addresses`, `routes`".into()),
             "blk" | "fs" => {
                 let path = path
-                    .filter(|path| is_plain(path))
+                    .filter(|path| path.to_str().is_some_and(is_plain_path))
                     .ok_or("the absolute `path` that it has in containers")?;
                 let read_only = read_only.unwrap_or(false);
                 Ok(match kind.as_str() {
@@ -202,15 +202,6 @@ impl Kind {
             _ => Err("a `kind` of \"net\", \"blk\" or \"fs\"".into()),
         }
     }
-}
-
-/// Whether a path is absolute, leads to something below the root, and never upwards.
-fn is_plain(path: &Path) -> bool {
-    let mut parts = path.components();
-    parts.next() == Some(Component::RootDir)
-        && path.components().count() > 1
-        && parts.all(|part| matches!(part, Component::Normal(_)))
-        && path.to_str().is_some_and(|text| text.len() < 4096)
 }
 
 fn parse_mac(text: &str) -> Option<[u8; 6]> {

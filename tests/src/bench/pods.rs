@@ -7,7 +7,8 @@ use anyhow::{Context, Result, anyhow};
 use tempfile::TempDir;
 
 use super::cri::client::Cri;
-use super::cri::wire::*;
+use super::cri::configs;
+use super::cri::wire::{ContainerConfig, ContainerMetadata, PodSandboxConfig};
 use super::subject::since;
 
 /// Pods that were started together, until they are dropped.
@@ -68,17 +69,8 @@ fn start_one(cri: &Cri, handler: &str, image: &str, config: &PodSandboxConfig) -
     let id = cri.run_pod(config, handler)?;
     let container = ContainerConfig {
         metadata: Some(ContainerMetadata { name: "sleep".into(), attempt: 0 }),
-        image: Some(ImageSpec { image: image.into() }),
-        command: ["sleep", "1000"].map(Into::into).to_vec(),
         log_path: "sleep.log".into(),
-        linux: Some(LinuxContainerConfig {
-            resources: Some(LinuxContainerResources::default()),
-            security_context: Some(LinuxContainerSecurityContext {
-                namespace_options: Some(namespaces()),
-                ..Default::default()
-            }),
-        }),
-        ..Default::default()
+        ..configs::container(image, &["sleep", "1000"])
     };
     let started = cri.create(&id, &container, config).and_then(|container| cri.start(&container));
     if started.is_err() {
@@ -88,28 +80,7 @@ fn start_one(cri: &Cri, handler: &str, image: &str, config: &PodSandboxConfig) -
     Ok(id)
 }
 
-fn namespaces() -> NamespaceOption {
-    NamespaceOption { pid: NamespaceMode::Container.into(), ..Default::default() }
-}
-
 fn config(logs: &Path, number: usize) -> PodSandboxConfig {
     let name = format!("bench-{number}");
-    PodSandboxConfig {
-        metadata: Some(PodSandboxMetadata {
-            name: name.clone(),
-            uid: name.clone(),
-            namespace: "bench".into(),
-            attempt: 0,
-        }),
-        hostname: name.clone(),
-        log_directory: logs.join(name).display().to_string(),
-        linux: Some(LinuxPodSandboxConfig {
-            security_context: Some(LinuxSandboxSecurityContext {
-                namespace_options: Some(namespaces()),
-                ..Default::default()
-            }),
-            ..Default::default()
-        }),
-        ..Default::default()
-    }
+    configs::pod(&name, &name, "bench", &logs.join(&name))
 }

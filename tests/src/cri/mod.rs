@@ -4,6 +4,7 @@
 //! a CNI configuration, and the images of `tests/images`, as `tests/host/containerd` has it.
 
 mod client;
+mod configs;
 mod exec;
 pub(crate) mod faults;
 mod grpc;

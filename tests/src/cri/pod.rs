@@ -11,6 +11,7 @@ use anyhow::{Context, Result, ensure};
 use tempfile::TempDir;
 
 use super::client::Cri;
+use super::configs;
 use super::log;
 use super::wire::*;
 use crate::suite::bed::{IMAGE, Runtime};
@@ -73,24 +74,8 @@ impl Pod {
         let logs = directory.path().join("logs");
         fs::create_dir(&logs)?;
         let number = unique();
-        let mut config = PodSandboxConfig {
-            metadata: Some(PodSandboxMetadata {
-                name: format!("pod-{number}"),
-                uid: format!("uid-{number}"),
-                namespace: "suite".into(),
-                attempt: 0,
-            }),
-            hostname: format!("pod-{number}"),
-            log_directory: logs.display().to_string(),
-            linux: Some(LinuxPodSandboxConfig {
-                security_context: Some(LinuxSandboxSecurityContext {
-                    namespace_options: Some(namespaces()),
-                    ..Default::default()
-                }),
-                ..Default::default()
-            }),
-            ..Default::default()
-        };
+        let (name, uid) = (format!("pod-{number}"), format!("uid-{number}"));
+        let mut config = configs::pod(&name, &uid, "suite", &logs);
         adapt(&mut config);
         let cri = Cri::new();
         let id =
@@ -190,25 +175,9 @@ pub(crate) fn clear() -> Result<()> {
     })
 }
 
-/// What a kubelet asks for unless a pod says otherwise: all is the pod's but the processes.
-fn namespaces() -> NamespaceOption {
-    NamespaceOption { pid: NamespaceMode::Container.into(), ..Default::default() }
-}
-
 /// A container that runs these words.
 pub(crate) fn words(words: &[&str]) -> ContainerConfig {
-    ContainerConfig {
-        image: Some(ImageSpec { image: IMAGE.into() }),
-        command: words.iter().map(|&word| word.into()).collect(),
-        linux: Some(LinuxContainerConfig {
-            resources: Some(LinuxContainerResources::default()),
-            security_context: Some(LinuxContainerSecurityContext {
-                namespace_options: Some(namespaces()),
-                ..Default::default()
-            }),
-        }),
-        ..Default::default()
-    }
+    configs::container(IMAGE, words)
 }
 
 /// A container that runs a shell line.

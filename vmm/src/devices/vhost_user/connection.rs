@@ -181,6 +181,10 @@ impl Connection {
 
     fn number(&self, request: Request, what: &'static str) -> Result<u64, BackendError> {
         self.send(request, &[], &[], what)?;
+        self.receive_number(request, what)
+    }
+
+    fn receive_number(&self, request: Request, what: &'static str) -> Result<u64, BackendError> {
         let (answer, _) = self.receive(request, what)?;
         messages::u64_of(&answer).ok_or(BackendError::Nonsense(what))
     }
@@ -197,11 +201,9 @@ impl Connection {
         if !self.acknowledged {
             return Ok(());
         }
-        let (answer, _) = self.receive(request, what)?;
-        match messages::u64_of(&answer) {
-            Some(0) => Ok(()),
-            Some(_) => Err(BackendError::Refused(what)),
-            None => Err(BackendError::Nonsense(what)),
+        match self.receive_number(request, what)? {
+            0 => Ok(()),
+            _ => Err(BackendError::Refused(what)),
         }
     }
 
