@@ -26,6 +26,7 @@ use std::time::Instant;
 use anyhow::Result;
 use bed::Bed;
 use record::Record;
+use vial_tests::node::Configuration;
 
 use crate::cri;
 
@@ -158,8 +159,8 @@ pub(crate) fn run(
     mut record: Record,
 ) -> bool {
     let of_pods = cases.iter().any(|case| case.name.starts_with(cri::PREFIX));
-    let bed = match begin(image, archives, of_pods, of_devices) {
-        Ok(bed) => bed,
+    let (bed, _configuration) = match begin(image, archives, of_pods, of_devices) {
+        Ok(begun) => begun,
         Err(error) => {
             println!("FAILED to begin: {error:#}");
             println!("0 passed, {} failed", cases.len());
@@ -190,8 +191,14 @@ pub(crate) fn run(
     failed == 0
 }
 
-fn begin(image: &str, archives: &[PathBuf], of_pods: bool, of_devices: bool) -> Result<Bed> {
-    templates::only_by_hand()?;
+/// What the cases stand on. The node's configuration is as before when that of the result is dropped.
+fn begin(
+    image: &str,
+    archives: &[PathBuf],
+    of_pods: bool,
+    of_devices: bool,
+) -> Result<(Bed, Configuration)> {
+    let configuration = templates::only_by_hand()?;
     let mut bed = Bed::new(image, archives)?;
     if of_pods {
         cri::begin(archives)?;
@@ -201,7 +208,7 @@ fn begin(image: &str, archives: &[PathBuf], of_pods: bool, of_devices: bool) -> 
         devices::begin()?;
         bed.look_anew()?;
     }
-    Ok(bed)
+    Ok((bed, configuration))
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -24,8 +24,8 @@ impl Dice {
 /// Starts pods, kills a process of theirs or containerd at a random moment, removes them, and tells
 /// what is left. Returns whether nothing was, every time.
 pub(crate) fn soak(image: &str, archives: &[PathBuf], long: Duration, seed: u64) -> bool {
-    let mut bed = match super::begin(image, archives, true, false) {
-        Ok(bed) => bed,
+    let (mut bed, _configuration) = match super::begin(image, archives, true, false) {
+        Ok(begun) => begun,
         Err(error) => {
             println!("FAILED to begin: {error:#}");
             return false;

@@ -29,11 +29,12 @@ pub(super) struct Node {
     _configuration: Configuration,
 }
 
-/// From here on nobody but a case makes a template: the pods of all others are what they are meant to be, and no process
-/// comes and goes that is not theirs.
-pub(crate) fn only_by_hand() -> Result<()> {
-    let text = fs::read_to_string(node::path()).unwrap_or_default(); // It may be absent.
-    node::write(&node::with(&text, "templates", BY_HAND))
+/// Until what it returns is dropped, nobody but a case makes a template: the pods of all others are what they are meant to
+/// be, and no process comes and goes that is not theirs.
+pub(crate) fn only_by_hand() -> Result<Configuration> {
+    let configuration = Configuration::keep();
+    configuration.write(&node::with(configuration.text(), "templates", BY_HAND))?;
+    Ok(configuration)
 }
 
 /// Who makes templates.
