@@ -8,6 +8,7 @@ mod cri;
 #[path = "../suite/mod.rs"]
 mod suite;
 
+use std::ops::RangeInclusive;
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime};
 
@@ -22,9 +23,9 @@ struct Cli {
     /// Only the cases whose name contains one of these words, which commas separate
     #[arg(default_value = "")]
     filter: String,
-    /// Only the cases of one part of so many, as in 1/2, so that several hosts can share them
-    #[arg(long, value_name = "N/ALL", value_parser = part, default_value = "1/1")]
-    part: (usize, usize),
+    /// Only the cases of some parts of so many, as in 1/2 or 1-3/5, so that several hosts can share them
+    #[arg(long, value_name = "N[-M]/ALL", value_parser = part, default_value = "1/1")]
+    part: Part,
     /// The handler in containerd's CRI configuration by which pods of Vial are run
     #[arg(long, value_name = "NAME", default_value = "vial")]
     handler: String,
@@ -58,13 +59,35 @@ struct Cli {
     image: String,
 }
 
-/// Reads `N/ALL`.
-fn part(text: &str) -> Result<(usize, usize), String> {
-    let numbers =
-        text.split_once('/').and_then(|(n, all)| Some((n.parse().ok()?, all.parse().ok()?)));
-    match numbers {
-        Some((n, all)) if 1 <= n && n <= all => Ok((n, all)),
-        _ => Err("give a part and how many there are, as in 1/2".into()),
+/// Some of the parts that all cases are divided into.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Part {
+    /// Which of them, counted from 1.
+    some: RangeInclusive<usize>,
+    /// How many there are.
+    all: usize,
+}
+
+impl Part {
+    /// Whether the case is in it that comes after so many. Every so many are, since cases of a kind stand together and
+    /// take equally long.
+    fn has(&self, index: usize) -> bool {
+        self.some.contains(&(index % self.all + 1))
+    }
+}
+
+/// Reads `N/ALL` or `N-M/ALL`.
+fn part(text: &str) -> Result<Part, String> {
+    let read = || {
+        let (some, all) = text.split_once('/')?;
+        let (first, last) = some.split_once('-').unwrap_or((some, some));
+        Some((first.parse().ok()?, last.parse().ok()?, all.parse().ok()?))
+    };
+    match read() {
+        Some((first, last, all)) if 1 <= first && first <= last && last <= all => {
+            Ok(Part { some: first..=last, all })
+        }
+        _ => Err("give a part and how many there are, as in 1/2, or several, as in 1-3/5".into()),
     }
 }
 
@@ -80,15 +103,14 @@ fn main() -> ExitCode {
         };
     }
     let wanted = |name: &str| cli.filter.split(',').any(|word| name.contains(word));
-    let (part, parts) = cli.part;
-    // Every so many, since cases of a kind stand together and take equally long.
     let all = match (cli.devices, cli.cpus) {
         (true, _) => suite::cases_of_devices(),
         (_, true) => suite::cases_of_cpus(),
         _ => suite::cases(),
     };
+    let wanted = all.into_iter().filter(|case| wanted(case.name)).enumerate();
     let cases: Vec<_> =
-        all.into_iter().filter(|case| wanted(case.name)).skip(part - 1).step_by(parts).collect();
+        wanted.filter(|(index, _)| cli.part.has(*index)).map(|(_, case)| case).collect();
     if cli.list {
         cases.iter().for_each(|case| println!("{}", case.name));
         return ExitCode::SUCCESS;
@@ -117,5 +139,22 @@ fn main() -> ExitCode {
     match suite::run(&cases, &cli.image, &cli.import, cli.devices, record) {
         true => ExitCode::SUCCESS,
         false => ExitCode::FAILURE,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_have_each_case_once() {
+        let parts = ["1-4/7", "5-7/7"].map(|text| part(text).unwrap());
+        for index in 0..30 {
+            assert_eq!(parts.iter().filter(|part| part.has(index)).count(), 1, "case {index}");
+        }
+        assert_eq!((0..28).filter(|index| parts[0].has(*index)).count(), 16);
+        for text in ["", "1", "0/2", "3/2", "2-1/3", "1-4/3", "a/2", "1/0"] {
+            assert!(part(text).is_err(), "{text:?}");
+        }
     }
 }

@@ -25,8 +25,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::suite::Case;
 use crate::suite::bed::{IMAGE, run};
+use crate::suite::{Case, Life};
 use client::Cri;
 use pod::{Pod, eventually, sh};
 
@@ -35,14 +35,19 @@ pub(crate) const PREFIX: &str = "cri_";
 
 /// Names functions as cases of CRI.
 macro_rules! cases {
-    ($($module:ident::$function:ident),* $(,)?) => {
-        vec![$(Case { name: concat!("cri_", stringify!($function)), body: $module::$function }),*]
+    ($life:ident: $($module:ident::$function:ident),* $(,)?) => {
+        vec![$(Case {
+            name: concat!("cri_", stringify!($function)),
+            body: $module::$function,
+            life: Life::$life,
+        }),*]
     };
 }
 
 /// All cases, in the order in which they run.
 pub(crate) fn cases() -> Vec<Case> {
     cases![
+        Template:
         lifecycle::pod_and_container_go_through_their_states,
         lifecycle::pod_of_the_sandbox_api_goes_through_its_states,
         lifecycle::ends_of_containers_are_told_as_with_runc,
@@ -68,6 +73,7 @@ pub(crate) fn cases() -> Vec<Case> {
 /// The cases that need a host with two NUMA nodes.
 pub(crate) fn cases_of_nodes() -> Vec<Case> {
     cases![
+        Cold:
         placement::vm_of_a_pod_goes_where_its_containers_are,
         placement::container_of_a_strict_pod_that_is_apart_is_refused,
     ]

@@ -16,7 +16,7 @@ use super::control::{Lines, Message};
 use super::emulator::Emulator;
 
 /// Without a sign of life for so long, the host is dead. It sends one every few seconds, and machines can be busy.
-const SILENCE_LIMIT: Duration = Duration::from_secs(120);
+const SILENCE_LIMIT: Duration = Duration::from_secs(75);
 /// The same where instructions are counted. A second of that clock takes about ten of ours; more than three times as long
 /// means that a nested guest spins, see `docs/development.md`.
 const SILENCE_LIMIT_ICOUNT: Duration = Duration::from_secs(45);

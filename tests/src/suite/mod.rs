@@ -23,7 +23,7 @@ pub(crate) mod watch;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use bed::Bed;
 use record::Record;
 use vial_tests::node::Configuration;
@@ -36,20 +36,31 @@ pub(crate) struct Case {
     pub(crate) name: &'static str,
     /// Returns an error that says what did not hold.
     pub(crate) body: fn(&Bed) -> Result<()>,
+    /// How its VMs come to run.
+    pub(crate) life: Life,
+}
+
+/// How the VMs of a case come to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Life {
+    /// They boot, unless the case itself makes a template.
+    Cold,
+    /// Each goes on from the template, as nearly all do on a node: one that does not is a failure of the case.
+    Template,
 }
 
 /// Names functions as cases.
 macro_rules! cases {
-    ($($module:ident::$function:ident),* $(,)?) => {
-        vec![$(Case { name: stringify!($function), body: $module::$function }),*]
+    ($life:ident: $($module:ident::$function:ident),* $(,)?) => {
+        vec![$(Case { name: stringify!($function), body: $module::$function, life: Life::$life }),*]
     };
 }
 
-/// All cases, in the order in which they run.
+/// All cases, in the order in which they run: those of a life stand together, since a template is made for them once.
 pub(crate) fn cases() -> Vec<Case> {
     let mut cases = cases![
+        Cold:
         lifecycle::echo_prints_and_ends_with_0,
-        compare::kernel_inside_is_not_the_hosts,
         lifecycle::exit_statuses_are_exact,
         lifecycle::kill_ends_with_128_and_the_signal,
         lifecycle::task_is_listed_with_its_processes,
@@ -57,24 +68,6 @@ pub(crate) fn cases() -> Vec<Case> {
         lifecycle::exec_of_what_is_absent_fails_and_the_container_lives,
         lifecycle::ten_in_a_row_all_work,
         lifecycle::five_at_once_all_work,
-        streams::stdin_reaches_its_end,
-        streams::hundred_megabytes_arrive_whole_and_in_order,
-        streams::stderr_is_kept_apart,
-        streams::terminal_is_a_terminal_of_its_size,
-        streams::exec_with_a_terminal_works,
-        compare::what_a_process_may_do_is_the_same_as_with_runc,
-        compare::what_a_process_sees_is_the_same_as_with_runc,
-        compare::limits_and_read_only_root_are_the_same_as_with_runc,
-        compare::bind_mounts_show_the_hosts_files,
-        control::statistics_are_not_zero,
-        control::paused_container_stands_still,
-        control::want_of_memory_is_told,
-        control::devices_are_the_guests,
-        faults::program_that_is_absent_fails_like_with_runc,
-        faults::killed_vmm_ends_its_container,
-        faults::killed_shim_is_cleaned_up_after,
-        network::network_of_the_namespace_is_the_containers,
-        network::network_is_released_after_a_killed_shim,
         machine::disk_keeps_what_the_guest_wrote,
         machine::disk_that_is_read_only_stays_as_it_is,
         machine::end_of_the_guest_is_told,
@@ -84,7 +77,6 @@ pub(crate) fn cases() -> Vec<Case> {
         isolation::vmm_without_user_namespaces_is_jailed_and_warned_of,
         isolation::vmm_without_a_jail_runs_and_is_warned_of,
         templates::template_serves_containers_as_a_boot_does,
-        templates::template_gets_the_network_of_the_namespace,
         templates::template_is_told_apart_by_each_of_its_pods,
         templates::template_pod_at_rest_has_little_memory_of_its_own,
         templates::template_keeps_its_memory_whatever_its_pods_write,
@@ -106,6 +98,28 @@ pub(crate) fn cases() -> Vec<Case> {
         input::wrong_command_lines_are_refused,
         input::check_says_that_this_host_is_fit,
     ];
+    cases.extend(cases![
+        Template:
+        compare::kernel_inside_is_not_the_hosts,
+        streams::stdin_reaches_its_end,
+        streams::hundred_megabytes_arrive_whole_and_in_order,
+        streams::stderr_is_kept_apart,
+        streams::terminal_is_a_terminal_of_its_size,
+        streams::exec_with_a_terminal_works,
+        compare::what_a_process_may_do_is_the_same_as_with_runc,
+        compare::what_a_process_sees_is_the_same_as_with_runc,
+        compare::limits_and_read_only_root_are_the_same_as_with_runc,
+        compare::bind_mounts_show_the_hosts_files,
+        control::statistics_are_not_zero,
+        control::paused_container_stands_still,
+        control::want_of_memory_is_told,
+        control::devices_are_the_guests,
+        faults::program_that_is_absent_fails_like_with_runc,
+        faults::killed_vmm_ends_its_container,
+        faults::killed_shim_is_cleaned_up_after,
+        network::network_of_the_namespace_is_the_containers,
+        network::network_is_released_after_a_killed_shim,
+    ]);
     cases.extend(cri::cases());
     cases
 }
@@ -113,6 +127,7 @@ pub(crate) fn cases() -> Vec<Case> {
 /// The cases of passed functions and of NUMA nodes, which need a host with some.
 pub(crate) fn cases_of_devices() -> Vec<Case> {
     let mut cases = cases![
+        Cold:
         devices::virtual_function_of_a_device_plugin_works,
         devices::virtual_function_that_a_pod_names_works_and_is_given_back,
         devices::nvme_disk_holds_what_the_guest_wrote,
@@ -136,6 +151,7 @@ pub(crate) fn cases_of_devices() -> Vec<Case> {
 /// The cases of vCPUs with a CPU each, which need a host with two nodes of two CPUs.
 pub(crate) fn cases_of_cpus() -> Vec<Case> {
     cases![
+        Cold:
         placement::vcpus_have_a_cpu_each,
         placement::vms_with_the_same_cpus_are_not_pinned_to_them,
         placement::guest_of_two_nodes_sees_them,
@@ -168,10 +184,20 @@ pub(crate) fn run(
         }
     };
     let (mut failed, mut again) = (0, 0);
+    let mut node = None;
     for case in cases {
         if record.has(case.name) {
             println!("ok      {} (before the host died)", case.name);
             continue;
+        }
+        match case.life {
+            Life::Cold => node = None,
+            Life::Template if node.is_none() => match templates::Node::with_template() {
+                Ok((made, _)) => node = Some(made),
+                // The case says that its VMs boot.
+                Err(error) => println!("there is no template: {error:#}"),
+            },
+            Life::Template => {}
         }
         let mut held = attempt(case, &bed);
         if held == Held::NotOnThisHost && again < MOST_AGAIN {
@@ -219,9 +245,19 @@ enum Held {
     NotOnThisHost,
 }
 
+/// Fails when a VM that started since the log was `from` bytes long did not come from the template.
+fn from_template(bed: &Bed, from: usize) -> Result<()> {
+    let cold = bed.lines_since(from, templates::COLD);
+    ensure!(cold.is_empty(), "not every VM came from the template: {cold:?}");
+    ensure!(!bed.lines_since(from, templates::RESTORED).is_empty(), "no VM came from the template");
+    Ok(())
+}
+
 fn attempt(case: &Case, bed: &Bed) -> Held {
     let (start, log) = (Instant::now(), bed.log_length());
-    let result = (case.body)(bed).and_then(|()| bed.nothing_left());
+    let result = (case.body)(bed)
+        .and_then(|()| bed.nothing_left())
+        .and_then(|()| if case.life == Life::Template { from_template(bed, log) } else { Ok(()) });
     let seconds = start.elapsed().as_secs_f64();
     match result {
         Ok(()) => {

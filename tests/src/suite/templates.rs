@@ -13,7 +13,7 @@ use vial_tests::node::{self, Configuration};
 
 use super::bed::{Bed, Detached, Runtime, run};
 use super::faults::process;
-use super::{compare, lifecycle, network, streams};
+use super::lifecycle;
 use crate::cri::pod::eventually;
 
 /// Where the templates of a case are. Not in memory, which the host has little of.
@@ -75,35 +75,13 @@ fn vial(args: &[&str]) -> Result<String> {
     Ok(run(Command::new("vial").args(args))?.expect(0)?.stdout)
 }
 
-/// Runs cases, and fails when a VM meanwhile did not come from the template.
-fn from_template(bed: &Bed, cases: &[fn(&Bed) -> Result<()>]) -> Result<()> {
+/// What boots in the cases of starts and ends. All that containers and pods do then is seen from a template, anyway.
+pub(crate) fn template_serves_containers_as_a_boot_does(bed: &Bed) -> Result<()> {
     let (_node, _) = Node::with_template()?;
     let log = bed.log_length();
-    for case in cases {
-        case(bed)?;
-    }
-    let cold = bed.lines_since(log, COLD);
-    ensure!(cold.is_empty(), "not every VM came from the template: {cold:?}");
-    ensure!(!bed.lines_since(log, RESTORED).is_empty(), "no VM came from the template");
-    Ok(())
-}
-
-pub(crate) fn template_serves_containers_as_a_boot_does(bed: &Bed) -> Result<()> {
-    from_template(
-        bed,
-        &[
-            lifecycle::exit_statuses_are_exact,
-            lifecycle::exec_runs_beside_and_has_its_own_status,
-            lifecycle::five_at_once_all_work,
-            streams::stderr_is_kept_apart,
-            compare::what_a_process_sees_is_the_same_as_with_runc,
-            compare::bind_mounts_show_the_hosts_files,
-        ],
-    )
-}
-
-pub(crate) fn template_gets_the_network_of_the_namespace(bed: &Bed) -> Result<()> {
-    from_template(bed, &[network::network_of_the_namespace_is_the_containers])
+    lifecycle::exec_runs_beside_and_has_its_own_status(bed)?;
+    lifecycle::five_at_once_all_work(bed)?;
+    super::from_template(bed, log)
 }
 
 fn seconds_since_1970() -> Result<f64> {
