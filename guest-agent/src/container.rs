@@ -17,6 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use tokio::net::unix::pipe;
 use tokio::sync::watch;
+use vial_agent_protocol::agent::HostSocket;
 use vial_agent_protocol::{DATA_LINK, MAX_SPEC_BYTES, is_valid_id};
 
 use crate::cgroup::events::OomWatch;
@@ -29,6 +30,7 @@ use crate::pod::{Pod, PodError};
 use crate::reaper::{ExitStatus, Reaper};
 use crate::served::ServedError;
 use crate::share::{Share, ShareError};
+use crate::sockets::{Host, SocketError, Sockets};
 use crate::spec::SpecError;
 use crate::stdio::{Input, StdioError};
 use crate::streams::Streams;
@@ -103,6 +105,8 @@ pub(crate) enum ContainerError {
     #[error(transparent)]
     Served(#[from] ServedError),
     #[error(transparent)]
+    Socket(#[from] SocketError),
+    #[error(transparent)]
     Workdir(#[from] WorkdirError),
     #[error(transparent)]
     Resource(#[from] ResourceError),
@@ -125,6 +129,8 @@ pub(crate) struct Places {
     pub(crate) share: PathBuf,
     /// The pod's shared memory.
     pub(crate) shared_memory: PathBuf,
+    /// Sockets in place of the host's, and the volumes that have some.
+    pub(crate) sockets: PathBuf,
 }
 
 impl Places {
@@ -135,6 +141,7 @@ impl Places {
             runtime: base.join("runtime"),
             consoles: base.join("consoles"),
             shared_memory: base.join("shm"),
+            sockets: base.join("sockets"),
             share,
         }
     }
@@ -144,7 +151,7 @@ impl Places {
     /// # Errors
     /// One cannot be made.
     pub(crate) fn prepare(&self) -> Result<(), ContainerError> {
-        for path in [&self.containers, &self.runtime, &self.consoles] {
+        for path in [&self.containers, &self.runtime, &self.consoles, &self.sockets] {
             fs::create_dir_all(path).map_err(file_error("create directory", path))?;
         }
         Ok(())
@@ -187,6 +194,8 @@ pub(crate) struct Container {
     directory: PathBuf,
     /// Index into the spec's mounts, and the source below the share, of volumes it has a copy of.
     copied: Vec<(u32, String)>,
+    /// Indices into the spec's mounts, of volumes in which sockets of the host may be.
+    socket_volumes: Vec<u32>,
     record: Mutex<Record>,
 }
 
@@ -236,17 +245,19 @@ pub(crate) struct Containers {
     counter: Arc<AtomicU64>,
     hugetlb: bool,
     pod: Pod,
+    sockets: Sockets,
 }
 
 impl Containers {
-    /// None yet.
-    pub(crate) fn new(places: Places, reaper: Reaper, streams: Streams) -> Self {
+    /// None yet. `host` is where sockets of the host are reached.
+    pub(crate) fn new(places: Places, reaper: Reaper, streams: Streams, host: Host) -> Self {
         let controllers = fs::read_to_string(format!("{}/cgroup.controllers", crate::cgroup::ROOT));
         let controllers = controllers.unwrap_or_default();
         Containers {
             table: Arc::default(),
             share: Share::new(places.share.clone()),
             pod: Pod::new(places.shared_memory.clone()),
+            sockets: Sockets::new(places.sockets.clone(), host),
             places: Arc::new(places),
             reaper,
             streams,
@@ -281,6 +292,25 @@ impl Containers {
         // It was too large when the container was made, or is not made yet.
         copy.join(DATA_LINK).is_symlink().then_some(()).ok_or_else(none)?;
         Ok(copies::renew(&self.share.resolve(path)?, &copy, data)?)
+    }
+
+    /// Puts a socket over one of the host's in a volume of a container, see [`Sockets::add`].
+    ///
+    /// # Errors
+    /// There is no such volume, or [`SocketError`].
+    pub(crate) fn add_socket(&self, id: &str, socket: &HostSocket) -> Result<(), ContainerError> {
+        let container = self.get(id)?;
+        if !container.socket_volumes.contains(&socket.index) || socket.path.is_empty() {
+            let container = id.to_owned();
+            return Err(SocketError::NoVolume { container, index: socket.index }.into());
+        }
+        self.sockets.add(id, socket)?;
+        Ok(())
+    }
+
+    /// Takes it away again.
+    pub(crate) fn remove_socket(&self, number: u64) {
+        self.sockets.remove(number);
     }
 
     /// A number that no file has in its name yet.

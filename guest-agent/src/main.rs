@@ -3,7 +3,7 @@
 //! It sets the guest up ([`boot`]), then serves the shim over vsock ([`server`], [`service`]):
 //! containers ([`container`]) made by libcontainer in single-threaded helper processes of this
 //! same program ([`launch`], [`helper`]), their streams ([`streams`], [`stdio`], [`terminal`]) and
-//! their ends ([`reaper`]). What containers share is in [`network`] and [`pod`]; a guest that goes
+//! their ends ([`reaper`]). What containers share is in [`network`] and [`pod`], sockets of the host in [`sockets`]; a guest that goes
 //! on from a template becomes a pod's own in [`adopt`], and as large as that pod's VM in [`fit`].
 //! When it fails it ends, and the kernel
 //! panics for want of an init: that is how the host learns of it.
@@ -29,6 +29,7 @@ mod server;
 mod service;
 mod share;
 mod shutdown;
+mod sockets;
 mod spec;
 mod stdio;
 mod streams;

@@ -26,6 +26,7 @@ use crate::marks::Mark;
 use crate::reaper::Reaper;
 use crate::service::AgentService;
 use crate::shutdown::Shutdown;
+use crate::sockets::Host;
 use crate::streams::{Stream, Streams};
 
 /// Control connections at one time: the shim needs one, a tool beside it another.
@@ -53,7 +54,8 @@ pub(crate) enum ServerError {
 /// Where connections come from.
 pub(crate) enum Endpoint {
     Vsock,
-    /// `agent.sock`, `stream.sock` and `forward.sock` in this directory, which exists.
+    /// `agent.sock`, `stream.sock` and `forward.sock` in this directory, which exists. `host.sock` is
+    /// where the host's sockets are reached.
     Directory(PathBuf),
 }
 
@@ -188,7 +190,11 @@ async fn serve_async(
     places.prepare()?;
     let reaper = Reaper::default();
     let streams = Streams::new();
-    let containers = Containers::new(places, reaper.clone(), streams.clone());
+    let host = match endpoint {
+        Endpoint::Vsock => Host::Vsock,
+        Endpoint::Directory(directory) => Host::Unix(directory.join("host.sock")),
+    };
+    let containers = Containers::new(places, reaper.clone(), streams.clone(), host);
     let shutdown = Shutdown::default();
 
     // Who can ask can also open streams.

@@ -7,12 +7,12 @@ use async_trait::async_trait;
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::{Code, get_status};
 use vial_agent_protocol::agent::{
-    AddFunctionsResponse, AdoptRequest, ConfigureNetworkRequest, ConfigurePodRequest,
-    ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty, ExecProcessRequest,
-    FunctionName, FunctionsRequest, HelloRequest, HelloResponse, KillProcessRequest,
-    ListPidsResponse, Mark as WireMark, ProcessRequest, RenewCopyRequest, ResizeTerminalRequest,
-    StartResponse, StatsResponse, Stdio, UpdateContainerRequest, WaitOomRequest, WaitOomResponse,
-    WaitProcessResponse,
+    AddFunctionsResponse, AddSocketRequest, AdoptRequest, ConfigureNetworkRequest,
+    ConfigurePodRequest, ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty,
+    ExecProcessRequest, FunctionName, FunctionsRequest, HelloRequest, HelloResponse,
+    KillProcessRequest, ListPidsResponse, Mark as WireMark, ProcessRequest, RemoveSocketRequest,
+    RenewCopyRequest, ResizeTerminalRequest, StartResponse, StatsResponse, Stdio,
+    UpdateContainerRequest, WaitOomRequest, WaitOomResponse, WaitProcessResponse,
 };
 use vial_agent_protocol::{PROTOCOL_VERSION, agent_ttrpc};
 
@@ -62,6 +62,7 @@ fn code(error: &ContainerError) -> Code {
         | E::Stdio(StdioError::TerminalStderr | StdioError::Twice(_)) => Code::INVALID_ARGUMENT,
         E::Pod(error) if error.is_of_the_request() => Code::INVALID_ARGUMENT,
         E::Served(error) if error.is_of_the_request() => Code::INVALID_ARGUMENT,
+        E::Socket(error) if error.is_of_the_request() => Code::INVALID_ARGUMENT,
         E::Resource(error) if error.is_of_the_request() => Code::INVALID_ARGUMENT,
         E::NoOomCount(_) => Code::UNIMPLEMENTED,
         E::Cgroup(CgroupError::Restless(_)) => Code::DEADLINE_EXCEEDED,
@@ -79,6 +80,7 @@ fn code(error: &ContainerError) -> Code {
         | E::Resource(_)
         | E::Pod(_)
         | E::Served(_)
+        | E::Socket(_)
         | E::Device(_)
         | E::BrokenOff => Code::INTERNAL,
     }
@@ -203,6 +205,17 @@ impl agent_ttrpc::Agent for AgentService {
         Ok(Empty::new())
     }
 
+    async fn add_socket(&self, _: &TtrpcContext, request: AddSocketRequest) -> Answer<Empty> {
+        let added = self.containers.add_socket(&request.container_id, &request.socket);
+        added.map_err(answer)?;
+        Ok(Empty::new())
+    }
+
+    async fn remove_socket(&self, _: &TtrpcContext, request: RemoveSocketRequest) -> Answer<Empty> {
+        self.containers.remove_socket(request.number);
+        Ok(Empty::new())
+    }
+
     async fn create_container(
         &self,
         _: &TtrpcContext,
@@ -227,6 +240,7 @@ impl agent_ttrpc::Agent for AgentService {
             },
             functions: names(request.functions),
             served: request.served,
+            sockets: request.sockets,
         };
         // Limits, and file systems in memory, go by what there is.
         self.adoption.grown().await.map_err(|error| failed(&error, false))?;

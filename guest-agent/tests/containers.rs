@@ -7,6 +7,8 @@ mod control;
 mod harness;
 #[path = "containers/pod.rs"]
 mod pod;
+#[path = "containers/sockets.rs"]
+mod sockets;
 
 use std::time::Duration;
 

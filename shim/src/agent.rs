@@ -190,6 +190,34 @@ impl Agent {
         renewed.map(drop).map_err(failed("renew the copy of a volume"))
     }
 
+    /// Puts a socket over one of the host's in a volume of a container.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn add_socket(
+        &self,
+        container: &str,
+        socket: agent::HostSocket,
+    ) -> Result<(), AgentError> {
+        let request = agent::AddSocketRequest {
+            container_id: container.into(),
+            socket: protobuf::MessageField::some(socket),
+            ..Default::default()
+        };
+        let added = self.client.add_socket(limited(), &request).await;
+        added.map(drop).map_err(failed("add a socket of the host"))
+    }
+
+    /// Takes it away. Its connections live on.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn remove_socket(&self, number: u64) -> Result<(), AgentError> {
+        let request = agent::RemoveSocketRequest { number, ..Default::default() };
+        let removed = self.client.remove_socket(limited(), &request).await;
+        removed.map(drop).map_err(failed("remove a socket of the host"))
+    }
+
     /// Makes a container and its init process.
     ///
     /// # Errors

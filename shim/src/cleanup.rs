@@ -13,7 +13,8 @@ use rustix::{
 use crate::{
     config::Config,
     devices::{DeviceError, binding, pci::Sysfs},
-    jail, network, share,
+    jail::{self, cgroup::Cgroup},
+    network, share,
     spec::{Role, Spec},
     state_dir::{ProcessIdentity, State, StateDir, StateDirError},
 };
@@ -91,6 +92,7 @@ pub fn clean(
         None => Ok(()),
     };
     share::unmount_below(dir.path())?;
+    let removed = remove_container_cgroups(&dir);
     let released = match state.as_ref().and_then(|state| state.jail.as_ref()) {
         Some(record) => jail::release(&config.state_directory, namespace, id, record),
         None => jail::release_unrecorded(&config.state_directory, namespace, id),
@@ -102,10 +104,25 @@ pub fn clean(
         let _ = std::fs::remove_file(state.socket);
     }
     killed?;
+    removed?;
     detached?;
     given_back?;
     released?;
     Ok(vmm.map_or(0, |vmm| vmm.pid))
+}
+
+/// Removes the cgroups in which something connected to sockets of the host for a container. It has
+/// ended with the shim, or ends by this.
+fn remove_container_cgroups(dir: &StateDir) -> Result<(), CleanupError> {
+    let made = dir.read_container_cgroups().unwrap_or_else(|error| {
+        eprintln!("{error}");
+        Vec::new()
+    });
+    let removed = made.iter().map(|path| Cgroup::new(path).remove());
+    // All are tried.
+    let removed: Vec<_> = removed.collect();
+    removed.into_iter().collect::<Result<(), _>>().map_err(jail::RecordError::from)?;
+    Ok(())
 }
 
 /// The process that listens on a socket.

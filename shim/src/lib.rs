@@ -17,7 +17,7 @@
 //! - [`vmm_process`], [`vmm_client`] and [`agent`] are the borders to the VMM and the guest.
 //! - [`jail`] is what the VMM is started in, whatever program it is.
 //! - [`share`] and [`spec`] put a container's files where the guest can see them; [`stdio`]
-//!   copies its streams. [`network`] joins the pod's network namespace with the VM.
+//!   copies its streams; [`sockets`] leads to sockets of the host. [`network`] joins the pod's network namespace with the VM.
 //! - [`devices`] gives a pod functions of the host, and takes them back; [`numa`] says on which CPUs
 //!   and nodes of the host its VM is.
 //! - [`life`] holds the states as pure functions; [`state_dir`], [`timeline`] and [`cleanup`]
@@ -51,6 +51,7 @@ pub mod sandbox;
 pub mod sandbox_service;
 pub mod share;
 pub mod size;
+pub mod sockets;
 pub mod spec;
 pub mod state_dir;
 pub mod stdio;

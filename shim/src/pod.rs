@@ -504,6 +504,7 @@ impl Pod {
                 exec.finish_streams(Duration::ZERO).await;
             }
             sandbox.copies.forget(id);
+            sandbox.sockets.forget(id);
             sandbox.take_functions(id).await;
             sandbox.share.remove_container(id)?;
             sandbox.placed.release(id);

@@ -20,7 +20,10 @@ use tokio::{
     net::UnixStream,
     sync::{mpsc, watch},
 };
-use vial_agent_protocol::agent::{ConfigureNetworkRequest, ConfigurePodRequest, ServedDevice};
+use vial_agent_protocol::{
+    SOCKET_PORT,
+    agent::{ConfigureNetworkRequest, ConfigurePodRequest, ServedDevice},
+};
 use vial_vmm_api::Action;
 
 pub(crate) use self::boot::base_devices;
@@ -45,6 +48,7 @@ use crate::{
     numa::{self, claim::Claim, placed::Placed},
     pod_files::PodFiles,
     share::{self, Share},
+    sockets::Sockets,
     state_dir::{ProcessIdentity, STATE_VERSION, State, StateDir},
     template::ahead,
     timeline::Timeline,
@@ -107,6 +111,8 @@ pub struct Sandbox {
     pub agent: Agent,
     /// The volumes that its containers have copies of.
     pub copies: Copies,
+    /// Sockets of the host in its containers' volumes.
+    pub sockets: Sockets,
     /// The number of the next stream in the guest.
     pub next_stream: AtomicU64,
     /// Where on the host it is.
@@ -263,15 +269,24 @@ impl Sandbox {
             });
         }
         share.has_own_copy = state.jail.is_some();
+        let pod_cgroup = state.jail.as_ref().map(|jail| jail.cgroup.clone());
+        let sockets = Sockets::new(agent.clone(), dir.clone(), pod_cgroup);
+        let ended = sockets.clone();
+        undo.push("watch for sockets", || async move {
+            ended.end();
+            Ok(())
+        });
         let functions = Functions::begin(state, made.functions.as_ref(), hot_plug)?;
         let served = vhost_user::served(&plan.served, &made.backends)?;
         let (end, ended) = watch::channel(None);
-        tokio::spawn(watch_end(process.clone(), ready, (events, reconnector), end));
+        let events = (events, reconnector, sockets.clone());
+        tokio::spawn(watch_end(process.clone(), ready, events, end));
         Ok(Self {
             dir,
             share,
             vmm: client,
             copies: Copies::new(agent.clone()),
+            sockets,
             agent,
             next_stream: AtomicU64::new(1),
             placed,
@@ -404,7 +419,7 @@ fn attach_network(
 async fn watch_end(
     process: Arc<VmmProcess>,
     mut ready: UnixStream,
-    (mut events, reconnector): (mpsc::Receiver<VmmEvent>, Reconnector),
+    (mut events, reconnector, sockets): (mpsc::Receiver<VmmEvent>, Reconnector, Sockets),
     end: watch::Sender<Option<String>>,
 ) {
     // The guest writes nothing there that matters; its end does.
@@ -416,6 +431,7 @@ async fn watch_end(
     let unasked = async {
         while let Some(event) = events.recv().await {
             match event {
+                VmmEvent::GuestConnected { port: SOCKET_PORT, socket } => sockets.take(socket),
                 VmmEvent::GuestConnected { port, .. } => {
                     tracing::warn!("the guest connected to port {port} again; refused");
                 }

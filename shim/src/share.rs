@@ -124,6 +124,8 @@ pub struct SharedMount {
     pub host_guards: bool,
     /// Its source on the host, when the container is to have a copy of it ([`crate::copies`]).
     pub copied: Option<PathBuf>,
+    /// Whether sockets of the host are looked for in it ([`crate::sockets`]).
+    pub sockets: bool,
 }
 
 impl Share {
@@ -191,7 +193,8 @@ impl Share {
                 .map_err(|_| ShareError::Spec("the container has too many mounts".into()))?;
             let path = format!("{id}/mounts/{index}");
             let copied = mount.source.clone().filter(|_| is_copied(mount));
-            mounts.push(SharedMount { index, path, host_guards: bound.host_guards, copied });
+            let host_guards = bound.host_guards;
+            mounts.push(SharedMount { index, path, host_guards, copied, sockets: false });
         }
         remove_tree(&staging).map_err(io("remove", &staging))?;
         Ok(Shared { root: format!("{id}/rootfs"), mounts })

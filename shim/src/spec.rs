@@ -15,6 +15,7 @@ use crate::{
     core_scheduling,
     devices::{self, DeviceError, address::Address, wanted::Wanted},
     numa::{self, NumaError, claim},
+    sockets::connector::User,
     template,
     vhost_user::{self, VhostUserError},
 };
@@ -56,6 +57,32 @@ pub struct Spec {
     /// What the container is called, and with it its pod.
     #[serde(default)]
     pub hostname: Option<String>,
+    /// Its first process.
+    #[serde(default)]
+    pub process: Process,
+}
+
+/// `process` of a spec.
+#[derive(Debug, Default, Deserialize)]
+pub struct Process {
+    /// As whom it runs.
+    #[serde(default)]
+    pub user: ProcessUser,
+}
+
+/// `process.user` of a spec.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ProcessUser {
+    /// Its user.
+    #[serde(default)]
+    pub uid: u32,
+    /// Its group.
+    #[serde(default)]
+    pub gid: u32,
+    /// Its supplementary groups.
+    #[serde(default)]
+    pub additional_gids: Vec<u32>,
 }
 
 /// `linux` of a spec.
@@ -264,6 +291,12 @@ impl Spec {
             Role::Alone => claim::Claim { count: None, ..claim },
             Role::Sandbox | Role::Member(_) => claim,
         })
+    }
+
+    /// As whom the container's first process runs.
+    pub fn user(&self) -> User {
+        let ProcessUser { uid, gid, additional_gids } = &self.process.user;
+        User { uid: *uid, gid: *gid, groups: additional_gids.clone() }
     }
 
     /// Whether the container joins a PID namespace.

@@ -231,6 +231,23 @@ impl StateDir {
         read_json(&self.path.join("placement.json"))
     }
 
+    /// Replaces `container-cgroups.json`: those that the shim has made for containers, below the
+    /// hierarchy's root.
+    ///
+    /// # Errors
+    /// [`StateDirError::Io`].
+    pub fn write_container_cgroups(&self, cgroups: &[PathBuf]) -> Result<(), StateDirError> {
+        self.write_json("container-cgroups.json", &cgroups)
+    }
+
+    /// Reads `container-cgroups.json`; empty when there is none.
+    ///
+    /// # Errors
+    /// [`StateDirError::Io`] and [`StateDirError::Json`].
+    pub fn read_container_cgroups(&self) -> Result<Vec<PathBuf>, StateDirError> {
+        Ok(read_json(&self.path.join("container-cgroups.json"))?.unwrap_or_default())
+    }
+
     /// The directories of all sandboxes below `root`, as far as they can be listed.
     pub fn all(root: &Path) -> Vec<Self> {
         let names = |directory: &Path| -> Vec<String> {

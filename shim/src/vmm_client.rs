@@ -223,7 +223,8 @@ fn with_descriptor(event: Event, descriptors: Vec<OwnedFd>) -> Option<VmmEvent> 
     }
 }
 
-fn send(
+/// Sends one packet with descriptors.
+pub(crate) fn send(
     socket: BorrowedFd<'_>,
     bytes: &[u8],
     descriptors: &[BorrowedFd<'_>],
@@ -241,7 +242,7 @@ fn send(
 }
 
 /// One packet: its length and descriptors; `None` when the other end is closed.
-fn receive(
+pub(crate) fn receive(
     socket: BorrowedFd<'_>,
     buffer: &mut [u8],
 ) -> std::io::Result<Option<(usize, Vec<OwnedFd>)>> {

@@ -1,6 +1,6 @@
 //! What crosses the border between shim and agent, and nothing that does I/O.
 //!
-//! Four kinds of vsock connections exist:
+//! Five kinds of vsock connections exist:
 //!
 //! - **ready**: once, when its listeners stand, the agent connects to the host's
 //!   [`READY_PORT`] and keeps that connection open. Its end is the agent's end. In a template
@@ -14,6 +14,10 @@
 //! - **forward**: the shim connects to the guest's [`FORWARD_PORT`] and writes the number of a TCP
 //!   port (2 bytes, little endian). The agent connects to that port of the guest's loopback and
 //!   answers [`FORWARDED`]; then the two are one connection. Without that byte there is none.
+//! - **socket**: a process of a container has connected to a socket of the host's. The agent connects
+//!   to the host's [`SOCKET_PORT`] and writes the socket's number (8 bytes, little endian). The shim
+//!   connects to the socket and answers [`SOCKET_REACHED`]; then the two are one connection. Without
+//!   that byte there is none.
 
 use std::path::{Component, Path};
 
@@ -32,7 +36,7 @@ pub mod agent_ttrpc {
 }
 
 /// The version of this protocol. Shim and agent refuse each other when it differs.
-pub const PROTOCOL_VERSION: u32 = 8;
+pub const PROTOCOL_VERSION: u32 = 9;
 
 /// The host's vsock port that the agent connects to when it can serve.
 pub const READY_PORT: u32 = 1024;
@@ -47,6 +51,15 @@ pub const FORWARD_PORT: u32 = 1026;
 pub const FORWARDED: u8 = 1;
 /// The most connections to the guest's loopback at one time.
 pub const MAX_FORWARDS: usize = 128;
+
+/// The host's vsock port that leads to Unix sockets of the host.
+pub const SOCKET_PORT: u32 = 1025;
+/// What the shim writes when it has reached a socket.
+pub const SOCKET_REACHED: u8 = 1;
+/// The most sockets of the host that a pod can have.
+pub const MAX_SOCKETS: usize = 128;
+/// The most connections to them at one time.
+pub const MAX_SOCKET_CONNECTIONS: usize = 256;
 
 /// The word on the kernel's command line of a guest that is to be a template.
 pub const TEMPLATE_WORD: &str = "vial.template";

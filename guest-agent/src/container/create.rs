@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::timeout;
-use vial_agent_protocol::agent::{ServedDevice, SharedMount};
+use vial_agent_protocol::agent::{HostSocket, ServedDevice, SharedMount};
 
 use super::life::{ContainerEvent, ContainerState};
 use super::{
@@ -48,6 +48,8 @@ pub(crate) struct Create {
     pub(crate) functions: Names,
     /// The VM's devices that other processes of the host serve.
     pub(crate) served: Vec<ServedDevice>,
+    /// Sockets of the host in its volumes.
+    pub(crate) sockets: Vec<HostSocket>,
 }
 
 /// In place of a PID namespace that the spec joins.
@@ -108,6 +110,12 @@ impl Containers {
                 .iter()
                 .filter(|mount| mount.copied)
                 .map(|mount| (mount.index, mount.path.clone()))
+                .collect(),
+            socket_volumes: create
+                .mounts
+                .iter()
+                .filter(|mount| mount.sockets)
+                .map(|mount| mount.index)
                 .collect(),
             record: Mutex::new(Record {
                 state: ContainerState::Creating,
@@ -188,8 +196,13 @@ impl Containers {
             if mount.host_guards && copy.is_none() {
                 host_guards.push(index);
             }
-            sources.insert(index, copy.unwrap_or(shared));
+            let source = match mount.sockets && copy.is_none() {
+                true => self.sockets.add_volume(&container.id, mount.index, &shared)?,
+                false => copy.unwrap_or(shared),
+            };
+            sources.insert(index, source);
         }
+        self.add_sockets(container, create, &mut sources);
         for (index, bytes) in &create.shared_memory {
             sources.insert(*index as usize, self.pod.shared_memory(*bytes)?);
         }
@@ -228,6 +241,30 @@ impl Containers {
         let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
         let rules = resources.and_then(|resources| resources.devices().as_deref());
         Ok(Program::new(rules.unwrap_or_default())?)
+    }
+
+    /// Those that are there before the container is. Without one the container has a socket that
+    /// refuses connections.
+    fn add_sockets(
+        &self,
+        container: &Container,
+        create: &Create,
+        sources: &mut BTreeMap<usize, PathBuf>,
+    ) {
+        for socket in &create.sockets {
+            let index = socket.index as usize;
+            let is_volume = container.socket_volumes.contains(&socket.index);
+            // It is in a volume, or is one.
+            if is_volume == socket.path.is_empty() || !sources.contains_key(&index) {
+                tracing::warn!("container {}: mount {index} has no such socket", container.id);
+                continue;
+            }
+            match self.sockets.add(&container.id, socket) {
+                Ok(Some(file)) => drop(sources.insert(index, file)),
+                Ok(None) => {}
+                Err(error) => tracing::warn!("container {}: {error}", container.id),
+            }
+        }
     }
 
     /// An order with fresh file names in `directory`, without a terminal.
@@ -282,6 +319,7 @@ impl Containers {
     pub(super) async fn remove_traces(&self, container: &Container) -> Result<(), ContainerError> {
         container.cgroup.kill()?;
         container.cgroup.remove().await?;
+        self.sockets.release(&container.id)?;
         for path in [self.places.runtime.join(&container.id), container.directory.clone()] {
             match fs::remove_dir_all(&path) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {

@@ -2,10 +2,18 @@
 
 use std::process::ExitCode;
 
-use vial_shim::runtime::{self, RUNTIME};
+use vial_shim::{
+    runtime::{self, RUNTIME},
+    sockets::connector,
+};
 
 fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
+    if let [word, user] = &arguments[..]
+        && word == connector::WORD
+    {
+        return connector::run(&user.to_string_lossy());
+    }
     let flags = match containerd_shim::parse(&arguments) {
         Ok(flags) if flags.version => {
             println!("containerd-shim-vial-v2 {}", env!("CARGO_PKG_VERSION"));

@@ -31,9 +31,11 @@ pub(super) async fn make(
     }
     let shared_memory = spec.take_shared_memory();
     let made = async {
-        let shared =
+        let mut shared =
             sandbox.share.add_container(&new.id, &new.bundle, &new.root_mounts, spec).await?;
         plan.timeline.mark(&format!("root mounted: {}", new.id));
+        let (followed, sockets) =
+            sandbox.sockets.prepare(&new.id, spec, &sandbox.share, &mut shared).await;
         let (streams, stdio) =
             Streams::open(&new.places, &sandbox.vmm, &sandbox.next_stream).await?;
         let mounts = shared.mounts.iter().map(|mount| agent::SharedMount {
@@ -41,6 +43,7 @@ pub(super) async fn make(
             path: mount.path.clone(),
             host_guards: mount.host_guards,
             copied: mount.copied.is_some(),
+            sockets: mount.sockets,
             ..Default::default()
         });
         let request = agent::CreateContainerRequest {
@@ -56,12 +59,14 @@ pub(super) async fn make(
             pid_namespace: MessageField::from_option(pids.map(pid_namespace)),
             functions: sandbox.function_names().await,
             served: sandbox.served.clone(),
+            sockets,
             ..Default::default()
         };
         sandbox.agent.create(&request).await?;
         let copied = shared.mounts.into_iter();
         let copied = copied.filter_map(|mount| Some((mount.index, mount.copied?)));
         sandbox.copies.follow(&new.id, copied.collect());
+        sandbox.sockets.follow(followed);
         plan.timeline.mark(&format!("container created: {}", new.id));
         Ok(Process::init(new.places.clone(), streams))
     };

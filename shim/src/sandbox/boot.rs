@@ -10,7 +10,7 @@ use std::{
 };
 
 use rustix::fs::{Mode, OFlags};
-use vial_agent_protocol::{READY_PORT, SHARE_TAG};
+use vial_agent_protocol::{READY_PORT, SHARE_TAG, SOCKET_PORT};
 use vial_vmm_api::{
     API_VERSION, Action, AddedFunctions, Descriptor, DeviceConfig, Placement, Reply, VmConfig,
 };
@@ -126,7 +126,7 @@ pub(super) fn console_tail(console: Option<&File>) -> String {
 pub(crate) fn base_devices(root: Descriptor, own_descriptors: Descriptor) -> Vec<DeviceConfig> {
     vec![
         DeviceConfig::Rng,
-        DeviceConfig::Vsock { guest_cid: GUEST_CID, host_ports: vec![READY_PORT] },
+        DeviceConfig::Vsock { guest_cid: GUEST_CID, host_ports: vec![READY_PORT, SOCKET_PORT] },
         DeviceConfig::Fs { tag: SHARE_TAG.into(), root, proc_fd: Some(own_descriptors) },
     ]
 }

@@ -51,6 +51,13 @@ struct Cli {
     /// Runs no cases, but prints what inotify tells of these paths; a case runs it in a container
     #[arg(long, hide = true, value_delimiter = ',')]
     watch: Vec<std::path::PathBuf>,
+    /// Runs no cases, but sends the standard input to this Unix socket and prints what comes back; a case runs it in a
+    /// container
+    #[arg(long, hide = true, value_name = "PATH")]
+    call: Option<std::path::PathBuf>,
+    /// Runs no cases, but echoes what comes to this Unix socket, for ever; a case runs it in a container
+    #[arg(long, hide = true, value_name = "PATH")]
+    answer: Option<std::path::PathBuf>,
     /// Archives to import first, each for `ctr image import`
     #[arg(long, value_name = "FILE")]
     import: Vec<std::path::PathBuf>,
@@ -93,8 +100,14 @@ fn part(text: &str) -> Result<Part, String> {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    if !cli.watch.is_empty() {
-        return match suite::watch::watch(&cli.watch) {
+    let helps = match (&cli.call, &cli.answer) {
+        (Some(path), _) => Some(suite::calls::call(path)),
+        (_, Some(path)) => Some(suite::calls::Server::run(path)),
+        _ if !cli.watch.is_empty() => Some(suite::watch::watch(&cli.watch)),
+        _ => None,
+    };
+    if let Some(helped) = helps {
+        return match helped {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
                 eprintln!("vial-suite: {error:#}");

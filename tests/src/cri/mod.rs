@@ -16,6 +16,7 @@ mod placement;
 pub(crate) mod pod;
 mod process;
 mod resources;
+mod sockets;
 mod streaming;
 mod volumes;
 pub(crate) mod wire;
@@ -63,6 +64,8 @@ pub(crate) fn cases() -> Vec<Case> {
         network::pods_reach_each_other_and_the_host,
         network::names_and_rules_are_those_of_the_pod,
         volumes::volumes_are_the_same_as_with_runc,
+        sockets::sockets_are_the_same_as_with_runc,
+        sockets::sockets_of_a_pod_whose_shim_is_killed_are_let_go,
         faults::pod_whose_vmm_is_killed_ends_and_goes,
         faults::pod_whose_shim_is_killed_ends_and_goes,
         faults::pod_killed_while_it_starts_leaves_nothing,

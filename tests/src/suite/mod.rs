@@ -1,6 +1,7 @@
 //! The cases by what they are about, and the loop that runs them.
 
 pub(crate) mod bed;
+pub(crate) mod calls;
 mod compare;
 mod control;
 mod devices;

@@ -1,0 +1,513 @@
+//! Unix sockets of the host in volumes of the pod's containers.
+//!
+//! What a guest sees of such a socket is its inode, which means nothing to the guest's kernel. So
+//! volumes are searched for sockets on which somebody listens on this host ([`search`]), the agent
+//! puts one of its own over each (`guest-agent/src/sockets.rs`), and what connects to that comes here
+//! over vsock with the socket's number. It is joined with a connection that a process with the
+//! container's user and cgroup has made ([`connector`]), from the path below the volume anew each
+//! time: a server that made its socket anew is found.
+//!
+//! The guest names no path, and what it can reach by a number are the sockets that its volumes show.
+
+mod carry;
+pub mod connector;
+mod search;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    os::fd::OwnedFd,
+    os::unix::ffi::OsStrExt,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard},
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    fs::{
+        FileType, Mode, OFlags, fstat,
+        inotify::{self, CreateFlags},
+    },
+    rand::{GetRandomFlags, getrandom},
+};
+use tokio::{
+    net::unix::pipe::Receiver,
+    sync::{Notify, Semaphore, watch},
+    task::JoinHandle,
+};
+use vial_agent_protocol::{MAX_SOCKET_CONNECTIONS, MAX_SOCKETS, agent::HostSocket};
+
+use self::{
+    carry::Caller,
+    search::{Found, Identity, search},
+};
+use crate::{
+    agent::Agent,
+    share::{Share, Shared},
+    spec::Spec,
+    state_dir::StateDir,
+};
+
+/// The least pause between two looks at the volumes, and how many times as long as a look took: what
+/// a guest does in its volumes costs the host a bounded part of its time.
+const PAUSE: Duration = Duration::from_millis(20);
+const PAUSE_TIMES: u32 = 8;
+/// How often volumes are looked at when the kernel gives no more inotify instances.
+const LOOK_EVERY: Duration = Duration::from_secs(10);
+/// After how long a socket that the guest did not take is told again, and how often.
+const TRY_AGAIN_AFTER: Duration = Duration::from_secs(1);
+const MOST_TRIES: u32 = 5;
+
+/// A volume of a container, or a socket that is one.
+#[derive(Debug, Clone)]
+struct Volume {
+    /// Into the spec's mounts.
+    index: u32,
+    /// As it is in the shared tree.
+    base: Arc<OwnedFd>,
+    is_directory: bool,
+}
+
+/// A socket that the guest was told of.
+#[derive(Debug, Clone, Copy)]
+struct Told {
+    identity: Identity,
+    number: u64,
+    /// Whether the guest has taken it.
+    taken: bool,
+    failures: u32,
+}
+
+/// A socket's place in a container: index into the spec's mounts, and the path below.
+type Place = (u32, PathBuf);
+
+/// What is known of a container.
+#[derive(Debug)]
+struct Followed {
+    volumes: Vec<Volume>,
+    told: BTreeMap<Place, Told>,
+    caller: Arc<Caller>,
+    /// Ends its connections when it is dropped.
+    _gone: watch::Sender<()>,
+}
+
+/// A container that is about to be created.
+#[derive(Debug)]
+pub struct Prepared {
+    container: String,
+    followed: Followed,
+}
+
+#[derive(Debug)]
+struct Common {
+    containers: Mutex<HashMap<String, Followed>>,
+    /// The set has changed, or a socket refuses connections.
+    changed: Notify,
+    /// Connections at one time.
+    room: Arc<Semaphore>,
+    dir: StateDir,
+    /// The cgroup of the pod's VMM, which goes with the pod.
+    pod_cgroup: Option<PathBuf>,
+}
+
+/// The sockets of a pod's containers. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Sockets {
+    common: Arc<Common>,
+    agent: Agent,
+    /// There with the first container that has volumes.
+    task: Arc<Mutex<Option<JoinHandle<()>>>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+impl Sockets {
+    /// None yet, of the pod with that directory, whose VMM is in that cgroup.
+    pub fn new(agent: Agent, dir: StateDir, pod_cgroup: Option<PathBuf>) -> Self {
+        let common = Common {
+            containers: Mutex::default(),
+            changed: Notify::new(),
+            room: Arc::new(Semaphore::new(MAX_SOCKET_CONNECTIONS)),
+            dir,
+            pod_cgroup,
+        };
+        Self { common: Arc::new(common), agent, task: Arc::default() }
+    }
+
+    /// Looks through the volumes of a container that is in the shared tree. Returns what the guest
+    /// is to be told with its creation, and sets [`SharedMount::sockets`](crate::share::SharedMount).
+    pub async fn prepare(
+        &self,
+        container: &str,
+        spec: &Spec,
+        share: &Share,
+        shared: &mut Shared,
+    ) -> (Prepared, Vec<HostSocket>) {
+        let volumes = volumes(spec, share, shared);
+        let (gone, ends) = watch::channel(());
+        let caller = Arc::new(Caller::new(spec, container, ends));
+        let mut followed = Followed { volumes, told: BTreeMap::new(), caller, _gone: gone };
+        let (found, _) = look(followed.volumes.clone(), None).await;
+        let left = MAX_SOCKETS.saturating_sub(self.common.count());
+        let mut sockets = Vec::new();
+        for ((index, path), identity) in found.into_iter().take(left) {
+            let number = draw_number();
+            sockets.push(host_socket(index, &path, identity, number));
+            let told = Told { identity, number, taken: true, failures: 0 };
+            followed.told.insert((index, path), told);
+        }
+        (Prepared { container: container.into(), followed }, sockets)
+    }
+
+    /// The container was created: its volumes are watched.
+    pub fn follow(&self, prepared: Prepared) {
+        if prepared.followed.volumes.is_empty() {
+            return;
+        }
+        lock(&self.common.containers).insert(prepared.container, prepared.followed);
+        self.common.changed.notify_one();
+        lock(&self.task).get_or_insert_with(|| {
+            let (agent, common) = (self.agent.clone(), self.common.clone());
+            tokio::spawn(async move { run(&agent, &common).await })
+        });
+    }
+
+    /// A container has gone: its connections end, and what was made for them.
+    pub fn forget(&self, container: &str) {
+        let Some(followed) = lock(&self.common.containers).remove(container) else { return };
+        let caller = followed.caller.clone();
+        drop(followed);
+        caller.end(&self.common);
+        self.common.changed.notify_one();
+    }
+
+    /// Forgets all, for good.
+    pub fn end(&self) {
+        if let Some(task) = lock(&self.task).take() {
+            task.abort();
+        }
+        let all: Vec<String> = lock(&self.common.containers).keys().cloned().collect();
+        all.iter().for_each(|container| self.forget(container));
+    }
+
+    /// The guest has connected to [`vial_agent_protocol::SOCKET_PORT`].
+    pub fn take(&self, connection: OwnedFd) {
+        let Ok(place) = Arc::clone(&self.common.room).try_acquire_owned() else {
+            tracing::warn!(
+                "a connection of the guest's to a socket is refused: there are \
+                 {MAX_SOCKET_CONNECTIONS}"
+            );
+            return;
+        };
+        let common = self.common.clone();
+        tokio::spawn(async move {
+            carry::carry(&common, connection).await;
+            drop(place);
+        });
+    }
+}
+
+impl Common {
+    fn count(&self) -> usize {
+        lock(&self.containers).values().map(|followed| followed.told.len()).sum()
+    }
+
+    /// What a number of the guest's stands for.
+    fn target(&self, number: u64) -> Option<(Volume, PathBuf, Arc<Caller>)> {
+        let containers = lock(&self.containers);
+        containers.values().find_map(|followed| {
+            let mut told = followed.told.iter();
+            let ((index, path), _) = told.find(|(_, told)| told.number == number)?;
+            let volume = followed.volumes.iter().find(|volume| volume.index == *index)?;
+            Some((volume.clone(), path.clone(), followed.caller.clone()))
+        })
+    }
+}
+
+/// Hard to guess: any process of the guest can connect to a port of the host.
+fn draw_number() -> u64 {
+    let mut bytes = [0; 8];
+    loop {
+        match getrandom(&mut bytes, GetRandomFlags::empty()).map(|_| u64::from_le_bytes(bytes)) {
+            Ok(number @ 1..) => return number,
+            // The kernel gives so few at once, and a signal is all that can come between.
+            _ => continue,
+        }
+    }
+}
+
+fn host_socket(index: u32, path: &Path, identity: Identity, number: u64) -> HostSocket {
+    HostSocket {
+        index,
+        path: path.as_os_str().as_bytes().to_vec(),
+        number,
+        uid: identity.uid,
+        gid: identity.gid,
+        mode: identity.mode,
+        ..Default::default()
+    }
+}
+
+/// Those mounts of a container that may have sockets: directories, and sockets themselves, of which
+/// the guest has no copy. What is mounted below a volume is not bound without `rbind`.
+fn volumes(spec: &Spec, share: &Share, shared: &mut Shared) -> Vec<Volume> {
+    let mut volumes = Vec::new();
+    for mount in shared.mounts.iter_mut().filter(|mount| mount.copied.is_none()) {
+        let source = spec.mounts.get(mount.index as usize);
+        if !source.is_some_and(|source| source.has_option("rbind")) {
+            continue;
+        }
+        let path = share.containers.join(&mount.path);
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let Ok(base) = rustix::fs::open(path, flags, Mode::empty()) else { continue };
+        let kind = fstat(&base).map(|stat| FileType::from_raw_mode(stat.st_mode));
+        mount.sockets = kind == Ok(FileType::Directory);
+        if mount.sockets || kind == Ok(FileType::Socket) {
+            let (base, is_directory) = (Arc::new(base), mount.sockets);
+            volumes.push(Volume { index: mount.index, base, is_directory });
+        }
+    }
+    volumes
+}
+
+/// Searches volumes, where a file system that hangs keeps nobody else. Returns also when it is worth
+/// to look again.
+async fn look(
+    volumes: Vec<Volume>,
+    inotify: Option<Arc<OwnedFd>>,
+) -> (BTreeMap<Place, Identity>, Option<Duration>) {
+    if volumes.is_empty() {
+        return Default::default();
+    }
+    let searched = tokio::task::spawn_blocking(move || {
+        let (mut all, mut again_in) = (BTreeMap::new(), None::<Duration>);
+        for volume in &volumes {
+            let found: Found = search(&volume.base, inotify.as_deref());
+            if let Some(again) = found.again_in {
+                again_in = Some(again_in.map_or(again, |sooner| sooner.min(again)));
+            }
+            let found = found.sockets.into_iter();
+            all.extend(found.map(|(path, identity)| ((volume.index, path), identity)));
+        }
+        (all, again_in)
+    });
+    searched.await.unwrap_or_default()
+}
+
+/// Tells the guest whatever changes.
+async fn run(agent: &Agent, common: &Common) {
+    loop {
+        let began = Instant::now();
+        // Anew with each look, so that volumes and directories of the past are let go.
+        let inotify = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC);
+        let inotify = inotify.map(Arc::new).inspect_err(|error| {
+            tracing::info!("volumes are looked at every {LOOK_EVERY:?}, no inotify: {error}");
+        });
+        let again_in = tell_all(agent, common, inotify.as_ref().ok()).await;
+        tokio::time::sleep(PAUSE.max(began.elapsed() * PAUSE_TIMES)).await;
+        tokio::select! {
+            () = changed(inotify.ok()) => {}
+            () = common.changed.notified() => {}
+            () = tokio::time::sleep(again_in.unwrap_or_default()), if again_in.is_some() => {}
+        }
+    }
+}
+
+/// Waits until something has changed in what is watched.
+async fn changed(inotify: Option<Arc<OwnedFd>>) {
+    // Like a pipe it can be waited for until there is something to read.
+    let watched = inotify.and_then(|inotify| inotify.try_clone().ok());
+    let watched = watched.and_then(|watched| Receiver::from_owned_fd_unchecked(watched).ok());
+    let waited = match watched {
+        Some(watched) => watched.readable().await.is_ok(),
+        None => false,
+    };
+    if !waited {
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+}
+
+/// Looks at all volumes once. Returns when it is worth to look again.
+async fn tell_all(
+    agent: &Agent,
+    common: &Common,
+    inotify: Option<&Arc<OwnedFd>>,
+) -> Option<Duration> {
+    let watched: Vec<(String, Vec<Volume>)> = {
+        let containers = lock(&common.containers);
+        let directories = |followed: &Followed| -> Vec<Volume> {
+            // A socket that is a volume stays the one it was, as it would on a host.
+            followed.volumes.iter().filter(|volume| volume.is_directory).cloned().collect()
+        };
+        containers.iter().map(|(id, followed)| (id.clone(), directories(followed))).collect()
+    };
+    let mut again_in: Option<Duration> = None;
+    for (container, volumes) in watched {
+        let indices: Vec<u32> = volumes.iter().map(|volume| volume.index).collect();
+        let (found, again) = look(volumes, inotify.cloned()).await;
+        let failed = tell(agent, common, &container, &indices, &found).await;
+        let failed = failed.then_some(TRY_AGAIN_AFTER);
+        again_in = [again_in, again, failed].into_iter().flatten().min();
+    }
+    again_in
+}
+
+/// What differs between what was found and what the guest was told of.
+#[derive(Debug, PartialEq, Eq)]
+struct Difference {
+    removed: Vec<u64>,
+    added: Vec<(Place, Identity, u64)>,
+}
+
+/// Brings what is told of a container up to what was found in the volumes of these indices.
+/// `left` more sockets have room in the pod.
+fn advance(
+    told: &mut BTreeMap<Place, Told>,
+    indices: &[u32],
+    found: &BTreeMap<Place, Identity>,
+    left: usize,
+    draw: impl Fn() -> u64,
+) -> Difference {
+    let gone = |place: &Place| indices.contains(&place.0) && !found.contains_key(place);
+    let gone: Vec<Place> = told.keys().filter(|place| gone(place)).cloned().collect();
+    let removed: Vec<u64> =
+        gone.iter().filter_map(|place| Some(told.remove(place)?.number)).collect();
+    let mut left = left + removed.len();
+    let mut added = Vec::new();
+    for (place, identity) in found {
+        let failures = match told.get(place) {
+            Some(old) if old.identity == *identity => match old.taken {
+                true => continue,
+                false if old.failures >= MOST_TRIES => continue,
+                false => old.failures,
+            },
+            Some(_) => 0,
+            None if left == 0 => continue,
+            None => {
+                left -= 1;
+                0
+            }
+        };
+        let number = draw();
+        let fresh = Told { identity: *identity, number, taken: false, failures };
+        told.insert(place.clone(), fresh);
+        added.push((place.clone(), *identity, number));
+    }
+    Difference { removed, added }
+}
+
+/// Tells the guest of a container's sockets. Returns whether it is worth to try again.
+async fn tell(
+    agent: &Agent,
+    common: &Common,
+    container: &str,
+    indices: &[u32],
+    found: &BTreeMap<Place, Identity>,
+) -> bool {
+    let left = MAX_SOCKETS.saturating_sub(common.count());
+    let difference = match lock(&common.containers).get_mut(container) {
+        Some(followed) => advance(&mut followed.told, indices, found, left, draw_number),
+        None => return false,
+    };
+    for number in difference.removed {
+        if let Err(error) = agent.remove_socket(number).await {
+            tracing::warn!("{container}: a socket stays in the guest: {error}");
+        }
+    }
+    let mut again = false;
+    for ((index, path), identity, number) in difference.added {
+        let socket = host_socket(index, &path, identity, number);
+        let added = agent.add_socket(container, socket).await;
+        if let Err(error) = &added {
+            tracing::info!("{container}: the socket {} is not there: {error}", path.display());
+        }
+        let mut containers = lock(&common.containers);
+        let followed = containers.get_mut(container);
+        let told = followed.and_then(|followed| followed.told.get_mut(&(index, path)));
+        if let Some(told) = told.filter(|told| told.number == number) {
+            told.taken = added.is_ok();
+            told.failures += u32::from(added.is_err());
+            again |= !told.taken && told.failures < MOST_TRIES;
+        }
+    }
+    again
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{cell::Cell, os::unix::net::UnixListener};
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// As many different ones as are asked for.
+    fn identities(count: usize) -> Vec<Identity> {
+        let volume = tempfile::tempdir().unwrap();
+        let listeners: Vec<UnixListener> = (0..count)
+            .map(|n| UnixListener::bind(volume.path().join(n.to_string())).unwrap())
+            .collect();
+        let base = rustix::fs::open(volume.path(), OFlags::PATH, Mode::empty()).unwrap();
+        let found = search(&base, None);
+        assert_eq!(found.sockets.len(), listeners.len());
+        found.sockets.into_values().collect()
+    }
+
+    proptest! {
+        /// After each look the guest knows what there is, up to the bound, and by numbers that
+        /// were never used.
+        #[test]
+        fn guest_is_told_of_what_there_is(
+            looks in prop::collection::vec(prop::collection::btree_map(0u32..6, 0usize..3, 0..6), 1..8),
+            most in 0usize..6,
+        ) {
+            let identities = identities(3);
+            let next = Cell::new(1);
+            let draw = || next.replace(next.get() + 1);
+            let mut told = BTreeMap::new();
+            let mut guest: BTreeMap<u64, Place> = BTreeMap::new();
+            for look in looks {
+                let found: BTreeMap<Place, Identity> = look
+                    .iter()
+                    .map(|(name, kind)| ((0, name.to_string().into()), identities[*kind]))
+                    .collect();
+                let left = most - told.len();
+                let difference = advance(&mut told, &[0], &found, left, draw);
+                for number in difference.removed {
+                    prop_assert!(guest.remove(&number).is_some());
+                }
+                for (place, identity, number) in difference.added {
+                    prop_assert_eq!(found[&place], identity);
+                    // One that is there for the same path is replaced.
+                    guest.retain(|_, known| *known != place);
+                    prop_assert!(guest.insert(number, place.clone()).is_none());
+                    told.get_mut(&place).unwrap().taken = true;
+                }
+                prop_assert!(told.len() <= most);
+                prop_assert!(told.len() == found.len().min(most) || told.len() == most);
+                let known: BTreeMap<u64, Place> =
+                    told.iter().map(|(place, told)| (told.number, place.clone())).collect();
+                prop_assert_eq!(&known, &guest);
+                for (place, told) in &told {
+                    prop_assert_eq!(told.identity, found[place]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn socket_that_the_guest_does_not_take_is_told_a_few_times() {
+        let identity = identities(1)[0];
+        let found = BTreeMap::from([((0, "s".into()), identity)]);
+        let mut told = BTreeMap::new();
+        for _ in 0..MOST_TRIES {
+            assert_eq!(advance(&mut told, &[0], &found, 1, draw_number).added.len(), 1);
+            told.values_mut().for_each(|told| told.failures += 1);
+        }
+        assert!(advance(&mut told, &[0], &found, 1, draw_number).added.is_empty());
+        // Of another volume nothing is known.
+        assert!(advance(&mut told, &[1], &BTreeMap::new(), 1, draw_number).removed.is_empty());
+        assert_eq!(advance(&mut told, &[0], &BTreeMap::new(), 1, draw_number).removed.len(), 1);
+    }
+}
