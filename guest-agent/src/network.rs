@@ -7,9 +7,13 @@
 use std::collections::HashSet;
 use std::io;
 use std::net::IpAddr;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use vial_agent_protocol::agent::ConfigureNetworkRequest;
-use vial_agent_protocol::{MAX_ADDRESSES, MAX_INTERFACES, MAX_NEIGHBOURS, MAX_ROUTES};
+use vial_agent_protocol::{
+    FUNCTION_DEVICES, MAX_ADDRESSES, MAX_INTERFACES, MAX_NEIGHBOURS, MAX_ROUTES,
+};
 use vial_netlink::network::{self, Cidr, CidrError, Link, Neighbour, Route};
 use vial_netlink::{Message, Socket};
 
@@ -18,6 +22,11 @@ const MAX_NAME_BYTES: usize = 15;
 const MTU: std::ops::RangeInclusive<u32> = 68..=65535;
 /// The first interface of every network namespace is `lo`.
 const LOOPBACK_INDEX: i32 = 1;
+/// How long a driver may take to make its function's interface: some do so behind their probing.
+const FUNCTION_PATIENCE: Duration = Duration::from_secs(10);
+/// How often it is looked for meanwhile.
+const FUNCTION_PAUSE: Duration = Duration::from_millis(10);
+const FUNCTIONS: &str = "/sys/bus/pci/devices";
 
 /// Why the network is not as the request wants it.
 #[derive(Debug, thiserror::Error)]
@@ -38,8 +47,18 @@ pub(crate) enum NetworkError {
     Number(u32),
     #[error("the network has no interface '{0}'")]
     Device(String),
+    #[error("{0} is no device number of a function on the guest's PCI bus, or is so twice")]
+    Function(u32),
     #[error("the guest has no interface with the address of {0}")]
     Absent(String),
+    #[error(
+        "the guest's kernel has no driver for {name}, the PCI function {address}: leave the driver \
+         that it has on the host out of `network_functions` in Vial's configuration, or give the \
+         guest a kernel with one"
+    )]
+    NoDriver { name: String, address: String },
+    #[error("the guest's driver has made no interface of the PCI function {address} for {name}")]
+    NoInterface { name: String, address: String },
     #[error("cannot {action} in the guest: {source}")]
     Kernel { action: String, source: io::Error },
 }
@@ -47,7 +66,13 @@ pub(crate) enum NetworkError {
 impl NetworkError {
     /// Whether another request could do better.
     pub(crate) fn is_of_the_request(&self) -> bool {
-        !matches!(self, Self::Absent(_) | Self::Kernel { .. })
+        !matches!(
+            self,
+            Self::Absent(_)
+                | Self::NoDriver { .. }
+                | Self::NoInterface { .. }
+                | Self::Kernel { .. }
+        )
     }
 }
 
@@ -65,6 +90,17 @@ struct Interface {
     mac: [u8; 6],
     mtu: u32,
     addresses: Vec<Cidr>,
+    /// The address of the PCI function that it is an interface of.
+    function: Option<String>,
+}
+
+impl Interface {
+    fn is(&self, link: &Link) -> bool {
+        match &self.function {
+            Some(function) => link.function.as_ref() == Some(function),
+            None => link.mac == self.mac,
+        }
+    }
 }
 
 /// A checked request. Routes and neighbours have an index into `interfaces` in place of one of
@@ -120,6 +156,7 @@ impl Plan {
         at_most("routes", request.routes.len(), MAX_ROUTES)?;
         at_most("neighbours", request.neighbours.len(), MAX_NEIGHBOURS)?;
         let (mut names, mut macs) = (HashSet::new(), HashSet::new());
+        let mut functions = HashSet::new();
         let mut interfaces = Vec::new();
         for wire in &request.interfaces {
             at_most("addresses on an interface", wire.addresses.len(), MAX_ADDRESSES)?;
@@ -135,8 +172,17 @@ impl Plan {
             }
             let addresses: Result<_, CidrError> =
                 wire.addresses.iter().map(|text| text.parse()).collect();
-            let (name, mtu) = (wire.name.clone(), wire.mtu);
-            interfaces.push(Interface { name, mac, mtu, addresses: addresses? });
+            let number = wire.function;
+            if number != 0 && !(FUNCTION_DEVICES.contains(&number) && functions.insert(number)) {
+                return Err(NetworkError::Function(number));
+            }
+            interfaces.push(Interface {
+                name: wire.name.clone(),
+                mac,
+                mtu: wire.mtu,
+                addresses: addresses?,
+                function: (number != 0).then(|| format!("0000:00:{number:02x}.0")),
+            });
         }
         let place = |name: &str| {
             let place = interfaces.iter().position(|interface| interface.name == name);
@@ -178,7 +224,43 @@ fn change(
     changed.map_err(|source| NetworkError::Kernel { action: action(), source })
 }
 
-/// Sets the guest's network up.
+/// Waits until the drivers of functions have made the interfaces that the request names.
+///
+/// # Errors
+/// [`NetworkError`].
+pub(crate) async fn await_functions(request: &ConfigureNetworkRequest) -> Result<(), NetworkError> {
+    await_at(Path::new(FUNCTIONS), request).await
+}
+
+async fn await_at(bus: &Path, request: &ConfigureNetworkRequest) -> Result<(), NetworkError> {
+    let plan = Plan::read(request)?;
+    let mut awaited: Vec<&Interface> =
+        plan.interfaces.iter().filter(|interface| interface.function.is_some()).collect();
+    let start = Instant::now();
+    while !awaited.is_empty() {
+        let listed = Socket::open().and_then(|mut socket| network::links(&mut socket));
+        let links = listed.map_err(|source| {
+            let action = "list the interfaces".into();
+            NetworkError::Kernel { action, source }
+        })?;
+        awaited.retain(|interface| !links.iter().any(|link| interface.is(link)));
+        let Some(Interface { name, function: Some(address), .. }) = awaited.first() else {
+            continue;
+        };
+        let (name, address) = (name.clone(), address.clone());
+        // The kernel's own drivers have looked at it before the agent was started.
+        if !bus.join(&address).join("driver").exists() {
+            return Err(NetworkError::NoDriver { name, address });
+        }
+        if start.elapsed() > FUNCTION_PATIENCE {
+            return Err(NetworkError::NoInterface { name, address });
+        }
+        tokio::time::sleep(FUNCTION_PAUSE).await;
+    }
+    Ok(())
+}
+
+/// Sets the guest's network up. Interfaces of functions are there, see [`await_functions`].
 ///
 /// # Errors
 /// [`NetworkError`].
@@ -194,7 +276,7 @@ pub(crate) fn configure(request: &ConfigureNetworkRequest) -> Result<(), Network
         .interfaces
         .iter()
         .map(|interface| {
-            let mut same = links.iter().filter(|link| link.mac == interface.mac);
+            let mut same = links.iter().filter(|link| interface.is(link));
             same.next().ok_or_else(|| NetworkError::Absent(interface.name.clone()))
         })
         .collect();
@@ -202,6 +284,11 @@ pub(crate) fn configure(request: &ConfigureNetworkRequest) -> Result<(), Network
     rename(&mut socket, &plan.interfaces, &found)?;
     for (interface, link) in plan.interfaces.iter().zip(&found) {
         let name = &interface.name;
+        if link.mac != interface.mac {
+            change(&mut socket, network::set_mac(link.index, &interface.mac), || {
+                format!("give {name} its MAC address")
+            })?;
+        }
         change(&mut socket, network::set_mtu(link.index, interface.mtu), || {
             format!("set the MTU of {name} to {}", interface.mtu)
         })?;

@@ -169,8 +169,10 @@ impl agent_ttrpc::Agent for AgentService {
         _: &TtrpcContext,
         request: ConfigureNetworkRequest,
     ) -> Answer<Empty> {
+        let wrong = |error: network::NetworkError| failed(&error, error.is_of_the_request());
+        network::await_functions(&request).await.map_err(wrong)?;
         // A few dozen messages to the kernel, which answers each at once.
-        network::configure(&request).map_err(|error| failed(&error, error.is_of_the_request()))?;
+        network::configure(&request).map_err(wrong)?;
         Ok(Empty::new())
     }
 

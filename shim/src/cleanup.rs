@@ -83,12 +83,13 @@ pub fn clean(
         // It had not come to write anything down, or still is about to.
         None => server_of(socket).map_or(Ok(()), |shim| kill("shim", shim)),
     };
-    let detached = match state.as_ref().and_then(|state| state.network.as_ref()) {
-        Some(attachment) => network::detach(attachment),
-        None => Ok(()),
-    };
+    // Before the network: what CNI had moved there goes there again.
     let given_back = match &state {
         Some(state) => binding::give_back(&Sysfs::default(), &state.devices),
+        None => Ok(()),
+    };
+    let detached = match state.as_ref().and_then(|state| state.network.as_ref()) {
+        Some(attachment) => network::detach(attachment),
         None => Ok(()),
     };
     share::unmount_below(dir.path())?;

@@ -30,6 +30,11 @@ pub const JAIL_UID_BASE: std::ops::RangeInclusive<u32> = 65_536..=u32::MAX - 65_
 /// What a VM may cost beside its memory, in MiB.
 pub const OVERHEAD_MIB: std::ops::RangeInclusive<u32> = 32..=65_536;
 
+/// Drivers of virtual functions that the guest's kernel has.
+const GUEST_DRIVERS: [&str; 3] = ["igbvf", "ixgbevf", "iavf"];
+/// How many drivers can be listed.
+const MAX_DRIVERS: usize = 32;
+
 /// When pods start from templates ([`crate::template`]).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -81,6 +86,8 @@ pub struct File {
     pub pci_devices: Option<Vec<String>>,
     /// Whether containers can bring functions into a VM that runs.
     pub hot_plug_devices: Option<bool>,
+    /// Drivers whose virtual functions go to the guest when CNI has moved them.
+    pub network_functions: Option<Vec<String>>,
     /// Whether each VMM has its cores to itself.
     pub core_scheduling: Option<bool>,
     /// Devices of other processes that pods may name.
@@ -124,6 +131,9 @@ pub struct Config {
     /// Whether containers can bring functions into a VM that runs, on a node that has some bound to
     /// vfio-pci.
     pub hot_plug_devices: bool,
+    /// Drivers of the host whose virtual functions go to the guest when CNI has moved them into a
+    /// pod's network namespace, see [`crate::network::functions`].
+    pub network_functions: Vec<String>,
     /// Whether each VMM has the cores to itself on which it runs, see [`crate::core_scheduling`].
     pub core_scheduling: bool,
     /// Devices of other processes that pods may name, see [`crate::vhost_user`].
@@ -249,6 +259,7 @@ impl Config {
             memory_overhead_mib: within(path, "memory_overhead_mib", overhead, OVERHEAD_MIB)?,
             pci_devices,
             hot_plug_devices: file.hot_plug_devices.unwrap_or(true),
+            network_functions: drivers(path, file.network_functions)?,
             core_scheduling: file.core_scheduling.unwrap_or(false),
             vhost_user: listed_devices(path, file.vhost_user.unwrap_or_default())?,
         })
@@ -280,6 +291,20 @@ impl Config {
         words.extend(self.kernel_arguments.split_ascii_whitespace());
         words.join(" ")
     }
+}
+
+/// Names of drivers; by default those that the guest's kernel has, too.
+fn drivers(path: &Path, given: Option<Vec<String>>) -> Result<Vec<String>, ConfigError> {
+    let names = given.unwrap_or_else(|| GUEST_DRIVERS.map(str::to_owned).into());
+    let is_name = |name: &String| {
+        let is_part = |byte: u8| byte.is_ascii_alphanumeric() || b"-_".contains(&byte);
+        (1..=64).contains(&name.len()) && name.bytes().all(is_part)
+    };
+    if names.len() > MAX_DRIVERS || !names.iter().all(is_name) {
+        let expected = format!("a list of at most {MAX_DRIVERS} drivers such as \"igbvf\"");
+        return Err(wrong(path, "network_functions", format!("{names:?}"), expected));
+    }
+    Ok(names)
 }
 
 /// What pods may name, each by a name of its own.
@@ -379,6 +404,8 @@ mod tests {
             ("kernel = \"vmlinux\"", "absolute"),
             ("pci_devices = [\"3b:02.0\"]", "0000:3b:02.0"),
             ("template_directory = \"templates\"", "absolute"),
+            ("network_functions = [\"../igbvf\"]", "igbvf"),
+            ("network_functions = [\"\"]", "at most 32"),
         ] {
             let error = parse(text).unwrap_err();
             assert!(error.contains(bounds), "{text}: {error}");

@@ -3,12 +3,14 @@
 //! Each interface of the namespace gets a tap beside it, and traffic control joins the two: what
 //! comes in at one goes out at the other, so that the guest stands where the namespace stood. The
 //! interface keeps its addresses; nothing reaches the namespace's own stack any more. The guest
-//! is told names, addresses, routes and neighbours by the agent.
+//! is told names, addresses, routes and neighbours by the agent. An interface of a virtual function
+//! gets no tap but goes to the guest with its function, see [`functions`].
 //!
 //! Three steps, so that what is to be undone is on disk before it is done: [`look`] changes
 //! nothing, [`attach`] makes taps and joins them, [`detach`] takes both back, after a crash too.
 //! Each runs on a thread that enters the namespace and ends in it.
 
+pub mod functions;
 mod steer;
 mod tap;
 mod traffic;
@@ -23,7 +25,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use self::functions::Moved;
 pub use self::steer::Loopback;
+use crate::devices::{DeviceError, address::Address, pci::Sysfs};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde::{Deserialize, Serialize};
 use vial_agent_protocol::{
@@ -73,6 +77,28 @@ pub enum NetworkError {
          which the VM needs for itself; configure CNI without a plugin that adds one there"
     )]
     Ingress(String),
+    /// What is to go to the guest cannot.
+    #[error(
+        "{interfaces} of the pod's network cannot be given to the VM with its PCI function: {error}; \
+         without its driver in `network_functions` of Vial's configuration, it is joined with a tap"
+    )]
+    Function {
+        /// Their names.
+        interfaces: String,
+        /// What went wrong.
+        error: DeviceError,
+    },
+    /// The driver does not make the interface.
+    #[error(
+        "{interface} is not back in the pod's network: the driver of the PCI function {address} has \
+         made no interface; the kernel's log may say why"
+    )]
+    NotBack {
+        /// Its name.
+        interface: String,
+        /// Its function.
+        address: Address,
+    },
     /// No tap can be made.
     #[error("cannot make a tap in the pod's network: {0}; `modprobe tun` may help")]
     Tap(io::Error),
@@ -102,6 +128,9 @@ pub struct Attachment {
     pub inode: u64,
     /// What is joined in it.
     pub joints: Vec<Joint>,
+    /// What is in the guest in place of being in it.
+    #[serde(default)]
+    pub functions: Vec<Moved>,
 }
 
 /// An interface and its tap, by their names.
@@ -168,14 +197,16 @@ fn at_most(what: &'static str, count: usize, limit: usize) -> Result<(), Network
     Ok(())
 }
 
-/// Reads what is in the namespace at `path`, and changes nothing.
+/// Reads what is in the namespace at `path`, and changes nothing. Virtual functions of the
+/// `drivers` are to go to the guest.
 ///
 /// # Errors
 /// [`NetworkError`].
-pub fn look(path: &Path) -> Result<Network, NetworkError> {
+pub fn look(path: &Path, drivers: &[String]) -> Result<Network, NetworkError> {
     let (namespace, inode) = open(path)?;
-    let (joints, request) = inside(path, &namespace, look_around)?;
-    let attachment = Attachment { namespace: path.into(), inode, joints };
+    let (joints, functions, request) =
+        inside(path, &namespace, |socket| look_around(socket, drivers))?;
+    let attachment = Attachment { namespace: path.into(), inode, joints, functions };
     Ok(Network { attachment, request })
 }
 
@@ -185,7 +216,10 @@ fn is_for_guests(link: &Link) -> bool {
     link.hardware == ARPHRD_ETHER && link.flags & IFF_UP != 0 && link.flags & IFF_LOOPBACK == 0
 }
 
-fn look_around(socket: &mut Socket) -> Result<(Vec<Joint>, ConfigureNetworkRequest), NetworkError> {
+fn look_around(
+    socket: &mut Socket,
+    drivers: &[String],
+) -> Result<(Vec<Joint>, Vec<Moved>, ConfigureNetworkRequest), NetworkError> {
     let all = network::links(socket).map_err(kernel("list the interfaces"))?;
     let links: Vec<&Link> = all.iter().filter(|link| is_for_guests(link)).collect();
     at_most("interfaces", links.len(), MAX_INTERFACES)?;
@@ -195,14 +229,16 @@ fn look_around(socket: &mut Socket) -> Result<(Vec<Joint>, ConfigureNetworkReque
     let neighbours = network::neighbours(socket).map_err(kernel("list the neighbours"))?;
     let mut free =
         (0..).map(|n| format!("vtap{n}")).filter(|name| all.iter().all(|l| l.name != *name));
-    let mut joints = Vec::new();
+    let (mut joints, mut functions) = (Vec::new(), Vec::new());
+    let sysfs = Sysfs::default();
     let mut request = ConfigureNetworkRequest::default();
     for link in links {
         let name = &link.name;
         if link.mac.len() != 6 || !(68..=65535).contains(&link.mtu) {
             return Err(NetworkError::Interface(name.clone()));
         }
-        if taken.contains(&link.index) {
+        let function = functions::of(&sysfs, drivers, link, &all);
+        if function.is_none() && taken.contains(&link.index) {
             return Err(NetworkError::Ingress(name.clone()));
         }
         let own = addresses.iter().filter(|(index, _)| *index == link.index);
@@ -225,14 +261,17 @@ fn look_around(socket: &mut Socket) -> Result<(Vec<Joint>, ConfigureNetworkReque
             addresses,
             ..Default::default()
         });
-        // There are more numbers than interfaces.
-        joints.extend(free.next().map(|tap| Joint { interface: name.clone(), tap }));
+        match function {
+            Some(function) => functions.push(function),
+            // There are more numbers than interfaces.
+            None => joints.extend(free.next().map(|tap| Joint { interface: name.clone(), tap })),
+        }
     }
     // Those that are on the link first, of all interfaces: the others need them.
     request.routes.sort_by_key(|route| !route.gateway.is_empty());
     at_most("routes", request.routes.len(), MAX_ROUTES)?;
     at_most("neighbours", request.neighbours.len(), MAX_NEIGHBOURS)?;
-    Ok((joints, request))
+    Ok((joints, functions, request))
 }
 
 fn wire_route(device: &str, route: &network::Route) -> agent::Route {
@@ -252,7 +291,8 @@ fn wire_route(device: &str, route: &network::Route) -> agent::Route {
     }
 }
 
-/// Makes a tap for each interface of a network and joins the two.
+/// Makes a tap for each interface of a network that goes to the guest without a function, and joins
+/// the two.
 ///
 /// # Errors
 /// [`NetworkError`]. What was done stays, for [`detach`].
@@ -260,7 +300,9 @@ pub fn attach(network: &Network) -> Result<Vec<Tap>, NetworkError> {
     let Attachment { namespace: path, joints, .. } = &network.attachment;
     let (namespace, _) = open(path)?;
     inside(path, &namespace, |socket| {
-        let made = joints.iter().zip(&network.request.interfaces);
+        let interfaces = &network.request.interfaces;
+        let of = |joint: &Joint| interfaces.iter().find(|one| one.name == joint.interface);
+        let made = joints.iter().filter_map(|joint| Some((joint, of(joint)?)));
         made.map(|(joint, interface)| join(socket, joint, interface)).collect()
     })
 }
@@ -315,7 +357,8 @@ pub fn take_loopback(path: &Path) -> Result<Loopback, NetworkError> {
     })
 }
 
-/// Takes back what [`attach`] did, as far as it got. A namespace that is gone took it along.
+/// Takes back what [`attach`] did, as far as it got, and puts the interfaces of functions back that
+/// were given back to their drivers. A namespace that is gone took it along.
 ///
 /// # Errors
 /// [`NetworkError`].
@@ -331,7 +374,8 @@ pub fn detach(attachment: &Attachment) -> Result<(), NetworkError> {
     if inode != attachment.inode {
         return Ok(());
     }
-    inside(path, &namespace, |socket| {
+    let put_back = functions::put_back(path, &namespace, &attachment.functions);
+    let detached = inside(path, &namespace, |socket| {
         let links = network::links(socket).map_err(kernel("list the interfaces"))?;
         let taken =
             traffic::with_ingress(socket).map_err(kernel("list the queueing disciplines"))?;
@@ -347,7 +391,8 @@ pub fn detach(attachment: &Attachment) -> Result<(), NetworkError> {
             }
         }
         Ok(())
-    })
+    });
+    detached.and(put_back)
 }
 
 /// CNI may delete the same things at the same time.

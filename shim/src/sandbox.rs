@@ -161,7 +161,7 @@ impl Sandbox {
         timeline.mark("state directory");
 
         let (taps, mut network) = match &plan.network_namespace {
-            Some(namespace) => attach_network(namespace, &dir, &mut state, undo)?,
+            Some(namespace) => attach_network(plan, namespace, &dir, &mut state, undo)?,
             None => Default::default(),
         };
         timeline.mark("network joined");
@@ -237,6 +237,7 @@ impl Sandbox {
                 timeline.mark("pod configured");
             }
             if !network.interfaces.is_empty() {
+                functions::place(&mut network, &state, made.functions.as_ref())?;
                 agent.configure_network(&network).await?;
                 timeline.mark("network configured");
             }
@@ -398,18 +399,23 @@ fn enter_jail(
 /// Joins the pod's network namespace with taps for the VM. What is about to be done there is
 /// written down first.
 fn attach_network(
+    plan: &Plan,
     namespace: &Path,
     dir: &StateDir,
     state: &mut State,
     undo: &mut UndoStack,
 ) -> Result<(Vec<Tap>, ConfigureNetworkRequest), ServiceError> {
-    let found = network::look(namespace)?;
+    let found = network::look(namespace, &plan.config.network_functions)?;
     state.network = Some(found.attachment.clone());
     dir.write_state(state)?;
     let attachment = found.attachment.clone();
     // Before the step: it may come half of its way.
     undo.push("join the pod's network", || async move {
-        network::detach(&attachment).map_err(|error| error.to_string())
+        // A driver may take its time to make an interface anew.
+        let detached = tokio::task::spawn_blocking(move || {
+            network::detach(&attachment).map_err(|error| error.to_string())
+        });
+        detached.await.unwrap_or_else(|error| Err(error.to_string()))
     });
     let taps = network::attach(&found)?;
     Ok((taps, found.request))

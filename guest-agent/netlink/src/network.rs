@@ -20,6 +20,16 @@ const RTM_GETNEIGH: u16 = 30;
 const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
+const IFLA_LINK: u16 = 5;
+const IFLA_MASTER: u16 = 10;
+const IFLA_IFALIAS: u16 = 20;
+const IFLA_NET_NS_FD: u16 = 28;
+const IFLA_LINK_NETNSID: u16 = 37;
+/// From Linux 5.14 on.
+const IFLA_PARENT_DEV_NAME: u16 = 56;
+const IFLA_PARENT_DEV_BUS_NAME: u16 = 57;
+/// The bus of PCI functions.
+const BUS_PCI: &str = "pci";
 /// The interface is up.
 pub const IFF_UP: u32 = 1;
 /// The interface is a loopback.
@@ -123,6 +133,14 @@ pub struct Link {
     pub mac: Vec<u8>,
     /// Its largest packet without the link's header, in bytes.
     pub mtu: u32,
+    /// What else somebody calls it; empty when nobody does.
+    pub alias: String,
+    /// The PCI function that it is an interface of, as `0000:3b:10.0`.
+    pub function: Option<String>,
+    /// The number of the interface of the same namespace that it stands on: a VLAN's, a macvlan's.
+    pub stands_on: Option<i32>,
+    /// The number of the bond or bridge that it is a part of.
+    pub part_of: Option<i32>,
 }
 
 /// The fixed part of a message about an interface (`struct ifinfomsg`).
@@ -149,6 +167,21 @@ pub fn set_mtu(index: i32, mtu: u32) -> Message {
     change_link(index).with(IFLA_MTU, &mtu.to_ne_bytes())
 }
 
+/// Sets an interface's address.
+pub fn set_mac(index: i32, mac: &[u8]) -> Message {
+    change_link(index).with(IFLA_ADDRESS, mac)
+}
+
+/// Sets what else an interface is called; an empty text takes that away.
+pub fn set_alias(index: i32, alias: &str) -> Message {
+    change_link(index).with(IFLA_IFALIAS, alias.as_bytes())
+}
+
+/// Moves an interface to another network namespace, under that name. It is down then.
+pub fn move_to(index: i32, namespace: i32, name: &str) -> Message {
+    change_link(index).with(IFLA_NET_NS_FD, &namespace.to_ne_bytes()).with_text(IFLA_IFNAME, name)
+}
+
 /// Brings an interface up.
 pub fn up(index: i32) -> Message {
     Message::new(RTM_NEWLINK, 0, &link_header(index, IFF_UP, IFF_UP))
@@ -163,19 +196,35 @@ fn read_link(body: &[u8]) -> Option<Link> {
         flags: number(&fixed[8..])?,
         mac: Vec::new(),
         mtu: 0,
+        alias: String::new(),
+        function: None,
+        stands_on: None,
+        part_of: None,
     };
+    let (mut bus, mut is_elsewhere) = (String::new(), false);
     for (kind, payload) in attributes(&body[16..]) {
         match kind {
             IFLA_ADDRESS => link.mac = payload.to_vec(),
-            IFLA_IFNAME => {
-                let name = payload.strip_suffix(&[0]).unwrap_or(payload);
-                link.name = String::from_utf8(name.to_vec()).ok()?;
-            }
+            IFLA_IFNAME => link.name = text(payload)?,
             IFLA_MTU => link.mtu = number(payload)?,
+            IFLA_LINK => link.stands_on = Some(number(payload)?.cast_signed()),
+            IFLA_LINK_NETNSID => is_elsewhere = true,
+            IFLA_MASTER => link.part_of = Some(number(payload)?.cast_signed()),
+            // Whatever bytes somebody has set.
+            IFLA_IFALIAS => link.alias = text(payload).unwrap_or_default(),
+            IFLA_PARENT_DEV_NAME => link.function = Some(text(payload)?),
+            IFLA_PARENT_DEV_BUS_NAME => bus = text(payload)?,
             _ => {}
         }
     }
+    link.function = link.function.filter(|_| bus == BUS_PCI);
+    // The number is then that of another namespace.
+    link.stands_on = link.stands_on.filter(|_| !is_elsewhere);
     Some(link)
+}
+
+fn text(payload: &[u8]) -> Option<String> {
+    String::from_utf8(payload.strip_suffix(&[0]).unwrap_or(payload).to_vec()).ok()
 }
 
 /// All interfaces.

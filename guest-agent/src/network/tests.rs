@@ -70,10 +70,34 @@ fn what_is_wrong_is_refused() {
     refused(|r| r.routes[0].scope = 256);
     refused(|r| r.neighbours[0].mac = Vec::new());
     refused(|r| r.neighbours[0].address = "x".into());
+    for number in [32, u32::MAX] {
+        let error = refused(|r| r.interfaces[0].function = number);
+        assert!(matches!(error, NetworkError::Function(of) if of == number), "{error}");
+    }
+    let error = refused(|r| {
+        r.interfaces[0].function = 5;
+        let other =
+            agent::Interface { name: "net1".into(), mac: vec![2; 6], ..r.interfaces[0].clone() };
+        r.interfaces.push(other);
+    });
+    assert!(matches!(error, NetworkError::Function(5)), "{error}");
 }
 
 #[test]
 fn interface_that_the_guest_lacks_is_told() {
     let error = configure(&request()).unwrap_err();
     assert!(matches!(error, NetworkError::Absent(name) if name == "eth0"));
+}
+
+#[tokio::test]
+async fn function_that_has_no_driver_is_told_and_others_are_not_waited_for() {
+    let bus = tempfile::tempdir().unwrap();
+    await_at(bus.path(), &request()).await.unwrap();
+    let mut request = request();
+    request.interfaces[0].function = 31;
+    let error = await_at(bus.path(), &request).await.unwrap_err();
+    assert!(matches!(&error, NetworkError::NoDriver { address, .. } if address == "0000:00:1f.0"));
+    assert!(error.to_string().contains("network_functions"), "{error}");
+    request.interfaces[0].function = 32;
+    assert!(await_at(bus.path(), &request).await.unwrap_err().is_of_the_request());
 }

@@ -1,4 +1,4 @@
-//! Functions of the host in a VM: those that the pod asks for, and those that containers bring into
+//! Functions of the host in a VM: those that the pod asks for, those that CNI has given it, and those that containers bring into
 //! it while it runs, and take with them.
 //!
 //! Coming: checked, written down, opened, handed to the VMM, found by the agent. Going: the agent
@@ -9,7 +9,7 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use tokio::time::timeout;
-use vial_agent_protocol::agent::FunctionName;
+use vial_agent_protocol::agent::{ConfigureNetworkRequest, FunctionName};
 use vial_vmm_api::{Action, AddedFunctions, MAX_PASSED_FUNCTIONS, Reply};
 
 use super::{Given, Plan, Sandbox, vmm};
@@ -18,11 +18,12 @@ use crate::{
         DeviceError, binding,
         binding::Record,
         handles::{self, Handles},
-        passed::{Passed, Set},
+        passed::{Passed, Set, WrongNumbers},
         pci::Sysfs,
         wanted::Wanted,
     },
     error::ServiceError,
+    network::{NetworkError, functions::Moved},
     state_dir::{State, StateDir},
     undo::UndoStack,
     vmm_client::VmmError,
@@ -76,7 +77,51 @@ impl Functions {
     }
 }
 
-/// Binds the functions that the pod asks for, and opens them. What is about to be bound is written
+/// The functions that the pod gets, once all of them are fit: what it asks for, and what CNI has
+/// moved into its network.
+fn check(plan: &Plan, moved: &[Moved]) -> Result<Vec<Record>, ServiceError> {
+    let sysfs = Sysfs::default();
+    if moved.is_empty() {
+        return Ok(binding::check(&sysfs, &plan.devices)?);
+    }
+    let mut wanted = plan.devices.clone();
+    wanted.addresses.extend(moved.iter().map(|one| one.address));
+    binding::check(&sysfs, &wanted).map_err(|error| {
+        // What cannot be had without those of the network either is not their fault.
+        match binding::check(&sysfs, &plan.devices) {
+            Ok(_) => of_network(moved, error),
+            Err(error) => error.into(),
+        }
+    })
+}
+
+fn of_network(moved: &[Moved], error: DeviceError) -> ServiceError {
+    let interfaces: Vec<&str> = moved.iter().map(|one| one.interface.as_str()).collect();
+    NetworkError::Function { interfaces: interfaces.join(", "), error }.into()
+}
+
+/// Tells the guest which of its functions an interface is of.
+pub(super) fn place(
+    network: &mut ConfigureNetworkRequest,
+    state: &State,
+    listed: Option<&AddedFunctions>,
+) -> Result<(), WrongNumbers> {
+    for Moved { address, interface, .. } in moved(state) {
+        let at = state.devices.iter().position(|record| record.address == *address);
+        let device = at.zip(listed).and_then(|(at, listed)| listed.devices.get(at));
+        let device = u32::from(*device.ok_or(WrongNumbers)?);
+        for wire in network.interfaces.iter_mut().filter(|wire| wire.name == *interface) {
+            wire.function = device;
+        }
+    }
+    Ok(())
+}
+
+fn moved(state: &State) -> &[Moved] {
+    state.network.as_ref().map_or(&[], |attachment| &attachment.functions)
+}
+
+/// Binds the functions that the pod gets, and opens them. What is about to be bound is written
 /// down first.
 pub(super) fn pass_devices(
     plan: &Plan,
@@ -84,11 +129,11 @@ pub(super) fn pass_devices(
     state: &mut State,
     undo: &mut UndoStack,
 ) -> Result<Option<Handles>, ServiceError> {
-    if plan.devices.is_empty() {
+    let moved = moved(state).to_vec();
+    if plan.devices.is_empty() && moved.is_empty() {
         return Ok(None);
     }
-    let sysfs = Sysfs::default();
-    let records = binding::check(&sysfs, &plan.devices)?;
+    let records = check(plan, &moved)?;
     state.devices.clone_from(&records);
     dir.write_state(state)?;
     // Before the step: it may come half of its way.
@@ -99,7 +144,10 @@ pub(super) fn pass_devices(
         });
         given.await.unwrap_or_else(|error| Err(error.to_string()))
     });
-    binding::bind(&sysfs, &state.devices)?;
+    binding::bind(&Sysfs::default(), &state.devices).map_err(|error| match moved.is_empty() {
+        true => error.into(),
+        false => of_network(&moved, error),
+    })?;
     let handles = handles::open_all(&state.devices)?;
     plan.timeline.mark("PCI functions opened");
     Ok(Some(handles))

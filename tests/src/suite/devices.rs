@@ -16,7 +16,7 @@ use super::bed::{Bed, Detached, Runtime, run};
 use super::faults;
 
 /// Where functions are.
-const FUNCTIONS: &str = "/sys/bus/pci/devices";
+pub(super) const FUNCTIONS: &str = "/sys/bus/pci/devices";
 /// The card's physical function, and its virtual ones, as vendor and device.
 const PHYSICAL: &str = "0x8086 0x10c9";
 const VIRTUAL: &str = "0x8086 0x10ca";
@@ -24,9 +24,9 @@ const VIRTUAL: &str = "0x8086 0x10ca";
 pub(super) const CLASS_NVME: &str = "0x010802";
 const CLASS_ISA: &str = "0x060100";
 /// The host's address on the card, and a guest's.
-const HOST: &str = "10.99.0.1";
+pub(super) const HOST: &str = "10.99.0.1";
 const GUEST: &str = "10.99.0.2";
-const PORT: u16 = 7099;
+pub(super) const PORT: u16 = 7099;
 /// How long a driver may take to have bound a function.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -80,6 +80,19 @@ pub(super) fn virtual_function(number: usize) -> Result<String> {
     with_ids(VIRTUAL)?.into_iter().nth(number).context("the card has too few virtual functions")
 }
 
+/// The card's physical function.
+pub(super) fn physical() -> Result<String> {
+    with_ids(PHYSICAL)?.into_iter().next().context("there is no SR-IOV card")
+}
+
+/// The name of a function's interface in the host's own namespace.
+pub(super) fn interface(function: &str) -> Result<String> {
+    let interfaces = fs::read_dir(Path::new(FUNCTIONS).join(function).join("net"));
+    let interface = interfaces.into_iter().flatten().flatten().next();
+    let interface = interface.with_context(|| format!("{function} has no interface here"))?;
+    Ok(interface.file_name().to_string_lossy().into_owned())
+}
+
 pub(super) fn reaches_driver(function: &str, wanted: Option<&str>) -> Result<()> {
     let start = Instant::now();
     while driver(function).as_deref() != wanted {
@@ -96,15 +109,13 @@ pub(super) fn reaches_driver(function: &str, wanted: Option<&str>) -> Result<()>
 /// Loads the drivers, makes two virtual functions and gives the card an address. Once.
 pub(crate) fn begin() -> Result<()> {
     run(Command::new("modprobe").args(["-a", "igb", "igbvf", "nvme", "vfio-pci"]))?.expect(0)?;
-    let card = with_ids(PHYSICAL)?.into_iter().next().context("there is no SR-IOV card")?;
+    let card = physical()?;
     reaches_driver(&card, Some("igb"))?;
     write(Path::new(FUNCTIONS).join(&card).join("sriov_numvfs"), "2")?;
     for number in 0..2 {
         reaches_driver(&virtual_function(number)?, Some("igbvf"))?;
     }
-    let interfaces = fs::read_dir(Path::new(FUNCTIONS).join(&card).join("net"))?;
-    let interface = interfaces.flatten().next().context("the card has no interface")?;
-    let name = interface.file_name().to_string_lossy().into_owned();
+    let name = interface(&card)?;
     for line in [format!("address add {HOST}/24 dev {name}"), format!("link set {name} up")] {
         run(Command::new("ip").args(line.split(' ')))?.expect(0)?;
     }

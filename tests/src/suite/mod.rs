@@ -11,6 +11,7 @@ mod input;
 mod isolation;
 mod lifecycle;
 mod machine;
+mod moved;
 mod network;
 pub(crate) mod placement;
 pub(crate) mod record;
@@ -135,6 +136,12 @@ pub(crate) fn cases_of_devices() -> Vec<Case> {
         devices::function_is_given_back_when_vmm_or_shim_is_killed,
         devices::function_that_cannot_be_given_is_refused_and_left_alone,
         devices::group_with_a_function_of_another_driver_is_refused,
+        moved::function_that_cni_moved_is_the_containers_and_comes_back,
+        moved::function_that_cni_moved_is_back_when_vmm_or_shim_is_killed,
+        moved::function_that_cni_moved_is_the_hosts_when_the_namespace_is_gone,
+        moved::function_that_cni_moved_and_is_not_to_be_passed_gets_a_tap,
+        moved::function_that_cni_moved_and_cannot_be_passed_is_refused,
+        moved::cri_function_of_a_cni_plugin_is_the_pods_and_the_plugin_finds_it_again,
         hot_plug::cri_function_of_a_container_comes_and_goes_with_it,
         hot_plug::cri_pods_have_a_function_each,
         hot_plug::cri_function_comes_into_a_vm_from_a_template,

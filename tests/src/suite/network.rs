@@ -10,16 +10,19 @@ use anyhow::{Context, Result, ensure};
 use super::bed::{Bed, Detached, Runtime, run};
 use super::faults;
 
-const NAMESPACE: &str = "vial-suite";
+pub(super) const NAMESPACE: &str = "vial-suite";
 const PORT: u16 = 7097;
 
-/// The namespace and the bridge, until dropped.
-struct Network {
+/// A network namespace, until dropped.
+pub(super) struct Namespace {
     /// Whether `ip` made the directory of the namespaces a mount of its own for this one.
     mounted: bool,
 }
 
-fn ip(line: &str) -> Result<String> {
+/// The namespace and the bridge, until dropped.
+struct Network(Namespace);
+
+pub(super) fn ip(line: &str) -> Result<String> {
     let words = line.split_whitespace();
     Ok(run(Command::new("ip").args(words))?.expect(0).with_context(|| line.to_owned())?.stdout)
 }
@@ -29,11 +32,33 @@ fn namespaces_are_mounted() -> bool {
     mounts.lines().any(|line| line.split(' ').nth(4) == Some("/run/netns"))
 }
 
+impl Namespace {
+    pub(super) fn new() -> Result<Self> {
+        let namespace = Self { mounted: !namespaces_are_mounted() };
+        ip(&format!("netns add {NAMESPACE}"))?;
+        Ok(namespace)
+    }
+
+    /// What `ctr run --with-ns` takes for it.
+    pub(super) fn option(&self) -> String {
+        format!("network:/run/netns/{NAMESPACE}")
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        // What stays is found by the next look at the host.
+        let _ = ip(&format!("netns delete {NAMESPACE}"));
+        if self.mounted {
+            let _ = run(Command::new("umount").arg("/run/netns"));
+        }
+    }
+}
+
 impl Network {
     fn new() -> Result<Self> {
-        let network = Self { mounted: !namespaces_are_mounted() };
+        let network = Self(Namespace::new()?);
         for line in [
-            "netns add vial-suite",
             "link add vialbr0 type bridge",
             "address add 10.97.0.1/24 dev vialbr0",
             "address add fd97::1/64 dev vialbr0 nodad",
@@ -70,19 +95,15 @@ impl Network {
     }
 
     fn option(&self) -> String {
-        format!("network:/run/netns/{NAMESPACE}")
+        self.0.option()
     }
 }
 
 impl Drop for Network {
     fn drop(&mut self) {
         // What stays is found by the next look at the host.
-        let _ = ip("netns delete vial-suite");
         let _ = ip("link delete vialbr0");
         let _ = ip("link delete vialv0");
-        if self.mounted {
-            let _ = run(Command::new("umount").arg("/run/netns"));
-        }
     }
 }
 

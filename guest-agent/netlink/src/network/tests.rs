@@ -57,6 +57,26 @@ fn link_is_read_as_it_was_named() {
 }
 
 #[test]
+fn link_tells_its_function_and_what_stands_on_what() {
+    let of = |bus: &str| {
+        change_link(7)
+            .with_text(IFLA_PARENT_DEV_NAME, "0000:3b:10.0")
+            .with_text(IFLA_PARENT_DEV_BUS_NAME, bus)
+    };
+    assert_eq!(read_link(of("pci").body()).unwrap().function.as_deref(), Some("0000:3b:10.0"));
+    assert_eq!(read_link(of("virtio").body()).unwrap().function, None);
+    let above = change_link(8).with(IFLA_LINK, &7i32.to_ne_bytes());
+    assert_eq!(read_link(above.body()).unwrap().stands_on, Some(7));
+    let elsewhere = above.with(IFLA_LINK_NETNSID, &0i32.to_ne_bytes());
+    assert_eq!(read_link(elsewhere.body()).unwrap().stands_on, None);
+    let part = change_link(7).with(IFLA_MASTER, &9i32.to_ne_bytes());
+    assert_eq!(read_link(part.body()).unwrap().part_of, Some(9));
+    assert_eq!(read_link(set_alias(7, "ens1f0v0").body()).unwrap().alias, "ens1f0v0");
+    assert_eq!(read_link(set_mac(7, &[2; 6]).body()).unwrap().mac, [2; 6]);
+    assert_eq!(read_link(move_to(7, 3, "net1").body()).unwrap().name, "net1");
+}
+
+#[test]
 fn what_is_no_cidr_is_refused() {
     for text in ["", "10.0.0.1", "10.0.0.1/33", "::1/129", "a/8", "10.0.0.1/-1", "10.0.0.1/x"] {
         assert!(text.parse::<Cidr>().is_err(), "{text}");
