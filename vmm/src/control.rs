@@ -20,7 +20,8 @@ use vial_vmm_api::{
 
 use crate::devices::vhost_user::BackendGone;
 use crate::machine::{
-    Descriptors, GuestConnected, Machine, MachineError, PassError, Purpose, RunningMachine,
+    Descriptors, DiskError, GuestConnected, Machine, MachineError, PassError, Purpose,
+    RunningMachine,
 };
 use crate::vcpu::EndOfVm;
 use crate::vm_state::{self, VmEvent};
@@ -183,12 +184,25 @@ impl Control {
                 result
             }
             Action::VsockConnect { port, socket } => self.connect(port, socket, descriptors),
-            Action::AddFunctions { container, groups, functions } => self
-                .pass(|machine| machine.add_functions(container, groups, functions, descriptors))
-                .map(Reply::FunctionsAdded),
-            Action::RemoveFunctions { set } => {
-                self.pass(|machine| machine.remove_functions(set)).map(|()| Reply::Done)
+            Action::AddFunctions { container, groups, functions } => {
+                let add = |machine: &mut RunningMachine| {
+                    machine.add_functions(container, groups, functions, descriptors)
+                };
+                self.change(add, PassError::is_invalid_request).map(Reply::FunctionsAdded)
             }
+            Action::RemoveFunctions { set } => self
+                .change(|machine| machine.remove_functions(set), PassError::is_invalid_request)
+                .map(|()| Reply::Done),
+            Action::AddDisk { file, read_only, serial } => {
+                let add = |machine: &mut RunningMachine| {
+                    machine.add_disk(file, read_only, &serial, descriptors)
+                };
+                self.change(add, DiskError::is_invalid_request)
+                    .map(|device| Reply::DiskAdded { device })
+            }
+            Action::RemoveDisk { device } => self
+                .change(|machine| machine.remove_disk(device), DiskError::is_invalid_request)
+                .map(|()| Reply::Done),
             Action::ReconnectBackend { backend, socket } => {
                 self.reconnect(backend, socket, descriptors)
             }
@@ -318,10 +332,11 @@ impl Control {
         Ok(Reply::Done)
     }
 
-    /// Gives functions to the machine, or takes them.
-    fn pass<T>(
+    /// Gives devices to the machine, or takes them.
+    fn change<T, E: std::fmt::Display>(
         &mut self,
-        change: impl FnOnce(&mut RunningMachine) -> Result<T, PassError>,
+        change: impl FnOnce(&mut RunningMachine) -> Result<T, E>,
+        is_invalid_request: impl FnOnce(&E) -> bool,
     ) -> Result<T, Failure> {
         self.state = self.advance(VmEvent::Pass)?;
         let Some(machine) = &mut self.machine else {
@@ -329,7 +344,7 @@ impl Control {
             return Err(Failure { kind: FailureKind::State, message });
         };
         change(machine).map_err(|error| Failure {
-            kind: match error.is_invalid_request() {
+            kind: match is_invalid_request(&error) {
                 true => FailureKind::Invalid,
                 false => FailureKind::Host,
             },

@@ -181,8 +181,14 @@ pub fn drive_bus(devices: Vec<Box<dyn VirtioDevice>>, script: &[u8]) {
     let mut functions: Vec<SharedFunction> = Vec::new();
     for device in devices {
         let workers = Workers { io: io.clone(), file_server: None, vhost_user: None };
-        let function =
-            VirtioPci::new(device, &bus, ram(), router.clone(), Arc::new(NoDoorbells), workers);
+        let function = VirtioPci::new(
+            device,
+            Some(&bus),
+            ram(),
+            router.clone(),
+            Arc::new(NoDoorbells),
+            workers,
+        );
         let function: SharedFunction = Arc::new(Mutex::new(function.expect("a function")));
         bus.add(function.clone()).expect("a place on the bus");
         functions.push(function);

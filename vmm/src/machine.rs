@@ -3,6 +3,7 @@
 //! [`RunningMachine`] cannot be given another kernel.
 
 mod assembly;
+mod disks;
 mod passed;
 mod purpose;
 mod restore;
@@ -23,6 +24,8 @@ use vial_vmm_api::{
 use vmm_sys_util::eventfd::EventFd;
 
 use self::assembly::{Assembly, Growth};
+pub use self::disks::DiskError;
+use self::disks::Disks;
 pub use self::passed::PassError;
 use self::passed::{Given, Passed};
 pub use self::purpose::Purpose;
@@ -270,6 +273,7 @@ pub struct Machine {
     vsock: Option<vsock::VsockConnector>,
     vm: Arc<Vm>,
     passed: Passed,
+    disks: Disks,
     backends: Vec<Handover>,
     hot_plug: bool,
     report: BootReport,
@@ -283,6 +287,7 @@ pub struct RunningMachine {
     /// Keeps KVM's side of the machine for as long as the guest's memory is mapped.
     vm: Arc<Vm>,
     passed: Passed,
+    disks: Disks,
     backends: Vec<Handover>,
     hot_plug: bool,
     saving: Option<Saving>,
@@ -325,6 +330,7 @@ impl Machine {
         let pci = PciBus::with_high_window(high_window.clone());
         let platform = Arc::new(Platform { ports: Ports::new(console), pci });
         let passed = Passed::new(&vm, &ram, &platform, high_window);
+        let disks = Disks::new(&vm, &ram, &platform, &workers);
         let room = room(config.memory_mib, config.memory_mib);
         let growth = Growth { room, hot_plug: config.hot_plug };
         let mut assembly = Assembly::new(&vm, &ram, &platform, workers, passed, growth);
@@ -361,7 +367,7 @@ impl Machine {
         let (devices, backends) = backends.into_iter().unzip();
         let report = BootReport { marks, functions: listed, backends: devices };
         let (vcpus, hot_plug) = (made.vcpus, config.hot_plug);
-        Ok(Self { platform, vcpus, vsock, vm, passed, backends, hot_plug, report, saving })
+        Ok(Self { platform, vcpus, vsock, vm, passed, disks, backends, hot_plug, report, saving })
     }
 
     /// Lets the guest run. How it ends is told by `end`.
@@ -398,6 +404,7 @@ impl Machine {
             vsock: self.vsock,
             vm: self.vm,
             passed: self.passed,
+            disks: self.disks,
             backends: self.backends,
             hot_plug: self.hot_plug,
             saving,
@@ -443,6 +450,28 @@ impl RunningMachine {
             true => self.passed.remove(set),
             false => Err(PassError::NotHotPlug),
         }
+    }
+
+    /// Adds a disk, and returns its number on the bus.
+    ///
+    /// # Errors
+    /// [`DiskError`]; it is not there then.
+    pub fn add_disk(
+        &mut self,
+        file: Descriptor,
+        read_only: bool,
+        serial: &str,
+        mut descriptors: Descriptors,
+    ) -> Result<u8, DiskError> {
+        self.disks.add(descriptors.take(file, "the disk")?, read_only, serial)
+    }
+
+    /// Takes a disk that was added.
+    ///
+    /// # Errors
+    /// [`DiskError::None`].
+    pub fn remove_disk(&mut self, device: u8) -> Result<(), DiskError> {
+        self.disks.remove(device)
     }
 
     /// Gives a device another connection to its backend.

@@ -18,7 +18,7 @@ pub enum VmEvent {
     Saved,
     /// The owner connects to a port of the guest.
     Connect,
-    /// The owner gives it functions of the host, or takes them.
+    /// The owner gives it functions or disks of the host, or takes them.
     Pass,
     /// The guest ended, or is ended.
     End,
@@ -51,7 +51,7 @@ pub fn next(state: VmState, event: VmEvent) -> Result<VmState, WrongState> {
             Err(WrongState { state, what: "take a connection; it has to run" })
         }
         (_, VmEvent::Pass) => {
-            Err(WrongState { state, what: "be given functions or lose them; it has to run" })
+            Err(WrongState { state, what: "be given devices or lose them; it has to run" })
         }
         (_, VmEvent::Save | VmEvent::Saved) => {
             Err(WrongState { state, what: "be saved; it has to run" })

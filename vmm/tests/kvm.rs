@@ -11,7 +11,7 @@ use std::io::{Read, Seek};
 use client::{Attachments, Vmm};
 use guests::{POWER_OFF, Request, file, kernel, out, request, start};
 use vial_vmm_api::{
-    Action, Descriptor, DeviceConfig, Event, ExitReason, Failure, FailureKind,
+    Action, Descriptor, DeviceConfig, Event, ExitReason, Failure, FailureKind, MAX_LATE_DISKS,
     MAX_PASSED_FUNCTIONS, Reply, VmState,
 };
 
@@ -180,6 +180,50 @@ fn functions_that_cannot_be_added_are_refused_and_the_vm_runs_on() {
     }
     let failure = vmm.ask(Action::RemoveFunctions { set: 0 }, &[]).unwrap_err();
     assert!(failure.message.contains("no set 0"), "{failure:?}");
+    assert_eq!(vmm.ask(Action::Status, &[]), Ok(Reply::Status(VmState::Running)));
+}
+
+/// Asks for a disk of `file`.
+fn add_disk(vmm: &mut Vmm, file: File, read_only: bool) -> Result<Reply, Failure> {
+    let mut files = Attachments::default();
+    let file = files.add(file);
+    vmm.ask(Action::AddDisk { file, read_only, serial: "late".into() }, &files.all())
+}
+
+#[test]
+fn disks_come_to_a_vm_that_runs_and_go_and_wrong_ones_are_refused() {
+    let disk = || file(&[7; 4096]);
+    let mut vmm = start();
+    let failure = add_disk(&mut vmm, disk(), false).unwrap_err();
+    assert_eq!(failure.kind, FailureKind::State, "{failure:?}");
+    boot(&mut vmm, request(kernel(&FOREVER))).expect("boot");
+    let mut numbers = Vec::new();
+    for round in 0..MAX_LATE_DISKS {
+        let added = add_disk(&mut vmm, disk(), round % 2 == 0).expect("a disk");
+        let Reply::DiskAdded { device } = added else { panic!("{added:?}") };
+        assert!((1..=31).contains(&device) && !numbers.contains(&device), "{device}");
+        numbers.push(device);
+    }
+    let failure = add_disk(&mut vmm, disk(), false).unwrap_err();
+    assert!(failure.message.contains("more than 8 disks"), "{failure:?}");
+    // A number is free again when its disk is gone.
+    for device in [numbers[0], numbers[3]] {
+        assert_eq!(vmm.ask(Action::RemoveDisk { device }, &[]), Ok(Reply::Done));
+        let failure = vmm.ask(Action::RemoveDisk { device }, &[]).unwrap_err();
+        assert!(failure.message.contains("no disk came"), "{failure:?}");
+        assert_eq!(add_disk(&mut vmm, disk(), true), Ok(Reply::DiskAdded { device }));
+    }
+    assert_eq!(vmm.ask(Action::RemoveDisk { device: numbers[1] }, &[]), Ok(Reply::Done));
+    // Those that it began with are not such disks.
+    let failure = vmm.ask(Action::RemoveDisk { device: 0 }, &[]).unwrap_err();
+    assert_eq!(failure.kind, FailureKind::Invalid, "{failure:?}");
+    let failure = add_disk(&mut vmm, file(&[7; 511]), true).unwrap_err();
+    assert!(failure.message.contains("less than one sector"), "{failure:?}");
+    let failure = add_disk(&mut vmm, File::open("/dev/null").unwrap(), true).unwrap_err();
+    assert!(failure.message.contains("character device"), "{failure:?}");
+    let of_reading = File::open("/proc/self/exe").unwrap();
+    let failure = add_disk(&mut vmm, of_reading, false).unwrap_err();
+    assert!(failure.message.contains("not open for reading and writing"), "{failure:?}");
     assert_eq!(vmm.ask(Action::Status, &[]), Ok(Reply::Status(VmState::Running)));
 }
 

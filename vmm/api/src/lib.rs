@@ -11,7 +11,7 @@
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// The version of these types. The first message names it; another version is refused.
-pub const API_VERSION: u32 = 6;
+pub const API_VERSION: u32 = 7;
 
 /// The largest encoded message, in bytes.
 pub const MAX_MESSAGE_BYTES: usize = 64 << 10;
@@ -38,6 +38,9 @@ pub const MAX_TAG_BYTES: usize = 36;
 
 /// The most functions of the host that a VM can have at one time.
 pub const MAX_PASSED_FUNCTIONS: usize = 16;
+
+/// The most disks that can come to a VM that runs, at one time.
+pub const MAX_LATE_DISKS: usize = 8;
 
 /// The most NUMA nodes that a guest can have. The guest's kernel knows no more.
 pub const MAX_NODES: usize = 8;
@@ -108,6 +111,21 @@ pub enum Action {
         /// Which: [`AddedFunctions::set`].
         set: u32,
     },
+    /// Adds a disk to a VM that runs. The guest finds it when it looks for new devices.
+    AddDisk {
+        /// As in [`DeviceConfig::Block`].
+        file: Descriptor,
+        /// As in [`DeviceConfig::Block`].
+        read_only: bool,
+        /// As in [`DeviceConfig::Block`].
+        serial: String,
+    },
+    /// Takes a disk that [`Action::AddDisk`] brought, whether the guest has let go of it or not: when this is answered,
+    /// nothing is read from it or written to it any more.
+    RemoveDisk {
+        /// Which: that of [`Reply::DiskAdded`].
+        device: u8,
+    },
     /// Gives a device of [`DeviceConfig::VhostUser`] another connection in place of one that
     /// [`Event::BackendGone`] has told of. Answered when it is taken; a backend that does not serve
     /// the device as the one before is told of by another such event.
@@ -144,6 +162,11 @@ pub enum Reply {
     Booted(BootReport),
     /// The answer to [`Action::AddFunctions`].
     FunctionsAdded(AddedFunctions),
+    /// The answer to [`Action::AddDisk`].
+    DiskAdded {
+        /// Its device number on the guest's PCI bus 0, 1 to 31.
+        device: u8,
+    },
 }
 
 /// Functions of the host that came together, and go together.

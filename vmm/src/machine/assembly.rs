@@ -93,7 +93,7 @@ impl<'a> Assembly<'a> {
             .map_err(|reason| MachineError::Device { number, kind, reason })?;
         let mut function = VirtioPci::new(
             device,
-            &self.platform.pci,
+            Some(&self.platform.pci),
             self.ram.clone(),
             self.vm.clone(),
             self.vm.clone(),

@@ -10,6 +10,7 @@ use kvm_bindings::kvm_cpuid_entry2;
 use vial_vmm_api::{BootReport, DeviceConfig, GROWTH_STEP_MIB, RestoreConfig};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::disks::Disks;
 use super::{
     Descriptors, GuestConnected, Machine, MachineError,
     assembly::{Assembly, Growth},
@@ -122,6 +123,7 @@ impl Machine {
         let pci = PciBus::with_high_window(high_window.clone());
         let platform = Arc::new(Platform { ports: Ports::new(None), pci });
         let passed = Passed::new(&vm, &ram, &platform, high_window);
+        let disks = Disks::new(&vm, &ram, &platform, &workers);
         let growth = Growth { room, hot_plug: config.hot_plug };
         let mut assembly = Assembly::new(&vm, &ram, &platform, workers, passed, growth);
         let mut guest_connected = Some(guest_connected);
@@ -135,7 +137,7 @@ impl Machine {
         let report = BootReport { marks, functions: None, backends: Vec::new() };
         let (vcpus, hot_plug) = (made.vcpus, config.hot_plug);
         let (saving, backends) = (None, Vec::new());
-        Ok(Self { platform, vcpus, vsock, vm, passed, backends, hot_plug, report, saving })
+        Ok(Self { platform, vcpus, vsock, vm, passed, disks, backends, hot_plug, report, saving })
     }
 }
 

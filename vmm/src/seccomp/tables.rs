@@ -194,8 +194,14 @@ const VHOST_USER: &[Call] = &[
     (libc::SYS_shutdown, Any),
 ];
 
-/// The shim's socket.
+/// The shim's socket; and disks that come and go, whose files the shim has opened: what they are is asked for, and the
+/// guest's doorbells and interrupts are theirs.
 const CONTROL: &[Call] = &[
+    (libc::SYS_eventfd2, Any),
+    (libc::SYS_fcntl, OneOf(1, &[libc::F_GETFL as u64])),
+    (libc::SYS_fstat, Any),
+    (libc::SYS_ioctl, OneOf(1, &[KVM_SET_GSI_ROUTING, KVM_IRQFD, KVM_IOEVENTFD])),
+    (libc::SYS_lseek, Any),
     (libc::SYS_poll, Any),
     (libc::SYS_ppoll, Any),
     (libc::SYS_recvmsg, Any),
@@ -236,7 +242,6 @@ const CONTROL_WITH_FUNCTIONS: &[Call] = &[
             ],
         ),
     ),
-    (libc::SYS_eventfd2, Any),
     (libc::SYS_pread64, Any),
     (libc::SYS_pwrite64, Any),
 ];

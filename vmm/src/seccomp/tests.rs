@@ -85,6 +85,8 @@ fn table(kind: ThreadKind) -> (&'static [Attempt], &'static [Attempt]) {
         ("more of a container's memory", libc::SYS_ioctl, [CLOSED, 0x3b71, 0, 0]);
     const SLOT: Attempt = ("a memory slot", libc::SYS_ioctl, [CLOSED, 0x4020_ae46, 0, 0]);
     const EVENT: Attempt = ("an event", libc::SYS_eventfd2, [0, -1, 0, 0]);
+    // KVM_IOEVENTFD.
+    const DOORBELL: Attempt = ("a doorbell", libc::SYS_ioctl, [CLOSED, 0x4040_ae79, 0, 0]);
     // VFIO_GROUP_GET_DEVICE_FD.
     const GROUP: Attempt = ("a function of a group", libc::SYS_ioctl, [CLOSED, 0x3b6a, 0, 0]);
     const READ_AT: Attempt = ("read at a place", libc::SYS_pread64, [CLOSED, 0, 0, 0]);
@@ -105,23 +107,11 @@ fn table(kind: ThreadKind) -> (&'static [Attempt], &'static [Attempt]) {
         }
         ThreadKind::VhostUser => (
             &[EPOLL, POLL, RECEIVE],
-            &[OPEN, PAIR, IDENTITY, RUN, DUPLICATE, READ_AT, WRITE_AT, SLOT, EVENT],
+            &[OPEN, PAIR, IDENTITY, RUN, DUPLICATE, READ_AT, WRITE_AT, SLOT, EVENT, DOORBELL],
         ),
         ThreadKind::Control => (
-            &[POLL, RECEIVE],
-            &[
-                OPEN,
-                PAIR,
-                IDENTITY,
-                RUN,
-                EPOLL,
-                DUPLICATE,
-                READ_OUT,
-                WRITE_AT,
-                SLOT,
-                PASSED_MEMORY,
-                EVENT,
-            ],
+            &[POLL, RECEIVE, EVENT, DOORBELL],
+            &[OPEN, PAIR, IDENTITY, RUN, EPOLL, DUPLICATE, READ_OUT, WRITE_AT, SLOT, PASSED_MEMORY],
         ),
         ThreadKind::ControlWithFunctions => (
             &[POLL, RECEIVE, SLOT, PASSED_MEMORY, PASSED_INTERRUPT, READ_AT, WRITE_AT, EVENT],

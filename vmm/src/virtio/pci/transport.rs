@@ -120,16 +120,19 @@ pub struct VirtioPci {
     workers: Workers,
     worker: Option<(WorkerThread, WorkerId)>,
     ram: GuestRam,
+    /// It was taken off its bus.
+    gone: bool,
 }
 
 impl VirtioPci {
-    /// Wraps a device. Its BAR takes a place on `bus`; adding it there is the caller's.
+    /// Wraps a device. Its BAR takes a place on `bus`, or has none until the guest gives it one; adding it to the bus is
+    /// the caller's.
     ///
     /// # Errors
     /// No interrupt, doorbell, descriptor or address is left.
     pub fn new(
         device: Box<dyn VirtioDevice>,
-        bus: &PciBus,
+        bus: Option<&PciBus>,
         ram: GuestRam,
         router: Arc<dyn MsiRouter>,
         doorbells: Arc<dyn Doorbells>,
@@ -140,7 +143,11 @@ impl VirtioPci {
         let vectors = queues as u16 + 1;
         let msix = MsixTable::new(vectors, router)?;
         let mut config = ConfigSpace::new(identity(device.id()));
-        config.add_bar(0, BAR_SIZE, bus.allocate_bar(BAR_SIZE)?)?;
+        let place = bus.map(|bus| bus.allocate_bar(BAR_SIZE)).transpose()?;
+        config.add_bar(0, BAR_SIZE, place.unwrap_or(0))?;
+        if place.is_none() {
+            config.undecode();
+        }
         add_virtio_capabilities(&mut config)?;
         let body = msix.capability(0, MSIX_TABLE as u32, MSIX_PENDING as u32);
         let msix_capability = config.add_capability(msix::CAPABILITY_ID, &body)?;
@@ -163,6 +170,7 @@ impl VirtioPci {
             workers,
             worker: None,
             ram,
+            gone: false,
         };
         for (_, address, _) in this.config.decoded_bars() {
             this.ring_at(address)?;
@@ -338,6 +346,9 @@ impl PciFunction for VirtioPci {
     }
 
     fn write_config(&mut self, offset: u16, data: &[u8]) -> Vec<BarChange> {
+        if self.gone {
+            return Vec::new();
+        }
         let changes = self.config.write(offset, data);
         self.msix.set_control(self.config.u16_at(usize::from(self.msix_control)));
         for change in &changes {
@@ -362,6 +373,9 @@ impl PciFunction for VirtioPci {
     }
 
     fn write_bar(&mut self, _: u8, offset: u64, data: &[u8]) {
+        if self.gone {
+            return;
+        }
         let within = offset % REGION_SIZE;
         match offset - within {
             COMMON => {
@@ -377,6 +391,19 @@ impl PciFunction for VirtioPci {
             }
             MSIX_TABLE => self.msix.write_table(within, data),
             _ => {}
+        }
+    }
+
+    fn detach(&mut self) {
+        self.gone = true;
+        self.reset();
+        for (_, address, _) in self.config.decoded_bars().collect::<Vec<_>>() {
+            self.move_doorbells(BarChange {
+                bar: 0,
+                size: BAR_SIZE,
+                old: Some(address),
+                new: None,
+            });
         }
     }
 }
