@@ -1,31 +1,33 @@
-//! Devices of the VM that other processes of the host serve, as the pod's containers have them:
-//! disks by a node, file systems by a mount.
+//! Devices of the VM that other processes of the host serve, and block devices of the host, as the
+//! pod's containers have them: disks by a node, file systems by a mount.
 //!
-//! They are the same for all containers of the pod. A file system is mounted in the guest with the
-//! first container, and stays.
+//! A file system is mounted in the guest with the first container, and stays.
 
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
+use crate::spec;
 use oci_spec::runtime::{
     LinuxDevice, LinuxDeviceBuilder, LinuxDeviceCgroupBuilder, LinuxDeviceType, LinuxResources,
     Mount, MountBuilder, Spec,
 };
 use rustix::mount::{MountFlags, mount};
 use vial_agent_protocol::agent::ServedDevice;
-use vial_agent_protocol::{FUNCTION_DEVICES, MAX_SERVED_DEVICES, is_plain_path};
+use vial_agent_protocol::{FUNCTION_DEVICES, MAX_DISKS, MAX_SERVED_DEVICES, is_plain_path};
 
 const FUNCTIONS: &str = "/sys/bus/pci/devices";
 /// Where file systems are mounted in the guest.
 const MOUNTS: &str = "/run/vial-served";
+/// The most devices of a container.
+const MOST_DEVICES: usize = MAX_SERVED_DEVICES + MAX_DISKS;
 /// The longest name of a file system (virtio 1.2, 5.11.4), in bytes.
 const MAX_TAG_BYTES: usize = 36;
 
 /// Why a container does not get a device.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ServedError {
-    #[error("the pod has {0} devices of other processes, more than {MAX_SERVED_DEVICES}")]
+    #[error("the container has {0} disks and file systems of the host, more than {MOST_DEVICES}")]
     TooMany(usize),
     #[error("{0:?} cannot be where a container has a device or a file system")]
     Path(String),
@@ -62,7 +64,7 @@ pub(crate) enum Served {
 /// # Errors
 /// [`ServedError`].
 pub(crate) fn prepare(devices: &[ServedDevice]) -> Result<Vec<Served>, ServedError> {
-    if devices.len() > MAX_SERVED_DEVICES {
+    if devices.len() > MOST_DEVICES {
         return Err(ServedError::TooMany(devices.len()));
     }
     devices.iter().map(|device| prepare_one(Path::new(FUNCTIONS), device)).collect()
@@ -166,19 +168,21 @@ fn bind(path: &Path, read_only: bool, source: &Path) -> Option<Mount> {
 
 fn add_disk(spec: &mut Spec, path: &Path, read_only: bool, (major, minor): (i64, i64)) {
     let Some(linux) = spec.linux_mut() else { return };
+    // A block device of the host, which has its numbers there, but the owner and mode that it is to have.
+    let of_host = spec::devices::take(linux, path);
+    let mode = of_host.as_ref().and_then(LinuxDevice::file_mode);
+    let id = |id: fn(&LinuxDevice) -> Option<u32>| of_host.as_ref().and_then(id).unwrap_or(0);
     let device: Option<LinuxDevice> = LinuxDeviceBuilder::default()
         .path(path)
         .typ(LinuxDeviceType::B)
         .major(major)
         .minor(minor)
-        .file_mode(if read_only { 0o440u32 } else { 0o660 })
-        .uid(0u32)
-        .gid(0u32)
+        .file_mode(mode.unwrap_or(if read_only { 0o440u32 } else { 0o660 }))
+        .uid(id(LinuxDevice::uid))
+        .gid(id(LinuxDevice::gid))
         .build()
         .ok();
-    let devices = linux.devices_mut().get_or_insert_with(Vec::new);
-    devices.retain(|other| other.path() != path);
-    devices.extend(device);
+    linux.devices_mut().get_or_insert_with(Vec::new).extend(device);
     let rule = LinuxDeviceCgroupBuilder::default()
         .allow(true)
         .typ(LinuxDeviceType::B)
@@ -226,6 +230,34 @@ mod tests {
     }
 
     #[test]
+    fn disk_in_place_of_a_block_device_of_the_host_has_its_owner_and_not_its_numbers() {
+        let mut spec: Spec = serde_json::from_value(json!({
+            "ociVersion": "1.2.0",
+            "linux": {
+                "devices": [{"path": "/dev/xvda", "type": "b", "major": 8, "minor": 16,
+                    "fileMode": 0o600, "uid": 1000, "gid": 6}],
+                "resources": {"devices": [
+                    {"allow": false, "access": "rwm"},
+                    {"allow": true, "type": "b", "major": 8, "minor": 16, "access": "rwm"}
+                ]}
+            }
+        }))
+        .unwrap();
+        let path = PathBuf::from("/dev/xvda");
+        add_to(&mut spec, &[Served::Disk { path, read_only: false, major: 254, minor: 0 }]);
+        let spec = serde_json::to_value(&spec).unwrap();
+        let devices = &spec["linux"]["devices"];
+        assert_eq!(
+            devices,
+            &json!([{"path": "/dev/xvda", "type": "b", "major": 254, "minor": 0,
+                "fileMode": 0o600, "uid": 1000, "gid": 6}])
+        );
+        let rules = spec["linux"]["resources"]["devices"].as_array().unwrap();
+        let majors: Vec<_> = rules.iter().map(|rule| &rule["major"]).collect();
+        assert_eq!(majors, [&json!(null), &json!(254)]);
+    }
+
+    #[test]
     fn directory_becomes_a_mount() {
         let mut spec: Spec = serde_json::from_value(json!({"ociVersion": "1.2.0"})).unwrap();
         let (path, source) = ("/data".into(), "/run/vial-served/user-f".into());
@@ -248,7 +280,7 @@ mod tests {
         for tag in ["", "a/b", "..", &"a".repeat(37)] {
             wrong(device("/data", 0, tag));
         }
-        let many = vec![device("/dev/x", 5, ""); MAX_SERVED_DEVICES + 1];
+        let many = vec![device("/dev/x", 5, ""); MOST_DEVICES + 1];
         assert!(matches!(prepare(&many), Err(ServedError::TooMany(_))));
     }
 }

@@ -75,6 +75,8 @@ pub(crate) struct Guest {
     pub(crate) pid_namespace: Option<PathBuf>,
     /// The guest's devices, when those of the spec matter ([`devices::has_any`]).
     pub(crate) devices: Vec<LinuxDevice>,
+    /// Where the container has disks that are to be put in place of the host's.
+    pub(crate) disks: Vec<PathBuf>,
 }
 
 /// Reads a config.json.
@@ -181,7 +183,7 @@ fn rewrite_linux(linux: &mut Linux, guest: &Guest) -> Result<bool, SpecError> {
         .collect::<Result<Vec<LinuxNamespace>, SpecError>>()?;
     let shares_uts = !kept.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Uts);
     linux.set_namespaces(Some(kept));
-    devices::rewrite(linux, &guest.devices)?;
+    devices::rewrite(linux, &guest.devices, &guest.disks)?;
     linux.set_cgroups_path(Some(guest.cgroup.clone()));
     linux.set_intel_rdt(None);
     linux.set_mount_label(None);

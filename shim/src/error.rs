@@ -6,6 +6,7 @@ use crate::{
     agent::AgentError,
     core_scheduling::CoreSchedulingError,
     devices::{DeviceError, passed::WrongNumbers},
+    disks::DiskError,
     jail::RecordError,
     life::NoSuchStep,
     metrics::MetricsError,
@@ -104,6 +105,9 @@ pub enum ServiceError {
     /// See [`DeviceError`].
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// See [`DiskError`].
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// See [`VhostUserError`].
     #[error(transparent)]
     VhostUser(#[from] VhostUserError),
@@ -161,6 +165,9 @@ impl ServiceError {
                 | ShareError::Source { .. },
             ) => Code::INVALID_ARGUMENT,
             Self::Device(error) if error.is_of_the_pod() => Code::INVALID_ARGUMENT,
+            Self::Disk(error) | Self::Spec(SpecError::Disk(error)) if error.is_of_the_pod() => {
+                Code::INVALID_ARGUMENT
+            }
             Self::Numa(error) | Self::Spec(SpecError::Numa(error)) if error.is_of_the_pod() => {
                 Code::INVALID_ARGUMENT
             }
@@ -172,6 +179,7 @@ impl ServiceError {
             Self::State(_)
             | Self::Precondition(_)
             | Self::Device(_)
+            | Self::Disk(_)
             | Self::VhostUser(_)
             | Self::Numa(_) => Code::FAILED_PRECONDITION,
             Self::Unimplemented(_) => Code::UNIMPLEMENTED,

@@ -32,6 +32,7 @@ pub mod container;
 pub mod copies;
 pub mod core_scheduling;
 pub mod devices;
+pub mod disks;
 pub mod error;
 pub mod events;
 mod forward;

@@ -244,6 +244,7 @@ impl Pod {
         let sandbox = running(&mut slot, plan).await?;
         let claim = spec.claim()?;
         let devices = spec.wanted_devices(&plan.config.pci_devices)?;
+        let disks = spec.wanted_disks()?;
         sandbox.give_functions(&new.id, &devices).await?;
         let made = match role {
             Role::Sandbox => {
@@ -253,7 +254,9 @@ impl Pod {
                 let pids = spec.joins_pids().then(|| self.joined_pids()).transpose();
                 let placed = sandbox.placed.claim(&new.id, claim).map_err(ServiceError::from);
                 let made = match placed.and(pids) {
-                    Ok(pids) => make(plan, &sandbox, &new, (bytes, &mut spec), pids).await,
+                    Ok(pids) => {
+                        make(plan, &sandbox, &new, (bytes, &mut spec), (pids, &disks)).await
+                    }
                     Err(error) => Err(error),
                 };
                 if made.is_err() {
@@ -506,6 +509,7 @@ impl Pod {
             sandbox.copies.forget(id);
             sandbox.sockets.forget(id);
             sandbox.take_functions(id).await;
+            sandbox.take_disks(id).await;
             sandbox.share.remove_container(id)?;
             sandbox.placed.release(id);
             self.containers_mut().remove(id);

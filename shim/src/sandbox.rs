@@ -5,6 +5,7 @@
 //! same.
 
 mod boot;
+mod disks;
 mod functions;
 mod start;
 
@@ -38,6 +39,7 @@ use crate::{
     copies::Copies,
     core_scheduling,
     devices::{handles, wanted::Wanted},
+    disks::Disks,
     error::ServiceError,
     forward,
     jail::{
@@ -120,6 +122,7 @@ pub struct Sandbox {
     /// What its containers are given of devices of other processes.
     pub served: Vec<ServedDevice>,
     functions: tokio::sync::Mutex<Functions>,
+    disks: tokio::sync::Mutex<Disks>,
     process: Arc<VmmProcess>,
     ended: watch::Receiver<Option<String>>,
     undo: Mutex<Option<UndoStack>>,
@@ -293,6 +296,7 @@ impl Sandbox {
             placed,
             served,
             functions: functions.into(),
+            disks: Disks::default().into(),
             process,
             ended,
             undo: Mutex::new(None),

@@ -14,6 +14,7 @@ use vial_agent_protocol::MAX_SPEC_BYTES;
 use crate::{
     core_scheduling,
     devices::{self, DeviceError, address::Address, wanted::Wanted},
+    disks,
     numa::{self, NumaError, claim},
     sockets::connector::User,
     template,
@@ -108,8 +109,17 @@ pub struct Linux {
 /// One of a spec's `linux.devices`.
 #[derive(Debug, Deserialize)]
 pub struct Device {
-    /// Where it is; on the host, as a rule.
+    /// Where the container has it; on the host, too, as a rule.
     pub path: PathBuf,
+    /// `b`, `c` or another letter.
+    #[serde(default, rename = "type")]
+    pub kind: String,
+    /// The host's number of its kind.
+    #[serde(default)]
+    pub major: i64,
+    /// The host's number of it among those of its kind.
+    #[serde(default)]
+    pub minor: i64,
 }
 
 /// One of a spec's `linux.namespaces`.
@@ -213,6 +223,9 @@ pub enum SpecError {
     /// The devices that are asked for.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// The block devices that are asked for.
+    #[error(transparent)]
+    Disk(#[from] disks::DiskError),
     /// The devices of other processes that are asked for.
     #[error(transparent)]
     VhostUser(#[from] VhostUserError),
@@ -278,6 +291,14 @@ impl Spec {
         check_annotations(&self.annotations)?;
         let nodes = self.linux.devices.iter().map(|device| device.path.as_path());
         Ok(Wanted::new(&self.annotations, nodes, listed)?)
+    }
+
+    /// The block devices of the host that the container asks for.
+    ///
+    /// # Errors
+    /// [`SpecError::Disk`].
+    pub fn wanted_disks(&self) -> Result<Vec<disks::Wanted>, SpecError> {
+        Ok(disks::wanted(&self.linux.devices, &self.linux.resources.devices)?)
     }
 
     /// What the container asks for of the host's CPUs and nodes. Only Kubernetes tells by limits

@@ -99,6 +99,8 @@ pub const FUNCTION_DEVICES: std::ops::RangeInclusive<u32> = 1..=31;
 
 /// The most devices of other processes of the host that a pod can have.
 pub const MAX_SERVED_DEVICES: usize = 8;
+/// The most block devices of the host that a pod can have besides.
+pub const MAX_DISKS: usize = 8;
 
 /// The tag of the shared file system, as the guest mounts it.
 pub const SHARE_TAG: &str = "vial";

@@ -228,6 +228,7 @@ impl Containers {
             hugetlb: self.hugetlb,
             pid_namespace,
             devices,
+            disks: create.served.iter().map(|device| PathBuf::from(&device.path)).collect(),
         };
         let (mut spec, dropped) = spec::rewrite(spec, &guest)?;
         served::add_to(&mut spec, &served::prepare(&create.served)?);

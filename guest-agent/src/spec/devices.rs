@@ -2,7 +2,8 @@
 //!
 //! A privileged container gets every device of the guest in their place. Another one gets those
 //! that the guest has under the same numbers: what the kernel numbers alike everywhere, such as
-//! /dev/fuse and /dev/net/tun. VFIO's are left out: the functions that they stand for on the host
+//! /dev/fuse and /dev/net/tun. A block device of the host is a disk of the guest with numbers of its
+//! own, put in its place afterwards ([`crate::served`]). VFIO's are left out: the functions that they stand for on the host
 //! are the guest's, on its own bus, with its own drivers.
 
 use std::fs;
@@ -75,17 +76,23 @@ fn collect(directory: &Path, depth: usize, found: &mut Vec<LinuxDevice>) {
     }
 }
 
-/// Puts the guest's devices in place of the host's.
+/// Puts the guest's devices in place of the host's, but for those at `disks`, which are still to be.
 ///
 /// # Errors
 /// The spec names one that the guest has not.
-pub(super) fn rewrite(linux: &mut Linux, guest: &[LinuxDevice]) -> Result<(), SpecError> {
+pub(super) fn rewrite(
+    linux: &mut Linux,
+    guest: &[LinuxDevice],
+    disks: &[PathBuf],
+) -> Result<(), SpecError> {
     if is_privileged(linux) {
         linux.set_devices(Some(guest.to_vec()));
         return Ok(());
     }
     leave_out_vfio(linux);
-    for device in linux.devices().iter().flatten() {
+    let is_disk =
+        |device: &&LinuxDevice| device.typ() == LinuxDeviceType::B && disks.contains(device.path());
+    for device in linux.devices().iter().flatten().filter(|device| !is_disk(device)) {
         let is_same = |other: &LinuxDevice| {
             is_character(device.typ())
                 && is_character(other.typ())
@@ -100,9 +107,18 @@ pub(super) fn rewrite(linux: &mut Linux, guest: &[LinuxDevice]) -> Result<(), Sp
 
 /// Takes VFIO's devices out, and the rules for their numbers, which mean something else here.
 fn leave_out_vfio(linux: &mut Linux) {
-    let Some(devices) = linux.devices_mut() else { return };
-    let (vfio, kept): (Vec<_>, Vec<_>) =
-        std::mem::take(devices).into_iter().partition(|device| device.path().starts_with(VFIO));
+    leave_out(linux, |device| device.path().starts_with(VFIO));
+}
+
+/// Takes the device at `path` out, if there is one, with the rules for its numbers.
+pub(crate) fn take(linux: &mut Linux, path: &Path) -> Option<LinuxDevice> {
+    leave_out(linux, |device| device.path() == path).pop()
+}
+
+fn leave_out(linux: &mut Linux, which: impl Fn(&LinuxDevice) -> bool) -> Vec<LinuxDevice> {
+    let Some(devices) = linux.devices_mut() else { return Vec::new() };
+    let (taken, kept): (Vec<_>, Vec<_>) =
+        std::mem::take(devices).into_iter().partition(|device| which(device));
     *devices = kept;
     let rules =
         linux.resources_mut().as_mut().and_then(|resources| resources.devices_mut().as_mut());
@@ -110,8 +126,9 @@ fn leave_out_vfio(linux: &mut Linux) {
         (rule.major(), rule.minor()) == (Some(device.major()), Some(device.minor()))
     };
     if let Some(rules) = rules {
-        rules.retain(|rule| !rule.allow() || !vfio.iter().any(|device| is_for(rule, device)));
+        rules.retain(|rule| !rule.allow() || !taken.iter().any(|device| is_for(rule, device)));
     }
+    taken
 }
 
 /// Those in [`LEFT_OUT`] that are devices, by their numbers (Documentation/admin-guide/devices.txt).
@@ -171,7 +188,7 @@ mod tests {
         let deny = json!([{"allow": false, "access": "rwm"}]);
         for given in [device("/dev/own", "c", 10, 229), device("/dev/null", "c", 1, 3)] {
             let mut linux = linux(json!([given]), deny.clone());
-            rewrite(&mut linux, &guest()).unwrap();
+            rewrite(&mut linux, &guest(), &[]).unwrap();
             assert_eq!(linux.devices().as_ref().unwrap().len(), 1);
         }
         let of_the_host = [
@@ -182,9 +199,21 @@ mod tests {
             device("/dev/mem", "c", 1, 1),
         ];
         for refused in of_the_host {
-            let error = rewrite(&mut linux(json!([refused]), deny.clone()), &guest()).unwrap_err();
+            let error =
+                rewrite(&mut linux(json!([refused]), deny.clone()), &guest(), &[]).unwrap_err();
             assert_eq!(error, SpecError::Device(refused["path"].as_str().unwrap().into()));
         }
+    }
+
+    #[test]
+    fn block_device_that_a_disk_is_put_in_place_of_passes() {
+        let rules = json!([{"allow": true, "type": "b", "major": 8, "minor": 0, "access": "rwm"}]);
+        let mut linux = linux(json!([device("/dev/xvda", "b", 8, 0)]), rules);
+        rewrite(&mut linux, &guest(), &["/dev/xvda".into()]).unwrap();
+        let taken = take(&mut linux, Path::new("/dev/xvda")).unwrap();
+        assert_eq!((taken.major(), taken.minor()), (8, 0));
+        assert!(take(&mut linux, Path::new("/dev/xvda")).is_none());
+        assert_eq!(linux.resources().as_ref().unwrap().devices().as_ref().unwrap(), &[]);
     }
 
     #[test]
@@ -200,7 +229,7 @@ mod tests {
             device("/dev/fuse", "c", 10, 229)
         ]);
         let mut linux = linux(devices, rules);
-        rewrite(&mut linux, &guest()).unwrap();
+        rewrite(&mut linux, &guest(), &[]).unwrap();
         let paths: Vec<_> = linux.devices().iter().flatten().map(LinuxDevice::path).collect();
         assert_eq!(paths, [Path::new("/dev/fuse")]);
         let rules = linux.resources().as_ref().unwrap().devices().as_ref().unwrap();
@@ -213,7 +242,7 @@ mod tests {
         let all = json!([{"allow": false, "access": "rwm"}, {"allow": true, "access": "rwm"}]);
         let mut privileged = linux(json!([device("/dev/sda", "b", 8, 0)]), all);
         assert!(has_any(Some(&privileged)));
-        rewrite(&mut privileged, &guest()).unwrap();
+        rewrite(&mut privileged, &guest(), &[]).unwrap();
         assert_eq!(privileged.devices().as_ref().unwrap(), &guest());
         let none = linux(json!([]), json!([{"allow": true, "type": "c", "access": "rwm"}]));
         assert!(!has_any(Some(&none)) && !has_any(None));

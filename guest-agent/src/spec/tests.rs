@@ -72,6 +72,7 @@ fn guest() -> Guest {
         hugetlb: false,
         pid_namespace: None,
         devices: Vec::new(),
+        disks: Vec::new(),
     }
 }
 

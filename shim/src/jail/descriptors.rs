@@ -29,6 +29,12 @@ fn detached(path: &Path, flags: u64) -> io::Result<OwnedFd> {
         path,
         OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC,
     )?;
+    set(&tree, flags)?;
+    Ok(tree)
+}
+
+/// Adds flags to a mount.
+fn set(tree: &OwnedFd, flags: u64) -> io::Result<()> {
     let attributes =
         libc::mount_attr { attr_set: flags, attr_clr: 0, propagation: 0, userns_fd: 0 };
     // SAFETY: the descriptor is open, the path is an empty string of C's, and the structure has
@@ -43,7 +49,7 @@ fn detached(path: &Path, flags: u64) -> io::Result<OwnedFd> {
             size_of_val(&attributes),
         )
     };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(tree) }
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 const SHUT: u64 = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC;
@@ -67,6 +73,18 @@ pub fn open_file(path: &Path) -> io::Result<File> {
 /// The device is absent or refuses, or the caller may not mount.
 pub fn open_device(path: &Path) -> io::Result<File> {
     reopen(&detached(path, SHUT)?, OFlags::RDWR)
+}
+
+/// Opens a block device for reading, or for reading and writing; nobody can change its node by what is returned, nor open
+/// it again, to write what is only to be read.
+///
+/// # Errors
+/// The device is absent or refuses, or the caller may not mount.
+pub fn open_disk(path: &Path, read_only: bool) -> io::Result<File> {
+    let tree = detached(path, SHUT)?;
+    let file = reopen(&tree, if read_only { OFlags::RDONLY } else { OFlags::RDWR })?;
+    set(&tree, libc::MOUNT_ATTR_NODEV)?;
+    Ok(file)
 }
 
 /// The directory in which a process finds its own descriptors, and nothing above it.

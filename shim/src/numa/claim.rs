@@ -13,12 +13,15 @@ const DEFAULT_PERIOD: u64 = 100_000;
 /// `cpu.shares` of one CPU, as Kubernetes counts them.
 const SHARES_OF_CPU: u64 = 1024;
 
-/// The part of an OCI `linux.resources` that decides where a VM runs.
+/// The part of an OCI `linux.resources` that decides where a VM runs, and which of the host's devices it gets.
 #[derive(Debug, Clone, Default, Deserialize)]
 pub struct Resources {
     /// `cpu`.
     #[serde(default)]
     pub cpu: Option<Cpu>,
+    /// `devices`.
+    #[serde(default)]
+    pub devices: Vec<crate::disks::Rule>,
 }
 
 /// `cpu` of an OCI `linux.resources`.

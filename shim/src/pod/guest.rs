@@ -8,6 +8,7 @@ use vial_agent_protocol::agent;
 use super::{KILL_PATIENCE, NewContainer};
 use crate::{
     container::Container,
+    disks::Wanted,
     error::ServiceError,
     pids::Joined,
     pod_files,
@@ -23,7 +24,7 @@ pub(super) async fn make(
     sandbox: &Sandbox,
     new: &NewContainer,
     (mut bytes, spec): (Vec<u8>, &mut Spec),
-    pids: Option<Joined>,
+    (pids, disks): (Option<Joined>, &[Wanted]),
 ) -> Result<Container, ServiceError> {
     if plan.files.is_some() {
         pod_files::substitute(spec, &mut bytes, &sandbox.dir.pod_files())
@@ -31,6 +32,8 @@ pub(super) async fn make(
     }
     let shared_memory = spec.take_shared_memory();
     let made = async {
+        let mut served = sandbox.served.clone();
+        served.extend(sandbox.give_disks(&new.id, disks).await?);
         let mut shared =
             sandbox.share.add_container(&new.id, &new.bundle, &new.root_mounts, spec).await?;
         plan.timeline.mark(&format!("root mounted: {}", new.id));
@@ -58,7 +61,7 @@ pub(super) async fn make(
                 .collect(),
             pid_namespace: MessageField::from_option(pids.map(pid_namespace)),
             functions: sandbox.function_names().await,
-            served: sandbox.served.clone(),
+            served,
             sockets,
             ..Default::default()
         };
@@ -74,6 +77,7 @@ pub(super) async fn make(
         Ok(init) => Ok(Container::new(new.id.clone(), new.bundle.clone(), true, init)),
         Err(error) => {
             let error = explain(sandbox, error).await;
+            sandbox.take_disks(&new.id).await;
             if let Err(leftover) = sandbox.share.remove_container(&new.id) {
                 tracing::error!("cannot take back the mounts of {}: {leftover}", new.id);
             }

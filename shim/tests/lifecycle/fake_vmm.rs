@@ -107,8 +107,11 @@ impl Vmm {
                     let message = "nothing that was saved fits this VMM".into();
                     reply(Err(Failure { kind: FailureKind::Invalid, message }));
                 }
-                Action::AddFunctions { .. } | Action::RemoveFunctions { .. } => {
-                    let message = "it has no function of the host".into();
+                Action::AddFunctions { .. }
+                | Action::RemoveFunctions { .. }
+                | Action::AddDisk { .. }
+                | Action::RemoveDisk { .. } => {
+                    let message = "it has no device of the host".into();
                     reply(Err(Failure { kind: FailureKind::Invalid, message }));
                 }
                 Action::ReconnectBackend { .. } => {

@@ -5,6 +5,7 @@
 
 mod client;
 mod configs;
+mod disks;
 mod exec;
 pub(crate) mod faults;
 mod grpc;
@@ -66,6 +67,8 @@ pub(crate) fn cases() -> Vec<Case> {
         volumes::volumes_are_the_same_as_with_runc,
         sockets::sockets_are_the_same_as_with_runc,
         sockets::sockets_of_a_pod_whose_shim_is_killed_are_let_go,
+        disks::block_volumes_are_the_same_as_with_runc,
+        disks::block_volumes_come_and_go_and_are_free_when_the_vmm_is_killed,
         faults::pod_whose_vmm_is_killed_ends_and_goes,
         faults::pod_whose_shim_is_killed_ends_and_goes,
         faults::pod_killed_while_it_starts_leaves_nothing,
