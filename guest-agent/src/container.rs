@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use tokio::net::unix::pipe;
 use tokio::sync::watch;
-use vial_agent_protocol::agent::HostSocket;
+use vial_agent_protocol::agent::{HostSocket, SocketPlace};
 use vial_agent_protocol::{DATA_LINK, MAX_SPEC_BYTES, is_valid_id};
 
 use crate::cgroup::events::OomWatch;
@@ -306,6 +306,20 @@ impl Containers {
         }
         self.sockets.add(id, socket)?;
         Ok(())
+    }
+
+    /// Joins what volumes of containers show of one socket, see [`Sockets::join`].
+    ///
+    /// # Errors
+    /// There is no such container or volume, or [`SocketError`].
+    pub(crate) fn join_socket(&self, places: &[SocketPlace]) -> Result<(), ContainerError> {
+        for place in places {
+            if !self.get(&place.container_id)?.socket_volumes.contains(&place.index) {
+                let (container, index) = (place.container_id.clone(), place.index);
+                return Err(SocketError::NoVolume { container, index }.into());
+            }
+        }
+        Ok(self.sockets.join(places)?)
     }
 
     /// Takes it away again.

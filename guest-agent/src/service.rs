@@ -10,9 +10,9 @@ use vial_agent_protocol::agent::{
     AddFunctionsResponse, AddSocketRequest, AdoptRequest, ConfigureNetworkRequest,
     ConfigurePodRequest, ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty,
     ExecProcessRequest, FunctionName, FunctionsRequest, HelloRequest, HelloResponse,
-    KillProcessRequest, ListPidsResponse, Mark as WireMark, ProcessRequest, RemoveSocketRequest,
-    RenewCopyRequest, ResizeTerminalRequest, StartResponse, StatsResponse, Stdio,
-    UpdateContainerRequest, WaitOomRequest, WaitOomResponse, WaitProcessResponse,
+    JoinSocketRequest, KillProcessRequest, ListPidsResponse, Mark as WireMark, ProcessRequest,
+    RemoveSocketRequest, RenewCopyRequest, ResizeTerminalRequest, StartResponse, StatsResponse,
+    Stdio, UpdateContainerRequest, WaitOomRequest, WaitOomResponse, WaitProcessResponse,
 };
 use vial_agent_protocol::{PROTOCOL_VERSION, agent_ttrpc};
 
@@ -28,6 +28,7 @@ use crate::network;
 use crate::pod;
 use crate::reaper::ExitStatus;
 use crate::shutdown::Shutdown;
+use crate::sockets::SocketError;
 use crate::spec::environment::Names;
 use crate::stdio::{StdioError, StdioIds};
 
@@ -46,6 +47,7 @@ fn code(error: &ContainerError) -> Code {
     use ContainerError as E;
     match error {
         E::NoContainer(_) | E::NoExec { .. } | E::NoCopy { .. } | E::Finished => Code::NOT_FOUND,
+        E::Socket(SocketError::Nobody(_)) => Code::NOT_FOUND,
         E::Exists(_) | E::ExecExists { .. } => Code::ALREADY_EXISTS,
         E::TooMany | E::TooManyExecs => Code::RESOURCE_EXHAUSTED,
         E::Id(_)
@@ -215,6 +217,11 @@ impl agent_ttrpc::Agent for AgentService {
 
     async fn remove_socket(&self, _: &TtrpcContext, request: RemoveSocketRequest) -> Answer<Empty> {
         self.containers.remove_socket(request.number);
+        Ok(Empty::new())
+    }
+
+    async fn join_socket(&self, _: &TtrpcContext, request: JoinSocketRequest) -> Answer<Empty> {
+        self.containers.join_socket(&request.places).map_err(answer)?;
         Ok(Empty::new())
     }
 

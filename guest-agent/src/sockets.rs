@@ -24,12 +24,13 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_bind, mount_change, unmount};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::AbortHandle;
 use tokio_vsock::{VMADDR_CID_HOST, VsockAddr, VsockStream};
-use vial_agent_protocol::agent::HostSocket;
+use vial_agent_protocol::agent::{HostSocket, SocketPlace};
 use vial_agent_protocol::{
     MAX_PATH_BYTES, MAX_SOCKET_CONNECTIONS, MAX_SOCKETS, SOCKET_PORT, SOCKET_REACHED,
 };
@@ -52,6 +53,8 @@ pub(crate) enum SocketError {
     Path(PathBuf),
     #[error("mount {index} of container {container} is no volume with sockets")]
     NoVolume { container: String, index: u32 },
+    #[error("no process of the guest has bound {0:?}")]
+    Nobody(PathBuf),
     #[error("cannot {action} {path}: {source}")]
     System { action: &'static str, path: PathBuf, source: io::Error },
 }
@@ -59,7 +62,7 @@ pub(crate) enum SocketError {
 impl SocketError {
     /// Whether the request asked for what cannot be.
     pub(crate) fn is_of_the_request(&self) -> bool {
-        !matches!(self, Self::System { .. })
+        !matches!(self, Self::System { .. } | Self::Nobody(_))
     }
 }
 
@@ -217,6 +220,40 @@ impl Sockets {
         Ok((gone, self.directory.join(table.last_file.to_string())))
     }
 
+    /// Mounts a socket that a process of the guest has bound over the same file in other volumes: to
+    /// the guest's kernel they are file systems of their own, and their sockets are others.
+    ///
+    /// # Errors
+    /// [`SocketError::Nobody`] and others.
+    pub(crate) fn join(&self, places: &[SocketPlace]) -> Result<()> {
+        if places.len() > MAX_SOCKETS {
+            return Err(SocketError::TooMany);
+        }
+        let mut opened = Vec::new();
+        for place in places {
+            let path = Path::new(OsStr::from_bytes(&place.path));
+            if !is_below(path) || path.as_os_str().is_empty() {
+                return Err(SocketError::Path(path.into()));
+            }
+            // One that has just gone does not keep the others apart.
+            let volume = self.volume(&place.container_id, place.index);
+            if let Ok(socket) = find(&volume, path, &self.directory) {
+                opened.push((path, socket));
+            }
+        }
+        let (bound, others): (Vec<_>, Vec<_>) =
+            opened.iter().partition(|(_, socket)| is_bound(socket));
+        let Some((_, bound)) = bound.first() else {
+            let path = opened.first().map(|(path, _)| PathBuf::from(path));
+            return Err(SocketError::Nobody(path.unwrap_or_default()));
+        };
+        for (path, other) in others {
+            mount_bind(by_number(bound), by_number(other))
+                .map_err(failed("mount a socket over", path))?;
+        }
+        Ok(())
+    }
+
     /// Takes a socket away. Its connections live on.
     pub(crate) fn remove(&self, number: u64) {
         let Some(cover) = self.table().covers.remove(&number) else { return };
@@ -343,6 +380,23 @@ fn by_number(descriptor: &OwnedFd) -> PathBuf {
 
 /// Mounts `file` over the host's socket.
 fn put_over(volume: &Path, path: &Path, file: &Path) -> Result<()> {
+    let target = find(volume, path, file)?;
+    mount_bind(file, by_number(&target)).map_err(failed("mount a socket over", path))
+}
+
+/// Whether a process of the guest has bound it: the kernel refuses a type that it has not as such.
+fn is_bound(socket: &OwnedFd) -> bool {
+    let probe = || {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let probe = socket_with(AddressFamily::UNIX, SocketType::DGRAM, flags, None)?;
+        connect(&probe, &SocketAddrUnix::new(by_number(socket))?)
+    };
+    probe() == Err(Errno::PROTOTYPE)
+}
+
+/// Opens the socket that a volume has at `path`, or what is mounted over it. `own` is any file of
+/// the agent's.
+fn find(volume: &Path, path: &Path, own: &Path) -> Result<OwnedFd> {
     let refused = || SocketError::Path(path.into());
     let parent = path.parent().unwrap_or(Path::new(""));
     let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
@@ -351,7 +405,7 @@ fn put_over(volume: &Path, path: &Path, file: &Path) -> Result<()> {
     // What the guest remembers of the name may be a second old, and of a socket that is gone: a
     // mount on that would go with it. To make a link the kernel asks the host, and this one cannot
     // be made, since it would lead from one file system to another.
-    match linkat(CWD, file, &directory, name, AtFlags::empty()) {
+    match linkat(CWD, own, &directory, name, AtFlags::empty()) {
         Err(Errno::EXIST) => {}
         Err(Errno::XDEV) => return Err(failed("find", path)(Errno::NOENT)),
         Err(error) => return Err(failed("look again at", path)(error)),
@@ -362,7 +416,7 @@ fn put_over(volume: &Path, path: &Path, file: &Path) -> Result<()> {
     if FileType::from_raw_mode(found.st_mode) != FileType::Socket {
         return Err(refused());
     }
-    mount_bind(file, by_number(&target)).map_err(failed("mount a socket over", path))
+    Ok(target)
 }
 
 /// Takes `file` off the host's socket.

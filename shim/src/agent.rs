@@ -218,6 +218,22 @@ impl Agent {
         removed.map(drop).map_err(failed("remove a socket of the host"))
     }
 
+    /// Makes a socket that a process of the guest has bound reachable by all volumes that show it.
+    /// Returns whether any process has.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn join_socket(&self, places: Vec<agent::SocketPlace>) -> Result<bool, AgentError> {
+        let request = agent::JoinSocketRequest { places, ..Default::default() };
+        match self.client.join_socket(limited(), &request).await {
+            Ok(_) => Ok(true),
+            Err(ttrpc::Error::RpcStatus(status)) if status.code() == ttrpc::Code::NOT_FOUND => {
+                Ok(false)
+            }
+            Err(error) => Err(failed("join a socket of the pod's")(error)),
+        }
+    }
+
     /// Makes a container and its init process.
     ///
     /// # Errors

@@ -14,7 +14,7 @@ pub mod connector;
 mod search;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     os::fd::OwnedFd,
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
@@ -34,7 +34,10 @@ use tokio::{
     sync::{Notify, Semaphore, watch},
     task::JoinHandle,
 };
-use vial_agent_protocol::{MAX_SOCKET_CONNECTIONS, MAX_SOCKETS, agent::HostSocket};
+use vial_agent_protocol::{
+    MAX_SOCKET_CONNECTIONS, MAX_SOCKETS,
+    agent::{HostSocket, SocketPlace},
+};
 
 use self::{
     carry::Caller,
@@ -80,6 +83,20 @@ struct Told {
 /// A socket's place in a container: index into the spec's mounts, and the path below.
 type Place = (u32, PathBuf);
 
+/// What a container's volumes have.
+#[derive(Debug, Default)]
+struct Seen {
+    /// Sockets of the host.
+    sockets: BTreeMap<Place, Identity>,
+    /// Those that no process of the host has bound: a container has, or nobody any more.
+    others: BTreeMap<Place, Identity>,
+    /// When it is worth to look again.
+    again_in: Option<Duration>,
+}
+
+/// Where volumes of containers show one and the same socket.
+type Group = (Identity, Vec<(String, Place)>);
+
 /// What is known of a container.
 #[derive(Debug)]
 struct Followed {
@@ -102,6 +119,8 @@ struct Common {
     containers: Mutex<HashMap<String, Followed>>,
     /// The set has changed, or a socket refuses connections.
     changed: Notify,
+    /// Groups of which the guest knows that they are one.
+    joined: Mutex<BTreeSet<Group>>,
     /// Connections at one time.
     room: Arc<Semaphore>,
     dir: StateDir,
@@ -128,6 +147,7 @@ impl Sockets {
         let common = Common {
             containers: Mutex::default(),
             changed: Notify::new(),
+            joined: Mutex::default(),
             room: Arc::new(Semaphore::new(MAX_SOCKET_CONNECTIONS)),
             dir,
             pod_cgroup,
@@ -148,7 +168,7 @@ impl Sockets {
         let (gone, ends) = watch::channel(());
         let caller = Arc::new(Caller::new(spec, container, ends));
         let mut followed = Followed { volumes, told: BTreeMap::new(), caller, _gone: gone };
-        let (found, _) = look(followed.volumes.clone(), None).await;
+        let found = look(followed.volumes.clone(), None).await.sockets;
         let left = MAX_SOCKETS.saturating_sub(self.common.count());
         let mut sockets = Vec::new();
         for ((index, path), identity) in found.into_iter().take(left) {
@@ -271,26 +291,21 @@ fn volumes(spec: &Spec, share: &Share, shared: &mut Shared) -> Vec<Volume> {
     volumes
 }
 
-/// Searches volumes, where a file system that hangs keeps nobody else. Returns also when it is worth
-/// to look again.
-async fn look(
-    volumes: Vec<Volume>,
-    inotify: Option<Arc<OwnedFd>>,
-) -> (BTreeMap<Place, Identity>, Option<Duration>) {
+/// Searches volumes, where a file system that hangs keeps nobody else.
+async fn look(volumes: Vec<Volume>, inotify: Option<Arc<OwnedFd>>) -> Seen {
     if volumes.is_empty() {
         return Default::default();
     }
     let searched = tokio::task::spawn_blocking(move || {
-        let (mut all, mut again_in) = (BTreeMap::new(), None::<Duration>);
+        let mut seen = Seen::default();
         for volume in &volumes {
-            let found: Found = search(&volume.base, inotify.as_deref());
-            if let Some(again) = found.again_in {
-                again_in = Some(again_in.map_or(again, |sooner| sooner.min(again)));
-            }
-            let found = found.sockets.into_iter();
-            all.extend(found.map(|(path, identity)| ((volume.index, path), identity)));
+            let Found { sockets, others, again_in } = search(&volume.base, inotify.as_deref());
+            let place = |(path, identity)| ((volume.index, path), identity);
+            seen.sockets.extend(sockets.into_iter().map(place));
+            seen.others.extend(others.into_iter().map(place));
+            seen.again_in = [seen.again_in, again_in].into_iter().flatten().min();
         }
-        (all, again_in)
+        seen
     });
     searched.await.unwrap_or_default()
 }
@@ -343,14 +358,44 @@ async fn tell_all(
         containers.iter().map(|(id, followed)| (id.clone(), directories(followed))).collect()
     };
     let mut again_in: Option<Duration> = None;
+    let mut others: BTreeMap<Identity, Vec<(String, Place)>> = BTreeMap::new();
     for (container, volumes) in watched {
         let indices: Vec<u32> = volumes.iter().map(|volume| volume.index).collect();
-        let (found, again) = look(volumes, inotify.cloned()).await;
-        let failed = tell(agent, common, &container, &indices, &found).await;
+        let seen = look(volumes, inotify.cloned()).await;
+        let failed = tell(agent, common, &container, &indices, &seen.sockets).await;
         let failed = failed.then_some(TRY_AGAIN_AFTER);
-        again_in = [again_in, again, failed].into_iter().flatten().min();
+        again_in = [again_in, seen.again_in, failed].into_iter().flatten().min();
+        for (place, identity) in seen.others {
+            others.entry(identity).or_default().push((container.clone(), place));
+        }
     }
+    join_all(agent, common, others.into_iter().collect()).await;
     again_in
+}
+
+/// Joins what several volumes show of one socket, where a container has bound it. One that nobody
+/// has bound yet is young, and looked at again.
+async fn join_all(agent: &Agent, common: &Common, groups: Vec<Group>) {
+    let groups: BTreeSet<Group> =
+        groups.into_iter().filter(|(_, places)| places.len() > 1).take(MAX_SOCKETS).collect();
+    lock(&common.joined).retain(|group| groups.contains(group));
+    for group in groups {
+        if lock(&common.joined).contains(&group) {
+            continue;
+        }
+        let places =
+            group.1.iter().take(MAX_SOCKETS).map(|(container, (index, path))| SocketPlace {
+                container_id: container.clone(),
+                index: *index,
+                path: path.as_os_str().as_bytes().to_vec(),
+                ..Default::default()
+            });
+        match agent.join_socket(places.collect()).await {
+            Ok(true) => drop(lock(&common.joined).insert(group)),
+            Ok(false) => {}
+            Err(error) => tracing::info!("a socket of the pod's is not shared: {error}"),
+        }
+    }
 }
 
 /// What differs between what was found and what the guest was told of.

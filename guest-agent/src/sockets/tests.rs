@@ -134,3 +134,23 @@ fn what_is_no_socket_below_the_volume_is_not_covered() {
     }
     assert!(!volume.join("none").exists());
 }
+
+#[test]
+fn join_of_too_many_of_what_is_no_path_and_of_what_nobody_has_is_refused() {
+    let (directory, sockets) = sockets();
+    let place = |path: &str| SocketPlace {
+        container_id: "c".into(),
+        path: path.into(),
+        ..Default::default()
+    };
+    let volume = directory.path().join("volumes/c/0");
+    fs::create_dir_all(&volume).unwrap();
+    drop(HostListener::bind(volume.join("left")).unwrap());
+    let join = |places: &[SocketPlace]| sockets.join(places).unwrap_err();
+    assert!(matches!(join(&vec![place("s"); MAX_SOCKETS + 1]), SocketError::TooMany));
+    for bad in ["", "/s", "../s"] {
+        assert!(matches!(join(&[place(bad)]), SocketError::Path(_)), "{bad:?}");
+    }
+    assert!(matches!(join(&[place("none")]), SocketError::Nobody(_)));
+    assert!(matches!(join(&[place("left"), place("none")]), SocketError::Nobody(_)));
+}

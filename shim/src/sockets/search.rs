@@ -45,7 +45,7 @@ const CHANGES: WatchFlags = WatchFlags::CREATE
     .union(WatchFlags::ONLYDIR);
 
 /// What a socket is: another one of the same name differs in this.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Identity {
     device: u64,
     inode: u64,
@@ -75,6 +75,8 @@ pub(super) struct Found {
     /// Those on which somebody listens, by their paths below the volume. The one of an empty path
     /// is the volume.
     pub(super) sockets: BTreeMap<PathBuf, Identity>,
+    /// The others, as many.
+    pub(super) others: BTreeMap<PathBuf, Identity>,
     /// When it is worth to look again at sockets without anybody: who makes one listens later.
     pub(super) again_in: Option<Duration>,
 }
@@ -201,9 +203,13 @@ fn add(base: &OwnedFd, path: PathBuf, found: &mut Found) {
         if found.sockets.len() < MAX_SOCKETS {
             found.sockets.insert(path, identity);
         }
-    } else if let Some(again) = again_in(identity.changed_ns, SystemTime::now()) {
-        found.again_in = Some(found.again_in.map_or(again, |sooner| sooner.min(again)));
+        return;
     }
+    if found.others.len() < MAX_SOCKETS {
+        found.others.insert(path, identity);
+    }
+    let again = again_in(identity.changed_ns, SystemTime::now());
+    found.again_in = [found.again_in, again].into_iter().flatten().min();
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Unix sockets of the host in volumes, and a container's own beside them.
+//! Unix sockets of the host in volumes, and those that containers of a pod have between them.
 
 use std::fs;
 use std::path::Path;
@@ -19,7 +19,7 @@ pub(crate) fn sockets_are_the_same_as_with_runc(_: &Bed) -> Result<()> {
         ("reached", reached),
         ("made anew", made_anew),
         ("a socket as a volume", file_mounted),
-        ("of the container itself", of_the_container),
+        ("between containers", between_containers),
     ])
 }
 
@@ -112,8 +112,8 @@ fn file_mounted(pod: &Pod) -> Result<String> {
     Ok(told + &called(&container, "/run/one.sock", "single")?)
 }
 
-/// A container that serves its own processes, by a volume that the host has on disk.
-fn of_the_container(pod: &Pod) -> Result<String> {
+/// A container that serves itself and another one, by a volume that the host has on disk.
+fn between_containers(pod: &Pod) -> Result<String> {
     let volume = pod.make_directory("own")?;
     let mut server = caller()?.volume(&volume, "/serving", false);
     server.command = [SUITE, "--answer", "/serving/s"].map(String::from).into();
@@ -123,6 +123,14 @@ fn of_the_container(pod: &Pod) -> Result<String> {
     // A socket of the host beside it changes nothing.
     let _host = Server::start(&volume.join("host"), 0o777)?;
     told += &called(&server, "/serving/host", "host")?;
+    let other = pod.start(caller()?.volume(&volume, "/served", true))?;
+    told += &called(&other, "/served/s", "sidecar")?;
+    told += &called(&other, "/served/host", "host")?;
+    // Another server that comes when both are there.
+    told += &server.exec(
+        "cd /serving; (/vial-suite --answer /serving/late >/dev/null 2>&1 </dev/null &); echo late",
+    )?;
+    told += &called(&other, "/served/late", "late")?;
     told += &server.exec(&format!("echo again | {SUITE} --call /serving/s"))?;
     Ok(told)
 }
