@@ -19,7 +19,7 @@ pub mod console_input;
 pub mod control;
 pub mod devices;
 pub mod event_loop;
-#[cfg(any(test, fuzzing))]
+#[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
 pub mod kvm;
 pub mod landlock;

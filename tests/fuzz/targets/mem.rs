@@ -1,14 +1,6 @@
-//! The memory device, driven by a hostile driver.
 #![no_main]
 
-use libfuzzer_sys::fuzz_target;
-use vial_vmm::{
-    devices::mem::{Mem, Room},
-    fuzzing::drive,
-};
+#[path = "../bodies/mem.rs"]
+mod body;
 
-fuzz_target!(|script: &[u8]| {
-    // The upper half of what a script's guest has.
-    let room = Room { start: 32 << 20, bytes: 1 << 30, present: 32 << 20 };
-    drive(&mut Mem::new(room, true), script);
-});
+libfuzzer_sys::fuzz_target!(|input: &[u8]| body::run(input));

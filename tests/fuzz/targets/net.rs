@@ -1,13 +1,6 @@
-//! The network device, driven by a hostile driver and by packets.
 #![no_main]
 
-use libfuzzer_sys::fuzz_target;
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use vial_vmm::fuzzing::drive_net;
+#[path = "../bodies/net.rs"]
+mod body;
 
-fuzz_target!(|script: &[u8]| {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let (tap, network) =
-        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).expect("sockets");
-    drive_net(tap, &network, script);
-});
+libfuzzer_sys::fuzz_target!(|input: &[u8]| body::run(input));

@@ -1,7 +1,6 @@
-//! The entropy device, driven by a hostile driver.
 #![no_main]
 
-use libfuzzer_sys::fuzz_target;
-use vial_vmm::{devices::rng::Rng, fuzzing::drive};
+#[path = "../bodies/rng.rs"]
+mod body;
 
-fuzz_target!(|script: &[u8]| drive(&mut Rng::new(), script));
+libfuzzer_sys::fuzz_target!(|input: &[u8]| body::run(input));

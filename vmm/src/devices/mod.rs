@@ -9,9 +9,9 @@ pub mod mem;
 pub mod net;
 mod one_queue;
 pub mod rng;
-#[cfg(any(test, fuzzing))]
+#[cfg(any(test, feature = "fuzzing"))]
 // Fuzz targets use a part of what tests do.
-#[cfg_attr(fuzzing, allow(dead_code))]
+#[cfg_attr(feature = "fuzzing", allow(dead_code))]
 pub(crate) mod testing;
 pub mod vfio;
 pub mod vhost_user;

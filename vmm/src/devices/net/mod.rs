@@ -445,7 +445,7 @@ impl MutEventSubscriber for NetWorker {
     }
 }
 
-#[cfg(any(test, fuzzing))]
+#[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod on_socket;
 #[cfg(test)]
 mod tests;
