@@ -16,7 +16,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use rustix::time::{ClockId, Timespec, clock_settime};
 use tokio::sync::watch;
 use tokio_vsock::{VMADDR_CID_HOST, VsockAddr, VsockStream};
-use vial_agent_protocol::agent::AdoptRequest;
+use vial_agent_protocol::agent::{AdoptRequest, ResizeRequest};
 use vial_agent_protocol::{READY_PORT, SEED_BYTES};
 
 use crate::boot::{self, BootError};
@@ -43,6 +43,8 @@ pub(crate) enum AdoptError {
     Devices(#[from] FunctionError),
     #[error(transparent)]
     Share(#[from] BootError),
+    #[error("{0} processors are not {least} to {most}", least = VCPUS.start(), most = VCPUS.end())]
+    Vcpus(u32),
     #[error("the guest of the pod is not as large as its VM: {0}")]
     Size(String),
     #[error("cannot tell the host on vsock port {READY_PORT} that the agent is ready: {0}")]
@@ -52,7 +54,7 @@ pub(crate) enum AdoptError {
 impl AdoptError {
     /// Whether another request could do better.
     pub(crate) fn is_of_the_request(&self) -> bool {
-        matches!(self, Self::NotATemplate | Self::Seed(_) | Self::Time(_))
+        matches!(self, Self::NotATemplate | Self::Seed(_) | Self::Time(_) | Self::Vcpus(_))
     }
 }
 
@@ -64,6 +66,9 @@ pub(crate) enum AheadError {
     #[error(transparent)]
     Devices(#[from] DeviceError),
 }
+
+/// How many processors a guest can be asked to have: no more than its kernel knows (NR_CPUS).
+const VCPUS: std::ops::RangeInclusive<u32> = 1..=64;
 
 /// Below the root, for nobody: nothing is ever in it.
 const AHEAD: &str = "/vial-template";
@@ -106,6 +111,8 @@ pub(crate) struct Adoption {
     owner: Mutex<Owner>,
     /// Memory of a template, in bytes.
     memory_bytes: u64,
+    /// The most memory that it has had, in bytes. One at a time changes the guest's size.
+    raised_for: tokio::sync::Mutex<u64>,
     growth: watch::Sender<Growth>,
 }
 
@@ -122,7 +129,8 @@ impl Adoption {
 
     fn new(owner: Owner) -> Self {
         let growth = watch::Sender::new(Growth::Done);
-        Self { owner: Mutex::new(owner), memory_bytes: fit::memory_bytes(), growth }
+        let memory_bytes = fit::memory_bytes();
+        Self { owner: Mutex::new(owner), memory_bytes, raised_for: memory_bytes.into(), growth }
     }
 
     fn owner(&self) -> MutexGuard<'_, Owner> {
@@ -165,10 +173,14 @@ impl Adoption {
     fn grow(&self, request: &AdoptRequest) {
         let size = Size {
             vcpus: request.vcpus,
-            memory_before: self.memory_bytes,
-            memory_more: u64::from(request.more_memory_mib) << 20,
+            memory: self.memory_bytes.saturating_add(u64::from(request.more_memory_mib) << 20),
+            raised_for: self.memory_bytes,
         };
         self.growth.send_replace(Growth::Pending);
+        // Nobody else asks before the guest is adopted.
+        if let Ok(mut raised_for) = self.raised_for.try_lock() {
+            *raised_for = size.memory;
+        }
         let growth = self.growth.clone();
         tokio::spawn(async move {
             growth.send_replace(match fit::grow(size).await {
@@ -179,6 +191,25 @@ impl Adoption {
                 }
             });
         });
+    }
+
+    /// Makes the guest as large as its VM has become.
+    ///
+    /// # Errors
+    /// [`AdoptError::Size`] says what it has not, and whoever asks then makes it as it was.
+    pub(crate) async fn resize(&self, request: &ResizeRequest) -> Result<(), AdoptError> {
+        if !VCPUS.contains(&request.vcpus) {
+            return Err(AdoptError::Vcpus(request.vcpus));
+        }
+        self.grown().await?;
+        let mut raised_for = self.raised_for.lock().await;
+        let more = u64::from(request.more_memory_mib) << 20;
+        let memory = self.memory_bytes.saturating_add(more);
+        let size = Size { vcpus: request.vcpus, memory, raised_for: *raised_for };
+        fit::grow(size).await.map_err(|error| AdoptError::Size(error.to_string()))?;
+        *raised_for = memory.max(*raised_for);
+        fit::shrink(request.vcpus).await;
+        Ok(())
     }
 
     /// Waits until the guest is as large as its VM.
@@ -254,6 +285,17 @@ mod tests {
         adoption.growth.send_replace(Growth::Failed("no memory".into()));
         let error = adoption.grown().await.unwrap_err();
         assert!(error.to_string().contains("no memory") && !error.is_of_the_request(), "{error}");
+    }
+
+    #[tokio::test]
+    async fn size_is_checked_before_anything_is_changed() {
+        let adoption = Adoption::of_nobody();
+        for vcpus in [0, VCPUS.end() + 1, u32::MAX] {
+            let request = ResizeRequest { vcpus, ..Default::default() };
+            let error = adoption.resize(&request).await.unwrap_err();
+            assert!(matches!(error, AdoptError::Vcpus(found) if found == vcpus), "{error}");
+            assert!(error.is_of_the_request());
+        }
     }
 
     #[tokio::test]

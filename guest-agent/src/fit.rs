@@ -65,12 +65,33 @@ pub(crate) enum FitError {
 /// What the guest is to have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Size {
-    /// Processors, all of them; those that are online stay so.
+    /// Processors that are online then.
     pub(crate) vcpus: u32,
-    /// Bytes of memory before.
-    pub(crate) memory_before: u64,
-    /// Bytes of memory that come.
-    pub(crate) memory_more: u64,
+    /// Bytes of memory, or more.
+    pub(crate) memory: u64,
+    /// Bytes of memory that what the kernel allows was raised for.
+    pub(crate) raised_for: u64,
+}
+
+/// Takes processors behind the first `count` offline. One that the kernel needs stays.
+pub(crate) async fn shrink(count: u32) {
+    take_offline(PROCESSORS.as_ref(), count).await;
+}
+
+async fn take_offline(processors: &Path, count: u32) {
+    // The kernel was told of all that there can be; behind the last there is no directory.
+    let there = (count.max(1)..).take_while(|cpu| processors.join(format!("cpu{cpu}")).exists());
+    for cpu in there.collect::<Vec<_>>().into_iter().rev() {
+        let online = processors.join(format!("cpu{cpu}/online"));
+        match fs::read(&online) {
+            Ok(state) if state.starts_with(b"1") => {}
+            _ => continue,
+        }
+        if let Err(error) = fs::write(&online, "0") {
+            tracing::warn!("processor {cpu} stays online: {error}");
+        }
+        tokio::task::yield_now().await;
+    }
 }
 
 /// Bytes of memory that the kernel has.
@@ -85,21 +106,23 @@ pub(crate) fn memory_bytes() -> u64 {
 /// [`FitError`] says what it has not.
 pub(crate) async fn grow(size: Size) -> Result<(), FitError> {
     // Before anything is waited for: what has happened by then is not told.
-    let events = match size.memory_more {
-        0 => None,
-        _ => Some(uevents().map_err(FitError::Wait)?),
+    let events = match memory_bytes() < size.memory {
+        false => None,
+        true => Some(uevents().map_err(FitError::Wait)?),
     };
     bring_online(PROCESSORS.as_ref(), size.vcpus).await?;
-    let Some(events) = events else { return Ok(()) };
-    let wanted = size.memory_before.saturating_add(size.memory_more);
-    match tokio::time::timeout(PATIENCE, wait_for(wanted, &events)).await {
-        Ok(waited) => waited.map_err(FitError::Wait)?,
-        Err(_) => {
-            let (wanted_mib, has_mib) = (wanted >> 20, memory_bytes() >> 20);
-            return Err(FitError::Memory { wanted_mib, has_mib });
+    if let Some(events) = events {
+        match tokio::time::timeout(PATIENCE, wait_for(size.memory, &events)).await {
+            Ok(waited) => waited.map_err(FitError::Wait)?,
+            Err(_) => {
+                let (wanted_mib, has_mib) = (size.memory >> 20, memory_bytes() >> 20);
+                return Err(FitError::Memory { wanted_mib, has_mib });
+            }
         }
     }
-    raise_limits(size.memory_before, wanted);
+    if size.memory > size.raised_for {
+        raise_limits(size.raised_for, size.memory);
+    }
     Ok(())
 }
 
@@ -208,6 +231,15 @@ mod tests {
         }
         bring_online(processors.path(), 0).await.unwrap();
         bring_online(processors.path(), 3).await.unwrap();
+        take_offline(processors.path(), 2).await;
+        assert_eq!([0, 1, 2].map(|cpu| fs::read_to_string(online(cpu)).unwrap()), ["0", "1", "0"]);
+        bring_online(processors.path(), 3).await.unwrap();
+        // The first stays whatever is asked for.
+        fs::write(online(0), "1").unwrap();
+        take_offline(processors.path(), 0).await;
+        assert_eq!([0, 1, 2].map(|cpu| fs::read_to_string(online(cpu)).unwrap()), ["1", "0", "0"]);
+        fs::write(online(0), "0").unwrap();
+        bring_online(processors.path(), 3).await.unwrap();
         let states = [0, 1, 2].map(|cpu| fs::read_to_string(online(cpu)).unwrap());
         assert_eq!(states, ["0", "1", "1"]);
         let error = bring_online(processors.path(), 4).await.unwrap_err();
@@ -216,7 +248,7 @@ mod tests {
 
     #[tokio::test]
     async fn memory_that_is_there_is_not_waited_for() {
-        let size = Size { vcpus: 1, memory_before: memory_bytes(), memory_more: 0 };
+        let size = Size { vcpus: 1, memory: memory_bytes(), raised_for: memory_bytes() };
         grow(size).await.unwrap();
         wait_for(memory_bytes() / 2, &uevents().unwrap()).await.unwrap();
         let events = uevents().unwrap();

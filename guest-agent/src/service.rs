@@ -11,8 +11,9 @@ use vial_agent_protocol::agent::{
     ConfigurePodRequest, ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty,
     ExecProcessRequest, FunctionName, FunctionsRequest, HelloRequest, HelloResponse,
     JoinSocketRequest, KillProcessRequest, ListPidsResponse, Mark as WireMark, ProcessRequest,
-    RemoveSocketRequest, RenewCopyRequest, ResizeTerminalRequest, StartResponse, StatsResponse,
-    Stdio, UpdateContainerRequest, WaitOomRequest, WaitOomResponse, WaitProcessResponse,
+    RemoveSocketRequest, RenewCopyRequest, ResizeRequest, ResizeTerminalRequest, StartResponse,
+    StatsResponse, Stdio, UpdateContainerRequest, WaitOomRequest, WaitOomResponse,
+    WaitProcessResponse,
 };
 use vial_agent_protocol::{PROTOCOL_VERSION, agent_ttrpc};
 
@@ -163,6 +164,12 @@ impl agent_ttrpc::Agent for AgentService {
     async fn adopt(&self, _: &TtrpcContext, request: AdoptRequest) -> Answer<Empty> {
         let adopted = self.adoption.adopt(&request).await;
         adopted.map_err(|error| failed(&error, error.is_of_the_request()))?;
+        Ok(Empty::new())
+    }
+
+    async fn resize(&self, _: &TtrpcContext, request: ResizeRequest) -> Answer<Empty> {
+        let resized = self.adoption.resize(&request).await;
+        resized.map_err(|error| failed(&error, error.is_of_the_request()))?;
         Ok(Empty::new())
     }
 

@@ -80,6 +80,12 @@ fn limited() -> Context {
 }
 
 impl Agent {
+    /// One that was not greeted.
+    #[cfg(test)]
+    pub(crate) fn unmet(stream: UnixStream) -> Self {
+        Self { client: AgentClient::new(ttrpc::asynchronous::Client::new(stream.into())) }
+    }
+
     /// Greets the agent at the other end of `stream`.
     ///
     /// # Errors
@@ -123,6 +129,18 @@ impl Agent {
         };
         let adopted = self.client.adopt(limited(), &request).await;
         adopted.map(drop).map_err(failed("begin the pod"))
+    }
+
+    /// Makes the guest as large as its VM has become: so many processors, and so much more memory
+    /// than its template has, in MiB. What it has over that goes later, or stays.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub async fn grow(&self, vcpus: u8, more_memory_mib: u32) -> Result<(), AgentError> {
+        let request =
+            agent::ResizeRequest { vcpus: vcpus.into(), more_memory_mib, ..Default::default() };
+        let grown = self.client.resize(limited(), &request).await;
+        grown.map(drop).map_err(failed("make the guest as large as its VM"))
     }
 
     /// Gives the guest the pod's network.

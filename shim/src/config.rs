@@ -62,6 +62,10 @@ pub struct File {
     pub vcpus: Option<u8>,
     /// Memory of a VM beside what its pod's containers are limited to, in MiB.
     pub memory_mib: Option<u32>,
+    /// The most vCPUs that a VM grows to while it runs.
+    pub max_vcpus: Option<u8>,
+    /// The most memory that it grows to, in MiB.
+    pub max_memory_mib: Option<u32>,
     /// How long a VM may take until its agent answers.
     pub boot_timeout_seconds: Option<u32>,
     /// Whether the guest's serial console is written to `console.log` in the state directory.
@@ -107,6 +111,12 @@ pub struct Config {
     pub vcpus: u8,
     /// See [`MEMORY_MIB`].
     pub memory_mib: u32,
+    /// The most vCPUs that a VM grows to while it runs, beside what a template serves. 0: it keeps
+    /// its size.
+    pub max_vcpus: u8,
+    /// The most memory that it grows to, in MiB; `None` for all that the host has. 0: it keeps its
+    /// size.
+    pub max_memory_mib: Option<u32>,
     /// See [`BOOT_TIMEOUT_SECONDS`].
     pub boot_timeout: std::time::Duration,
     /// Whether the guest's serial console is kept.
@@ -243,6 +253,16 @@ impl Config {
             vmm: vmm?,
             vcpus: within(path, "vcpus", file.vcpus.unwrap_or(1), VCPUS)?,
             memory_mib: within(path, "memory_mib", file.memory_mib.unwrap_or(128), MEMORY_MIB)?,
+            max_vcpus: within(
+                path,
+                "max_vcpus",
+                file.max_vcpus.unwrap_or(*VCPUS.end()),
+                0..=*VCPUS.end(),
+            )?,
+            max_memory_mib: file
+                .max_memory_mib
+                .map(|most| within(path, "max_memory_mib", most, 0..=*MEMORY_MIB.end()))
+                .transpose()?,
             boot_timeout: std::time::Duration::from_secs(
                 within(path, "boot_timeout_seconds", timeout, BOOT_TIMEOUT_SECONDS)?.into(),
             ),
@@ -395,6 +415,8 @@ mod tests {
             ("vcpus = 65", "1 to 64"),
             ("memory_mib = 31", "32 to 65536"),
             ("memory_mib = 65537", "32 to 65536"),
+            ("max_vcpus = 65", "0 to 64"),
+            ("max_memory_mib = 65537", "0 to 65536"),
             ("boot_timeout_seconds = 0", "1 to 3600"),
             ("jail_uid_base = 1000", "from 65536"),
             ("jail_uid_base = 4294967295", "to 4294901757"),

@@ -14,6 +14,7 @@ use crate::{
     numa::NumaError,
     plan::PlanError,
     pod_files::PodFileError,
+    sandbox::GrowthError,
     share::ShareError,
     spec::SpecError,
     state_dir::StateDirError,
@@ -57,6 +58,9 @@ pub enum ServiceError {
     /// What is asked for is not there yet.
     #[error("{0} is not supported by Vial yet")]
     Unimplemented(&'static str),
+    /// The VM is not as large as its containers need it.
+    #[error(transparent)]
+    Growth(#[from] GrowthError),
     /// The VM is gone.
     #[error("the VM has ended: {0}")]
     VmEnded(String),
@@ -176,7 +180,9 @@ impl ServiceError {
             {
                 Code::INVALID_ARGUMENT
             }
+            Self::Growth(error) if !error.is_of_the_pod() => Code::INTERNAL,
             Self::State(_)
+            | Self::Growth(_)
             | Self::Precondition(_)
             | Self::Device(_)
             | Self::Disk(_)

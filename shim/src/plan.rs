@@ -26,7 +26,7 @@ use crate::{
     numa::{self, NumaError, claim::Claim},
     pod_files::PodFiles,
     sandbox::Plan,
-    size::{self, Limits},
+    size::{self, Limits, Size},
     spec::{Role, Spec, SpecError, check_annotations},
     template,
     timeline::Timeline,
@@ -112,7 +112,9 @@ impl Place {
         let claim = spec.claim()?;
         if spec.role()? != Role::Sandbox {
             let pod = ConfigurePodRequest::default();
-            let plan = self.plan(Limits::default(), network, pod, asked)?;
+            // A container by itself is all that its VM is for.
+            let limits = Limits::default().changed(&spec.linux.resources);
+            let plan = self.plan(limits, network, pod, asked)?;
             return Ok(Plan { cgroups_path, devices, claim, ..plan });
         }
         spec.check_sandbox()?;
@@ -166,12 +168,14 @@ impl Place {
     ) -> Result<Plan, PlanError> {
         let mut config = self.config.clone().map_err(PlanError::Config)?;
         config.core_scheduling |= own_cores;
+        let own = Size { vcpus: config.vcpus, memory_mib: config.memory_mib };
         (config.vcpus, config.memory_mib) = size::of_vm(limits, config.vcpus, config.memory_mib);
         // The most memory is a multiple of both sizes of pages.
         let page_mib = numa.huge_pages.map_or(1, HugePages::mib);
         config.memory_mib = config.memory_mib.next_multiple_of(page_mib);
         Ok(Plan {
             config,
+            own,
             namespace: self.namespace.clone(),
             id: self.id.clone(),
             socket: self.socket.clone(),

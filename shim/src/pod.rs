@@ -34,7 +34,7 @@ use crate::{
     life::{self, Exit, ProcessEvent, ProcessState, SandboxEvent, SandboxState},
     pids::{self, Joined},
     process::{KILLED, NOT_STARTED, Process},
-    sandbox::{Plan, Sandbox},
+    sandbox::{Plan, Sandbox, Shortage},
     spec::{Role, Spec},
     stdio::{Places, Streams},
 };
@@ -253,7 +253,9 @@ impl Pod {
             Role::Alone | Role::Member(_) => {
                 let pids = spec.joins_pids().then(|| self.joined_pids()).transpose();
                 let placed = sandbox.placed.claim(&new.id, claim).map_err(ServiceError::from);
-                let made = match placed.and(pids) {
+                let resources = &spec.linux.resources;
+                let room = sandbox.growth.claim(&new.id, resources, Shortage::Borne).await;
+                let made = match room.map_err(ServiceError::from).and(placed).and(pids) {
                     Ok(pids) => {
                         make(plan, &sandbox, &new, (bytes, &mut spec), (pids, &disks)).await
                     }
@@ -261,6 +263,7 @@ impl Pod {
                 };
                 if made.is_err() {
                     sandbox.placed.release(&new.id);
+                    sandbox.growth.put_back(&new.id, None).await;
                 }
                 made
             }
@@ -512,6 +515,7 @@ impl Pod {
             sandbox.take_disks(id).await;
             sandbox.share.remove_container(id)?;
             sandbox.placed.release(id);
+            sandbox.growth.put_back(id, None).await;
             self.containers_mut().remove(id);
             self.events
                 .publish(TaskDelete {

@@ -7,6 +7,7 @@
 mod boot;
 mod disks;
 mod functions;
+mod growth;
 mod start;
 
 use std::{
@@ -28,6 +29,7 @@ use vial_agent_protocol::{
 use vial_vmm_api::Action;
 
 pub(crate) use self::boot::base_devices;
+pub use self::growth::{Growth, GrowthError, Means, Reach, Shortage};
 use self::{
     boot::{Files, Given, Handed, boot, console_tail, open_console},
     functions::{Functions, pass_devices},
@@ -50,6 +52,7 @@ use crate::{
     numa::{self, claim::Claim, placed::Placed},
     pod_files::PodFiles,
     share::{self, Share},
+    size::Size,
     sockets::Sockets,
     state_dir::{ProcessIdentity, STATE_VERSION, State, StateDir},
     template::ahead,
@@ -69,8 +72,10 @@ const AGENT_GONE_PATIENCE: Duration = Duration::from_secs(3);
 /// Who the sandbox is, and what it is made from.
 #[derive(Debug)]
 pub struct Plan {
-    /// The operator's configuration.
+    /// The operator's configuration, with the size of this VM.
     pub config: Config,
+    /// The size that it has there for all, of which kernel and agent live.
+    pub own: Size,
     /// containerd's namespace.
     pub namespace: String,
     /// The sandbox's id.
@@ -119,6 +124,8 @@ pub struct Sandbox {
     pub next_stream: AtomicU64,
     /// Where on the host it is.
     pub placed: Placed,
+    /// How large it is.
+    pub growth: Arc<Growth>,
     /// What its containers are given of devices of other processes.
     pub served: Vec<ServedDevice>,
     functions: tokio::sync::Mutex<Functions>,
@@ -280,6 +287,14 @@ impl Sandbox {
             ended.end();
             Ok(())
         });
+        let cgroup = state.jail.as_ref().map(|jail| Cgroup::new(&jail.cgroup));
+        let means = Means {
+            vmm: client.clone(),
+            agent: agent.clone(),
+            cgroup: cgroup.map(|cgroup| (cgroup, config.memory_overhead_mib)),
+        };
+        let start = Size { vcpus: config.vcpus, memory_mib: config.memory_mib };
+        let growth = Growth::new(plan.own, start, made.reach, means);
         let functions = Functions::begin(state, made.functions.as_ref(), hot_plug)?;
         let served = vhost_user::served(&plan.served, &made.backends)?;
         let (end, ended) = watch::channel(None);
@@ -294,6 +309,7 @@ impl Sandbox {
             agent,
             next_stream: AtomicU64::new(1),
             placed,
+            growth,
             served,
             functions: functions.into(),
             disks: Disks::default().into(),

@@ -1,11 +1,14 @@
 //! How large a pod's VM is: what its containers may use, and the configuration's own for the rest.
 //!
-//! A VM is as large as it is from its start. The kubelet tells the sum of the limits of a pod's
-//! containers with the sandbox, and containerd passes it on in annotations.
+//! The kubelet tells the sum of the limits of a pod's containers with the sandbox, and containerd
+//! passes it on in annotations: that is what a VM starts with. Later it follows the containers that
+//! there are ([`Size::for_containers`]).
 
 use std::collections::HashMap;
 
 use vial_vmm_api::{MEMORY_MIB, VCPUS};
+
+use crate::numa::claim::Resources;
 
 const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
@@ -42,6 +45,76 @@ impl Limits {
             cpu_shares: number(CPU_SHARES),
             memory: number(MEMORY),
         }
+    }
+}
+
+impl Limits {
+    /// These, where resources say nothing else.
+    pub fn changed(self, resources: &Resources) -> Self {
+        let cpu = resources.cpu.as_ref();
+        let memory = resources.memory.as_ref().and_then(|memory| memory.limit);
+        Self {
+            cpu_quota: cpu.and_then(|cpu| cpu.quota).unwrap_or(self.cpu_quota),
+            cpu_period: cpu
+                .and_then(|cpu| cpu.period)
+                .map_or(self.cpu_period, |period| i64::try_from(period).unwrap_or(i64::MAX)),
+            // What it is by shares alone was told with the pod.
+            cpu_shares: self.cpu_shares,
+            memory: memory.unwrap_or(self.memory),
+        }
+    }
+
+    /// Thousandths of a CPU, rounded up; none without a limit.
+    fn cpu_thousandths(self) -> i64 {
+        let period = if self.cpu_period > 0 { self.cpu_period } else { DEFAULT_PERIOD };
+        let quota = i128::from(self.cpu_quota.max(0)) * 1000;
+        let period = i128::from(period);
+        i64::try_from((quota + period - 1) / period).unwrap_or(i64::MAX)
+    }
+}
+
+/// How large a VM is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Size {
+    /// vCPUs, in [`VCPUS`].
+    pub vcpus: u8,
+    /// Memory in MiB, in [`MEMORY_MIB`].
+    pub memory_mib: u32,
+}
+
+impl Size {
+    /// What a VM needs that started with this, for the containers that it has now: what it started
+    /// with, or the sum of what they may use and, for kernel and agent, `own`.
+    pub fn for_containers(self, own: Self, containers: impl Iterator<Item = Limits>) -> Self {
+        let none = Limits { cpu_period: 1000, ..Limits::default() };
+        let sum = containers.fold(none, |sum, limits| Limits {
+            cpu_quota: sum.cpu_quota.saturating_add(limits.cpu_thousandths()),
+            memory: sum.memory.saturating_add(limits.memory.max(0)),
+            ..sum
+        });
+        let (vcpus, memory_mib) = of_vm(sum, own.vcpus, own.memory_mib);
+        self.at_least(Self { vcpus, memory_mib })
+    }
+
+    /// The larger one of each.
+    pub fn at_least(self, other: Self) -> Self {
+        Self {
+            vcpus: self.vcpus.max(other.vcpus),
+            memory_mib: self.memory_mib.max(other.memory_mib),
+        }
+    }
+
+    /// The smaller one of each.
+    pub fn at_most(self, other: Self) -> Self {
+        Self {
+            vcpus: self.vcpus.min(other.vcpus),
+            memory_mib: self.memory_mib.min(other.memory_mib),
+        }
+    }
+
+    /// Whether neither is more than there.
+    pub fn within(self, other: Self) -> bool {
+        self.at_most(other) == self
     }
 }
 
@@ -94,6 +167,23 @@ mod tests {
     }
 
     #[test]
+    fn update_changes_what_it_names() {
+        let limits = limits(50_000, 100_000, 64 << 20);
+        let changed = |json| limits.changed(&serde_json::from_str(json).unwrap());
+        assert_eq!(changed("{}"), limits);
+        assert_eq!(changed(r#"{"memory": {"limit": 7}}"#), Limits { memory: 7, ..limits });
+        let cpu = changed(r#"{"cpu": {"quota": -1, "shares": 4096}}"#);
+        assert_eq!(cpu, Limits { cpu_quota: -1, ..limits });
+        let size = |containers: &[Limits]| {
+            let own = Size { vcpus: 1, memory_mib: 128 };
+            own.for_containers(own, containers.iter().copied())
+        };
+        assert_eq!(size(&[limits, limits]), Size { vcpus: 1, memory_mib: 256 });
+        assert_eq!(size(&[limits, limits, limits]), Size { vcpus: 2, memory_mib: 320 });
+        assert_eq!(size(&[cpu]), Size { vcpus: 1, memory_mib: 192 });
+    }
+
+    #[test]
     fn limits_become_a_size() {
         assert_eq!(of_vm(Limits::default(), 1, 128), (1, 128));
         assert_eq!(of_vm(limits(150_000, 100_000, 256 << 20), 1, 128), (2, 384));
@@ -120,6 +210,27 @@ mod tests {
             if cpus < *VCPUS.end() && quota > 0 && period > 0 {
                 prop_assert!(i128::from(cpus) * i128::from(period) >= i128::from(quota));
             }
+        }
+
+        #[test]
+        fn pod_has_room_for_its_containers_and_never_less_than_at_its_start(
+            (vcpus, memory_mib) in (VCPUS, MEMORY_MIB), (start_vcpus, start_mib) in (VCPUS, MEMORY_MIB),
+            containers in proptest::collection::vec((-1..800_000i64, -1..8i64 << 30), 0..8),
+        ) {
+            let (own, start) = (Size { vcpus, memory_mib }, Size { vcpus: start_vcpus, memory_mib: start_mib });
+            let all: Vec<Limits> =
+                containers.iter().map(|(quota, memory)| limits(*quota, 100_000, *memory)).collect();
+            let size = start.for_containers(own, all.iter().copied());
+            prop_assert!(start.within(size) && VCPUS.contains(&size.vcpus) && MEMORY_MIB.contains(&size.memory_mib));
+            let quotas: i64 = containers.iter().map(|(quota, _)| quota.max(&0)).sum();
+            prop_assert!(size.vcpus == *VCPUS.end() || i64::from(size.vcpus) * 100_000 >= quotas);
+            let bytes: i64 = containers.iter().map(|(_, bytes)| bytes.max(&0)).sum();
+            let room = i64::from(size.memory_mib - memory_mib.min(size.memory_mib)) << 20;
+            prop_assert!(size.memory_mib == *MEMORY_MIB.end() || room >= bytes);
+            // One that goes takes no more than it brought.
+            let fewer = start.for_containers(own, all.iter().skip(1).copied());
+            prop_assert!(fewer.within(size));
+            prop_assert_eq!(start.for_containers(own, std::iter::empty()), start.at_least(own));
         }
 
         #[test]

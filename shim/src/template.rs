@@ -187,9 +187,21 @@ pub struct Template {
     pub state: File,
     /// The memory of its VM, in MiB.
     base_memory_mib: u32,
+    /// The most vCPUs that it serves.
+    max_vcpus: u8,
 }
 
 impl Template {
+    /// The memory of its VM, in MiB.
+    pub fn base_memory_mib(&self) -> u32 {
+        self.base_memory_mib
+    }
+
+    /// The most vCPUs that it serves.
+    pub fn max_vcpus(&self) -> u8 {
+        self.max_vcpus
+    }
+
     /// Whether it is this one still that has its name.
     fn is_in_place(&self, root: &Path) -> bool {
         let now = fs::metadata(root.join(&self.name).join(STATE));
@@ -261,8 +273,13 @@ pub fn open(config: &Config) -> Result<Template, NoTemplate> {
             error,
         })
     };
-    let base_memory_mib = manifest.memory_mib;
-    Ok(Template { memory: open(MEMORY)?, state: open(STATE)?, name: name.clone(), base_memory_mib })
+    Ok(Template {
+        memory: open(MEMORY)?,
+        state: open(STATE)?,
+        name: name.clone(),
+        base_memory_mib: manifest.memory_mib,
+        max_vcpus: manifest.max_vcpus,
+    })
 }
 
 /// The name of the template for a VM of that configuration, the largest of several, and what it was

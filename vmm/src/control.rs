@@ -15,12 +15,12 @@ use rustix::net::{
 };
 use vial_vmm_api::{
     Action, CodecError, Descriptor, Event, ExitReason, Failure, FailureKind, MAX_DESCRIPTORS,
-    MAX_MESSAGE_BYTES, Message, Reply, Request, VmState, decode, encode,
+    MAX_MESSAGE_BYTES, Message, Reply, Request, VmSize, VmState, decode, encode,
 };
 
 use crate::devices::vhost_user::BackendGone;
 use crate::machine::{
-    Descriptors, DiskError, GuestConnected, Machine, MachineError, PassError, Purpose,
+    Descriptors, DiskError, GuestConnected, Machine, MachineError, PassError, Purpose, ResizeError,
     RunningMachine,
 };
 use crate::vcpu::EndOfVm;
@@ -206,6 +206,10 @@ impl Control {
             Action::ReconnectBackend { backend, socket } => {
                 self.reconnect(backend, socket, descriptors)
             }
+            Action::Resize { vcpus, memory_mib } => {
+                self.resize(|machine| machine.resize(vcpus, memory_mib))
+            }
+            Action::Size => self.resize(|machine| machine.size()),
             Action::Status => Ok(Reply::Status(self.state)),
             Action::Stop => {
                 end = Some(ExitReason::Stopped);
@@ -330,6 +334,25 @@ impl Control {
             None => return Err(invalid("no VM runs; boot one first".into())),
         }
         Ok(Reply::Done)
+    }
+
+    /// Changes how large the machine is, or says it.
+    fn resize(
+        &mut self,
+        change: impl FnOnce(&mut RunningMachine) -> Result<VmSize, ResizeError>,
+    ) -> Result<Reply, Failure> {
+        self.state = self.advance(VmEvent::Resize)?;
+        let Some(machine) = &mut self.machine else {
+            let message = "no VM runs; boot one first".into();
+            return Err(Failure { kind: FailureKind::State, message });
+        };
+        change(machine).map(Reply::Size).map_err(|error| Failure {
+            kind: match error.is_invalid_request() {
+                true => FailureKind::Invalid,
+                false => FailureKind::Host,
+            },
+            message: error.to_string(),
+        })
     }
 
     /// Gives devices to the machine, or takes them.

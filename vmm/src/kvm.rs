@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -16,7 +17,7 @@ use kvm_bindings::{
     kvm_userspace_memory_region, kvm_xsave,
 };
 use kvm_ioctls::{Cap, DeviceFd, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
-use vm_memory::{GuestMemory, GuestMemoryRegion};
+use vm_memory::{GuestAddress, GuestMemory, GuestMemoryRegion, GuestRegionMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::layout::{FIRST_MSI_GSI, KVM_IDENTITY_MAP_START, KVM_TSS_START};
@@ -30,6 +31,9 @@ use serde::{Deserialize, Serialize};
 
 /// The memory slots before it are those of guest memory.
 const FIRST_WINDOW_SLOT: u32 = 64;
+/// The first slot of memory that comes while the machine runs: behind all windows. KVM has 32764.
+const FIRST_MORE_SLOT: u32 = 4096;
+const MORE_SLOTS: u32 = 16384;
 /// PIC, second PIC, I/O APIC: their numbers from 0.
 const INTERRUPT_CONTROLLERS: u32 = 3;
 /// KVM's own limit of lines (KVM_MAX_IRQ_ROUTES).
@@ -145,6 +149,8 @@ pub struct Vm {
     /// What tells KVM of the groups of passed functions (KVM_DEV_VFIO), once there were any. A
     /// machine can have but one.
     groups: Mutex<Option<DeviceFd>>,
+    /// How many slots there are of memory that came while the machine ran.
+    more_slots: Mutex<u32>,
 }
 
 /// A part of a function's memory, and whether a slot shows it.
@@ -179,29 +185,69 @@ impl Vm {
             ram: OnceLock::new(),
             windows: Mutex::default(),
             groups: Mutex::default(),
+            more_slots: Mutex::default(),
         }))
     }
 
-    /// Gives the machine its memory, once: a slot for each region.
+    /// Gives the machine its memory, once: a slot for each region, up to the address `end`.
     ///
     /// # Errors
     /// KVM refuses.
-    pub fn set_memory(&self, ram: &GuestRam) -> Result<(), KvmError> {
+    pub fn set_memory(&self, ram: &GuestRam, end: u64) -> Result<(), KvmError> {
         let ram = self.ram.get_or_init(|| ram.clone());
         for (slot, region) in (0..).zip(ram.iter()) {
-            let slot = kvm_userspace_memory_region {
-                slot,
-                flags: 0,
-                guest_phys_addr: region.start_addr().0,
-                memory_size: region.len(),
-                userspace_addr: region.as_ptr() as u64,
-            };
-            // SAFETY: the range is a mapping of guest memory, which `self` keeps mapped until the
-            // machine's descriptor is closed (fields are dropped in order).
-            unsafe { self.fd.set_user_memory_region(slot) }
-                .map_err(refused("take the guest's memory"))?;
+            let start = region.start_addr().0;
+            let bytes = region.len().min(end.saturating_sub(start));
+            self.set_slot(slot, region, 0, bytes)?;
         }
         Ok(())
+    }
+
+    /// Gives it more of the memory that it was set: the addresses of `range`, which are of one
+    /// region and in no slot.
+    ///
+    /// # Errors
+    /// They are not of one region, there were too many before, or KVM refuses.
+    pub fn add_memory(&self, range: Range<u64>) -> Result<(), KvmError> {
+        let refuse =
+            |errno| refused("take more of the guest's memory")(kvm_ioctls::Error::new(errno));
+        let region = self
+            .ram
+            .get()
+            .and_then(|ram| ram.find_region(GuestAddress(range.start)))
+            .filter(|region| range.start < range.end && range.end - 1 <= region.last_addr().0)
+            .ok_or_else(|| refuse(libc::EFAULT))?;
+        let mut more = lock(&self.more_slots);
+        if *more >= MORE_SLOTS {
+            return Err(refuse(libc::ENOSPC));
+        }
+        let offset = range.start - region.start_addr().0;
+        self.set_slot(FIRST_MORE_SLOT + *more, region, offset, range.end - range.start)?;
+        *more += 1;
+        Ok(())
+    }
+
+    /// A slot for so many bytes from an offset of a region on, all of which are of it.
+    fn set_slot(
+        &self,
+        slot: u32,
+        region: &GuestRegionMmap,
+        offset: u64,
+        bytes: u64,
+    ) -> Result<(), KvmError> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let slot = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.start_addr().0 + offset,
+            memory_size: bytes,
+            userspace_addr: region.as_ptr() as u64 + offset,
+        };
+        // SAFETY: the range is within a mapping of guest memory, which `self` keeps mapped until
+        // the machine's descriptor is closed (fields are dropped in order).
+        unsafe { self.fd.set_user_memory_region(slot) }.map_err(refused("take the guest's memory"))
     }
 
     /// Takes a part of a function's memory, which no slot shows yet, and returns its number.

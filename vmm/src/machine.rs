@@ -4,6 +4,7 @@
 
 mod assembly;
 mod disks;
+mod growth;
 mod passed;
 mod purpose;
 mod restore;
@@ -19,13 +20,15 @@ use std::sync::{Arc, Mutex};
 use kvm_ioctls::VcpuFd;
 use vial_vmm_api::{
     API_VERSION, AddedFunctions, BootReport, Descriptor, DeviceConfig, MAX_COMMAND_LINE_BYTES,
-    MAX_DEVICES, MAX_PASSED_FUNCTIONS, MEMORY_MIB, VCPUS, VmConfig,
+    MAX_DEVICES, MAX_PASSED_FUNCTIONS, MEMORY_MIB, VCPUS, VmConfig, VmSize,
 };
 use vmm_sys_util::eventfd::EventFd;
 
 use self::assembly::{Assembly, Growth};
 pub use self::disks::DiskError;
 use self::disks::Disks;
+use self::growth::Growing;
+pub use self::growth::ResizeError;
 pub use self::passed::PassError;
 use self::passed::{Given, Passed};
 pub use self::purpose::Purpose;
@@ -278,6 +281,7 @@ pub struct Machine {
     hot_plug: bool,
     report: BootReport,
     saving: Option<Saving>,
+    growing: Option<Growing>,
 }
 
 /// A machine that runs.
@@ -291,6 +295,8 @@ pub struct RunningMachine {
     backends: Vec<Handover>,
     hot_plug: bool,
     saving: Option<Saving>,
+    /// What it grows by, and what its vCPUs tell of their end.
+    growing: Option<(Growing, EndOfVm)>,
 }
 
 impl Machine {
@@ -314,7 +320,7 @@ impl Machine {
         let kvm = kvm::adopt(descriptors.take(config.kvm, "/dev/kvm")?)?;
         let vm = Vm::new(&kvm)?;
         let ram = map_memory(&config, &mut descriptors)?;
-        vm.set_memory(&ram)?;
+        vm.set_memory(&ram, u64::MAX)?;
         mark("vm created");
 
         let supported = kvm::supported_cpuid(&kvm)?;
@@ -343,7 +349,7 @@ impl Machine {
         mark("devices added");
 
         let nodes = config.placement.nodes.len();
-        let made = vcpus::create(&supported, &vm, config.vcpus, told_vcpus, nodes)?;
+        let made = vcpus::create(&supported, &vm, 0..config.vcpus, told_vcpus, nodes)?;
         vcpus::set_boot_state(&made.vcpus, entry)?;
         let saving = match purpose {
             Purpose::Run => None,
@@ -367,7 +373,20 @@ impl Machine {
         let (devices, backends) = backends.into_iter().unzip();
         let report = BootReport { marks, functions: listed, backends: devices };
         let (vcpus, hot_plug) = (made.vcpus, config.hot_plug);
-        Ok(Self { platform, vcpus, vsock, vm, passed, disks, backends, hot_plug, report, saving })
+        let growing = None;
+        Ok(Self {
+            platform,
+            vcpus,
+            vsock,
+            vm,
+            passed,
+            disks,
+            backends,
+            hot_plug,
+            report,
+            saving,
+            growing,
+        })
     }
 
     /// Lets the guest run. How it ends is told by `end`.
@@ -383,9 +402,10 @@ impl Machine {
         };
         let mut saving = self.saving;
         let parking = saving.as_ref().map(|saving| saving.parking.clone());
-        let started = vcpus::start(self.vcpus, kind, &self.platform, end, parking.as_ref())?;
-        // Nobody starts a thread from here on.
+        let started = vcpus::start((0, self.vcpus), kind, &self.platform, end, parking.as_ref())?;
+        // Nobody else starts a thread from here on.
         match &mut saving {
+            None if self.growing.is_some() => seccomp::confine(ThreadKind::ControlThatGrows)?,
             None if self.hot_plug => seccomp::confine(ThreadKind::ControlWithFunctions)?,
             None => seccomp::confine(ThreadKind::Control)?,
             Some(saving) => {
@@ -408,6 +428,7 @@ impl Machine {
             backends: self.backends,
             hot_plug: self.hot_plug,
             saving,
+            growing: self.growing.map(|growing| (growing, end.clone())),
         };
         Ok((running, report))
     }
@@ -472,6 +493,23 @@ impl RunningMachine {
     /// [`DiskError::None`].
     pub fn remove_disk(&mut self, device: u8) -> Result<(), DiskError> {
         self.disks.remove(device)
+    }
+
+    /// How large the machine is, if it can grow.
+    ///
+    /// # Errors
+    /// [`ResizeError::Fixed`].
+    pub fn size(&self) -> Result<VmSize, ResizeError> {
+        self.growing.as_ref().map(|(growing, _)| growing.size()).ok_or(ResizeError::Fixed)
+    }
+
+    /// Gives it vCPUs, and asks the guest to have so much memory.
+    ///
+    /// # Errors
+    /// [`ResizeError`]. It has what was made by then, and the guest is asked for what it was.
+    pub fn resize(&mut self, vcpus: u8, memory_mib: u32) -> Result<VmSize, ResizeError> {
+        let (growing, end) = self.growing.as_mut().ok_or(ResizeError::Fixed)?;
+        growing.resize((vcpus, memory_mib), &self.vm, &self.platform, end)
     }
 
     /// Gives a device another connection to its backend.

@@ -107,15 +107,24 @@ pub fn map_shared(bytes: u64, placement: &Placement, file: File) -> Result<Guest
 
 /// Maps `file`, which holds the ranges one behind the other, for this machine alone: what the
 /// guest does not write, it shares with all others that have mapped the file. The file is as long
-/// as the guest's memory, or longer, and has to stay so. What is present of `room` comes on top,
-/// and is as empty as that of [`map_ram`].
+/// as the guest's memory, or longer, and has to stay so. What is present of `room`, or may come to
+/// be, `most` bytes of it, comes on top, and is as empty as that of [`map_ram`].
+///
+/// What is not present yet is in no slot of KVM's, so no vCPU reaches it. A driver that names it to a
+/// device has it written: what that takes counts for the VMM's cgroup, as all of its memory does.
 ///
 /// # Errors
 /// The file is too short, or the host refuses the mapping.
-pub fn map_saved_ram(bytes: u64, file: File, room: Room) -> Result<GuestRam, MemoryError> {
+pub fn map_saved_ram(
+    bytes: u64,
+    file: File,
+    room: Room,
+    most: u64,
+) -> Result<GuestRam, MemoryError> {
     let mut regions = map(bytes, &Backing::Saved(long_enough(bytes, file)?), None)?;
-    if room.present > 0 {
-        let range = (GuestAddress(room.start), room.present);
+    let most = most.min(room.bytes).max(room.present);
+    if most > 0 {
+        let range = (GuestAddress(room.start), most);
         regions.push(map_range(range, &Backing::Anonymous, 0, None)?);
     }
     from_regions(regions)

@@ -91,7 +91,7 @@ pub fn probe(path: &Path) -> Result<Duration, Unusable> {
     let kvm = kvm::adopt(device.into()).map_err(|error| setup(&error))?;
     let vm = Vm::new(&kvm).map_err(|error| setup(&error))?;
     let ram = map_ram(2 << 20).map_err(|error| setup(&error))?;
-    vm.set_memory(&ram).map_err(|error| setup(&error))?;
+    vm.set_memory(&ram, u64::MAX).map_err(|error| setup(&error))?;
     registers::write_boot_tables(&ram).map_err(|error| setup(&error))?;
     ram.write_slice(&code(), GuestAddress(CODE_START)).map_err(|error| setup(&error))?;
     let mut vcpu = vm.create_vcpu(0).map_err(|error| setup(&error))?;

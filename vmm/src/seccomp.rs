@@ -32,6 +32,9 @@ pub enum ThreadKind {
     Control,
     /// The same, where functions of the host can come and go.
     ControlWithFunctions,
+    /// As [`ThreadKind::Control`], of a VM that can grow: it starts vCPUs, whose threads have what
+    /// is common to both kinds.
+    ControlThatGrows,
     /// As [`ThreadKind::Control`], of a VM that is to be saved.
     Saver,
 }
@@ -58,6 +61,8 @@ enum Check {
     OneOf(u8, &'static [u64]),
     /// The argument of that index has none of these bits.
     Without(u8, u64),
+    /// It has all of them.
+    With(u8, u64),
 }
 
 impl Check {
@@ -73,6 +78,9 @@ impl Check {
             }
             Self::Without(argument, bits) => {
                 Ok(vec![rule(argument, SeccompCmpOp::MaskedEq(bits), 0)?])
+            }
+            Self::With(argument, bits) => {
+                Ok(vec![rule(argument, SeccompCmpOp::MaskedEq(bits), bits)?])
             }
         }
     }
@@ -99,6 +107,18 @@ fn compile(kind: ThreadKind) -> Result<BpfProgram, BackendError> {
     filter.try_into()
 }
 
+/// Answers clone3(2) as an older kernel would: its flags are in memory, where no filter looks. glibc
+/// then uses clone(2), which has them as an argument.
+fn without_clone3() -> Result<BpfProgram, BackendError> {
+    SeccompFilter::new(
+        [(libc::SYS_clone3, Vec::new())].into(),
+        SeccompAction::Allow,
+        SeccompAction::Errno(libc::ENOSYS as u32),
+        TargetArch::x86_64,
+    )?
+    .try_into()
+}
+
 /// Makes the allocator one that confined threads can use: before the process's second thread.
 ///
 /// glibc gives each thread a heap of its own, and reads /proc/sys/vm/overcommit_memory when such a
@@ -118,8 +138,14 @@ pub fn keep_one_heap() {
 /// # Errors
 /// [`SeccompError`].
 pub fn confine(kind: ThreadKind) -> Result<(), SeccompError> {
-    let program = compile(kind).map_err(|error| SeccompError::Compile(kind, error))?;
-    seccompiler::apply_filter(&program).map_err(|error| SeccompError::Apply(kind, error))
+    let apply = |program: Result<BpfProgram, BackendError>| {
+        let program = program.map_err(|error| SeccompError::Compile(kind, error))?;
+        seccompiler::apply_filter(&program).map_err(|error| SeccompError::Apply(kind, error))
+    };
+    if kind == ThreadKind::ControlThatGrows {
+        apply(without_clone3())?;
+    }
+    apply(compile(kind))
 }
 
 #[cfg(test)]

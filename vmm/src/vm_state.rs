@@ -20,6 +20,8 @@ pub enum VmEvent {
     Connect,
     /// The owner gives it functions or disks of the host, or takes them.
     Pass,
+    /// The owner changes its size, or asks for it.
+    Resize,
     /// The guest ended, or is ended.
     End,
 }
@@ -41,7 +43,7 @@ pub struct WrongState {
 pub fn next(state: VmState, event: VmEvent) -> Result<VmState, WrongState> {
     match (state, event) {
         (VmState::Empty, VmEvent::Boot) => Ok(VmState::Running),
-        (VmState::Running, VmEvent::Connect | VmEvent::Save | VmEvent::Pass) => {
+        (VmState::Running, VmEvent::Connect | VmEvent::Save | VmEvent::Pass | VmEvent::Resize) => {
             Ok(VmState::Running)
         }
         (VmState::Empty | VmState::Running, VmEvent::End) => Ok(VmState::Ended),
@@ -53,6 +55,7 @@ pub fn next(state: VmState, event: VmEvent) -> Result<VmState, WrongState> {
         (_, VmEvent::Pass) => {
             Err(WrongState { state, what: "be given devices or lose them; it has to run" })
         }
+        (_, VmEvent::Resize) => Err(WrongState { state, what: "grow; it has to run" }),
         (_, VmEvent::Save | VmEvent::Saved) => {
             Err(WrongState { state, what: "be saved; it has to run" })
         }
@@ -72,7 +75,7 @@ mod tests {
             events in proptest::collection::vec(
                 proptest::sample::select(vec![
                     VmEvent::Boot, VmEvent::Connect, VmEvent::Save, VmEvent::Saved, VmEvent::Pass,
-                    VmEvent::End,
+                    VmEvent::Resize, VmEvent::End,
                 ]), 0..20)
         ) {
             let mut state = VmState::Empty;

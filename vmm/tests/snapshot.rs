@@ -12,7 +12,7 @@ use client::{Attachments, Vmm};
 use guests::{LOAD_ADDRESS, POWER_OFF, kernel, out, request, start};
 use vial_vmm_api::{
     API_VERSION, Action, Descriptor, DeviceConfig, Event, ExitReason, Failure, FailureKind, Reply,
-    RestoreConfig, TemplateConfig, VmState,
+    RestoreConfig, TemplateConfig, VmSize, VmState,
 };
 
 /// Where the guest counts, and finds whether it should end behind that.
@@ -122,6 +122,7 @@ impl Saved {
             memory_mib: 32,
             devices: devices(),
             hot_plug: false,
+            max_memory_mib: None,
         };
         change(&mut config);
         vmm.ask(Action::Restore(Box::new(config)), &files.all())
@@ -180,19 +181,54 @@ fn machine_goes_on_with_more_vcpus_and_memory_than_it_had() {
     }
 }
 
+/// The guest asks for nothing, so what it is asked to have it never takes.
+#[test]
+fn machine_that_runs_grows_within_its_bounds() {
+    let saved = saved(1);
+    let size = |vcpus, memory_mib| Ok(Reply::Size(VmSize { vcpus, memory_mib, plugged_mib: 32 }));
+    let resize = |vcpus, memory_mib| Action::Resize { vcpus, memory_mib };
+    let mut vmm = start();
+    saved.restore(&mut vmm, |_| {}).expect("restore");
+    let failure = vmm.ask(resize(1, 34), &[]).unwrap_err();
+    assert!(failure.message.contains("keeps its size"), "{failure:?}");
+    let mut vmm = start();
+    let failure = vmm.ask(resize(1, 34), &[]).unwrap_err();
+    assert_eq!(failure.kind, FailureKind::State, "{failure:?}");
+    let restored = saved.restore(&mut vmm, |config| config.max_memory_mib = Some(2048));
+    restored.expect("restore");
+    assert_eq!(vmm.ask(Action::Size, &[]), size(1, 32));
+    assert_eq!(vmm.ask(resize(1, 34), &[]), size(1, 34));
+    assert_eq!(vmm.ask(resize(3, 1024), &[]), size(3, 1024));
+    for (vcpus, memory_mib, words) in [
+        (2, 1024, "3 to 4"),
+        (MAX_VCPUS + 1, 1024, "3 to 4"),
+        (3, 2050, "32 to 2048"),
+        (3, 30, "32 to 2048"),
+        (3, 33, "steps of 2"),
+    ] {
+        let failure = vmm.ask(resize(vcpus, memory_mib), &[]).unwrap_err();
+        assert_eq!(failure.kind, FailureKind::Invalid, "{failure:?}");
+        assert!(failure.message.contains(words), "{words}: {}", failure.message);
+    }
+    assert_eq!(vmm.ask(resize(MAX_VCPUS, 32), &[]), size(MAX_VCPUS, 32));
+    assert_eq!(vmm.ask(resize(MAX_VCPUS, 2048), &[]), size(MAX_VCPUS, 2048));
+    assert_eq!(vmm.ask(Action::Status, &[]), Ok(Reply::Status(VmState::Running)));
+}
+
 #[test]
 fn state_that_does_not_fit_is_refused_by_name_and_a_boot_may_follow() {
     let mut saved = saved(1);
     let good = saved.state_bytes();
     let mut vmm = start();
     type Change = fn(&mut RestoreConfig);
-    let changes: [(Change, &str); 8] = [
+    let changes: [(Change, &str); 9] = [
         (|c| c.vcpus = 0, "give 1 to"),
         (|c| c.vcpus = MAX_VCPUS + 1, "1 to 4 vCPUs, and 5"),
         (|c| c.memory_mib = 33, "32 MiB of memory, and 33"),
         (|c| c.version += 1, "one release"),
         (|c| c.devices.truncate(1), "3 devices, and 1"),
         (|c| (c.memory_mib, c.devices[2]) = (64, DeviceConfig::Rng), "32 MiB of memory, and 64"),
+        (|c| (c.max_memory_mib, c.hot_plug) = (Some(64), true), "grow later"),
         (|c| c.devices.reverse(), "the machine has"),
         (|c| c.memory = Descriptor(9), "missing or named twice"),
     ];

@@ -177,11 +177,19 @@ impl Cgroup {
             }
             result => result.map_err(io("create", &self.path, WRITABLE))?,
         }
-        self.set("pids.max", limits.pids_max())?;
-        self.set("memory.max", limits.memory_max())?;
+        self.allow(limits)?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         rustix::fs::openat(CWD, &self.path, flags, Mode::empty())
             .map_err(|error| io("open", &self.path, WRITABLE)(error.into()))
+    }
+
+    /// Sets its limits.
+    ///
+    /// # Errors
+    /// [`CgroupError::Io`].
+    pub fn allow(&self, limits: Limits) -> Result<(), CgroupError> {
+        self.set("pids.max", limits.pids_max())?;
+        self.set("memory.max", limits.memory_max())
     }
 
     /// Lets the controllers reach the children of `parent`. Most have them already.

@@ -22,6 +22,17 @@ pub struct Resources {
     /// `devices`.
     #[serde(default)]
     pub devices: Vec<crate::disks::Rule>,
+    /// `memory`, which decides how large it is.
+    #[serde(default)]
+    pub memory: Option<Memory>,
+}
+
+/// `memory` of an OCI `linux.resources`.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct Memory {
+    /// Bytes; 0 or less for no limit.
+    #[serde(default)]
+    pub limit: Option<i64>,
 }
 
 /// `cpu` of an OCI `linux.resources`.

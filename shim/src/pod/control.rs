@@ -14,8 +14,12 @@ use vial_agent_protocol::MAX_SPEC_BYTES;
 
 use super::{Pod, guest::explain};
 use crate::{
-    container::Container, error::ServiceError, life::ProcessEvent, metrics, numa::claim::Resources,
-    sandbox::Sandbox,
+    container::Container,
+    error::ServiceError,
+    life::ProcessEvent,
+    metrics,
+    numa::claim::Resources,
+    sandbox::{Sandbox, Shortage},
 };
 
 /// The least time between two tellings of a want of memory, so that a guest cannot flood
@@ -53,10 +57,24 @@ impl Pod {
         let asked: Resources = serde_json::from_slice(&resources).map_err(|error| {
             ServiceError::Invalid(format!("the resources are no OCI linux.resources: {error}"))
         })?;
+        let _turn = sandbox.growth.turn().await;
         let before = sandbox.placed.update(id, &asked)?;
-        match sandbox.agent.update(id, resources).await {
-            Ok(()) => Ok(()),
+        let had = match sandbox.growth.claim(id, &asked, Shortage::Refused).await {
+            Ok(had) => had,
             Err(error) => {
+                if let Err(error) = sandbox.placed.claim(id, before) {
+                    tracing::warn!("the VM stays where the failed update wanted it: {error}");
+                }
+                return Err(explain(&sandbox, error.into()).await);
+            }
+        };
+        match sandbox.agent.update(id, resources).await {
+            Ok(()) => {
+                sandbox.growth.settle().await;
+                Ok(())
+            }
+            Err(error) => {
+                sandbox.growth.put_back(id, had).await;
                 if let Err(error) = sandbox.placed.claim(id, before) {
                     tracing::warn!("the VM stays where the failed update wanted it: {error}");
                 }

@@ -16,7 +16,7 @@ use vial_vmm_api::{
 };
 
 use super::{
-    Plan,
+    Plan, Reach, growth,
     start::{self, Saved, Started},
     vmm,
 };
@@ -27,6 +27,7 @@ use crate::{
     jail::descriptors,
     network::Tap,
     share::Share,
+    size::Size,
     state_dir::StateDir,
     vhost_user::connect::Connected,
     vmm_client::{self, VmmClient},
@@ -132,11 +133,13 @@ pub(crate) fn base_devices(root: Descriptor, own_descriptors: Descriptor) -> Vec
 }
 
 /// Where the VM has what not all VMs have.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Made {
     pub(super) functions: Option<AddedFunctions>,
     /// The numbers of the devices that backends serve.
     pub(super) backends: Vec<u8>,
+    /// How far it can grow.
+    pub(super) reach: Reach,
 }
 
 /// Lets the VM run: from a template when there is one that fits, else its kernel boots.
@@ -186,11 +189,25 @@ pub(super) async fn boot(
             devices: &devices,
             memory_mib,
             hot_plug,
+            max_memory_mib: growth::most_memory_mib(&plan.config).filter(|_| !hot_plug),
         };
+        let max_memory_mib = saved.max_memory_mib;
         if start::restore(plan, template, saved, client, &given).await? {
             let new_devices = devices.len() > base + 1;
             let more_memory_mib = template.more_mib(memory_mib);
-            return Ok((Started::Restored { new_devices, more_memory_mib }, Made::default()));
+            let reach = match max_memory_mib {
+                None if hot_plug => Reach::Fixed("since functions of the host can come to it"),
+                None => Reach::Fixed("as the configuration has it"),
+                Some(memory_mib) => Reach::UpTo {
+                    base_mib: template.base_memory_mib(),
+                    most: Size {
+                        vcpus: plan.config.max_vcpus.min(template.max_vcpus()),
+                        memory_mib,
+                    },
+                },
+            };
+            let made = Made { functions: None, backends: Vec::new(), reach };
+            return Ok((Started::Restored { new_devices, more_memory_mib }, made));
         }
         missing = true;
     }
@@ -216,7 +233,8 @@ pub(super) async fn boot(
     match answer {
         Ok(Reply::Booted(report)) => {
             start::mark_report(plan, report.marks);
-            let made = Made { functions: report.functions, backends: report.backends };
+            let reach = Reach::Fixed("having booted a kernel of its own");
+            let made = Made { functions: report.functions, backends: report.backends, reach };
             Ok((Started::Booted { template_missing: missing }, made))
         }
         Ok(_) => Err(vmm("boot the VM")(vmm_client::VmmError::Answer)),

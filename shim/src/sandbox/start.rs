@@ -116,13 +116,14 @@ pub(super) struct Saved<'a> {
     pub(super) devices: &'a [DeviceConfig],
     pub(super) memory_mib: u32,
     pub(super) hot_plug: bool,
+    pub(super) max_memory_mib: Option<u32>,
 }
 
 /// Lets the VM go on from a template. Returns whether it does: one that the VMM refuses is none.
 pub(super) async fn restore(
     plan: &Plan,
     template: &Template,
-    Saved { memory, state, kvm, devices, memory_mib, hot_plug }: Saved<'_>,
+    Saved { memory, state, kvm, devices, memory_mib, hot_plug, max_memory_mib }: Saved<'_>,
     client: &VmmClient,
     given: &Given<'_>,
 ) -> Result<bool, ServiceError> {
@@ -135,6 +136,7 @@ pub(super) async fn restore(
         memory_mib,
         devices: devices.to_vec(),
         hot_plug,
+        max_memory_mib,
     };
     match client.request(Action::Restore(Box::new(config)), &given.0).await {
         Ok(Reply::Booted(report)) => {

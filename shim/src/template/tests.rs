@@ -99,6 +99,7 @@ fn growth_is_in_steps_and_enough() {
         memory: file(),
         state: file(),
         base_memory_mib,
+        max_vcpus: 8,
     };
     for (base, wanted, grown) in [(128, 128, 128), (128, 129, 130), (127, 130, 131), (128, 4, 128)]
     {

@@ -114,6 +114,10 @@ impl Vmm {
                     let message = "it has no device of the host".into();
                     reply(Err(Failure { kind: FailureKind::Invalid, message }));
                 }
+                Action::Resize { .. } | Action::Size => {
+                    let message = "it keeps its size".into();
+                    reply(Err(Failure { kind: FailureKind::Invalid, message }));
+                }
                 Action::ReconnectBackend { .. } => {
                     let message = "it has no device of another process".into();
                     reply(Err(Failure { kind: FailureKind::Invalid, message }));

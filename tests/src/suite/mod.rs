@@ -6,6 +6,7 @@ mod compare;
 mod control;
 mod devices;
 pub(crate) mod faults;
+mod growth;
 mod hot_plug;
 mod input;
 mod isolation;
@@ -92,6 +93,10 @@ pub(crate) fn cases() -> Vec<Case> {
         sizes::cri_pod_beyond_the_template_boots_cold,
         sizes::cri_memory_that_came_later_is_the_pods_to_use,
         sizes::cri_ten_pods_of_different_sizes_start_at_once,
+        growth::cri_vm_follows_limits_that_are_raised_and_lowered,
+        growth::cri_vm_follows_containers_that_come_and_go,
+        growth::cri_vm_grows_no_further_than_the_operator_allows,
+        growth::cri_vm_of_its_own_kernel_keeps_its_size_and_says_so,
         vhost_user::vhost_disk_holds_every_byte_though_its_backend_is_killed,
         vhost_user::vhost_device_that_cannot_be_had_is_refused,
         vhost_user::vhost_file_system_is_the_hosts_directory,

@@ -14,7 +14,7 @@ use crate::cri::wire::{ContainerState, LinuxContainerResources};
 const MIB: i64 = 1 << 20;
 
 /// What a pod's containers may use together: thousandths of a CPU, and MiB of memory; 0 is no limit.
-type Size = (i64, i64);
+pub(super) type Size = (i64, i64);
 
 /// The configuration's own, one that is more, and one with all CPUs that a template serves.
 const SIZES: [Size; 3] = [(0, 0), (1500, 65), (8000, 1200)];
@@ -25,7 +25,7 @@ const BEYOND: Size = (9000, 64);
 const HAS: &str =
     "nproc; cat /sys/devices/system/cpu/online; awk '/MemTotal/ { print $2 }' /proc/meminfo";
 
-fn limits((cpus, mib): Size) -> LinuxContainerResources {
+pub(super) fn limits((cpus, mib): Size) -> LinuxContainerResources {
     LinuxContainerResources {
         cpu_period: 100_000,
         cpu_quota: cpus * 100,
@@ -35,7 +35,7 @@ fn limits((cpus, mib): Size) -> LinuxContainerResources {
 }
 
 /// A pod of that size, by what a kubelet tells with it.
-fn pod(size: Size) -> Result<Pod> {
+pub(super) fn pod(size: Size) -> Result<Pod> {
     Pod::with(Runtime::Vial, |config| {
         let linux = config.linux.get_or_insert_default();
         linux.resources = Some(limits(size));
@@ -112,19 +112,19 @@ fn base() -> String {
 }
 
 /// Fills a file system in memory, and reads all of it back.
-fn fill() -> String {
-    let (mib, base, content) = (FILES * 4 + 8, base(), content("$at"));
+pub(super) fn fill(files: i64) -> String {
+    let (mib, base, content) = (files * 4 + 8, base(), content("$at"));
     format!(
         "set -e; mkdir /fill; mount -t tmpfs -o size={mib}m fill /fill; cd /fill; {base}; \
-         for at in $(seq {FILES}); do {content} >$at; done; cat $(seq {FILES}) | md5sum"
+         for at in $(seq {files}); do {content} >$at; done; cat $(seq {files}) | md5sum"
     )
 }
 
 /// The checksum of all of that, where it is not in a VM's memory.
-fn checksum() -> Result<String> {
+pub(super) fn checksum(files: i64) -> Result<String> {
     let scratch = tempfile::tempdir()?;
     let (base, content) = (base(), content("$at"));
-    let line = format!("{base}; for at in $(seq {FILES}); do {content}; done | md5sum");
+    let line = format!("{base}; for at in $(seq {files}); do {content}; done | md5sum");
     Ok(run(Command::new("sh").args(["-c", &line]).current_dir(scratch.path()))?.expect(0)?.stdout)
 }
 
@@ -133,7 +133,7 @@ pub(crate) fn cri_memory_that_came_later_is_the_pods_to_use(bed: &Bed) -> Result
     let log = bed.log_length();
     let pod = pod((2000, 64))?;
     let container = pod.start(idle().security(|security| security.privileged = true))?;
-    let (said, due) = (container.exec(&fill())?, checksum()?);
+    let (said, due) = (container.exec(&fill(FILES))?, checksum(FILES)?);
     ensure!(said == due, "what is in memory has the checksum {said:?} and not {due:?}");
     // Each limit holds as if all memory had been there from the start.
     container.exec("umount /fill")?;

@@ -135,6 +135,19 @@ pub enum Action {
         /// As in [`DeviceConfig::VhostUser`].
         socket: Descriptor,
     },
+    /// Changes what a VM has that was restored with [`RestoreConfig::max_memory_mib`]. Answered when
+    /// the guest is asked, with [`Reply::Size`]. After a failure the VM may have some of the vCPUs,
+    /// and the guest is asked for the memory that it was asked for before.
+    Resize {
+        /// As many as there are, or more, as in [`RestoreConfig::vcpus`]. The guest's kernel starts
+        /// the new ones, and stops those that it is not to use: none is ever taken away.
+        vcpus: u8,
+        /// The memory in MiB that the guest is asked to have: as much as was saved, or more by a
+        /// multiple of [`GROWTH_STEP_MIB`]. What it has over that, it gives back when it can.
+        memory_mib: u32,
+    },
+    /// What such a VM has. Answered by [`Reply::Size`].
+    Size,
 }
 
 /// What the VMM sends.
@@ -167,6 +180,19 @@ pub enum Reply {
         /// Its device number on the guest's PCI bus 0, 1 to 31.
         device: u8,
     },
+    /// The answer to [`Action::Resize`] and [`Action::Size`].
+    Size(VmSize),
+}
+
+/// How large a VM is that can grow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmSize {
+    /// vCPUs, whether the guest uses them or not.
+    pub vcpus: u8,
+    /// The memory in MiB that the guest is asked to have.
+    pub memory_mib: u32,
+    /// The memory in MiB that it has. Only the guest knows when it becomes what it is asked for.
+    pub plugged_mib: u32,
 }
 
 /// Functions of the host that came together, and go together.
@@ -411,6 +437,11 @@ pub struct RestoreConfig {
     pub devices: Vec<DeviceConfig>,
     /// As in [`VmConfig`].
     pub hot_plug: bool,
+    /// The most memory in MiB that [`Action::Resize`] can give it, up to the end of
+    /// [`MEMORY_MIB`]; `None` for a VM that keeps its size. It costs addresses and no memory, and
+    /// leaves the VMM's threads a few system calls more. Only with [`DeviceConfig::Memory`] and
+    /// without `hot_plug`, since functions reach all memory that there is when they come.
+    pub max_memory_mib: Option<u32>,
 }
 
 /// A device of the machine.

@@ -39,6 +39,8 @@ pub(super) struct Assembly<'a> {
     pub(super) backend_gone: Option<BackendGone>,
     /// The number on the bus of each device of such a backend, and where it is given another.
     pub(super) backends: Vec<(u8, Handover)>,
+    /// By which the owner says how much memory the guest is to have, where there is such a device.
+    pub(super) demand: Option<mem::Demand>,
     /// Of the device that is being added.
     handover: Option<Handover>,
 }
@@ -64,6 +66,7 @@ impl<'a> Assembly<'a> {
             listed: None,
             backend_gone: None,
             backends: Vec::new(),
+            demand: None,
             handover: None,
         }
     }
@@ -178,7 +181,9 @@ impl<'a> Assembly<'a> {
             }
             DeviceConfig::Rng => Box::new(rng::Rng::new()),
             DeviceConfig::Memory => {
-                Box::new(mem::Mem::new(self.growth.room, !self.growth.hot_plug))
+                let device = mem::Mem::new(self.growth.room, !self.growth.hot_plug);
+                self.demand = Some(device.demand());
+                Box::new(device)
             }
             DeviceConfig::Passthrough { .. } => return Err("it is no virtio device".into()),
         })

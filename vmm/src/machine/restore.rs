@@ -14,6 +14,7 @@ use super::disks::Disks;
 use super::{
     Descriptors, GuestConnected, Machine, MachineError,
     assembly::{Assembly, Growth},
+    growth::{Bounds, Growing},
     passed::Passed,
     passed_functions, vcpus,
 };
@@ -38,6 +39,13 @@ fn check(config: &RestoreConfig, snapshot: &Snapshot) -> Result<(), MachineError
         )));
     }
     let grows = config.devices.contains(&DeviceConfig::Memory);
+    if config.max_memory_mib.is_some() && (!grows || config.hot_plug) {
+        return Err(MachineError::Config(
+            "a machine that can grow later needs a memory device, and no functions of the host can \
+             come to it; leave `max_memory_mib` or `hot_plug` out"
+                .into(),
+        ));
+    }
     match config.memory_mib.checked_sub(snapshot.memory_mib) {
         Some(0) => {}
         Some(more) if grows && more.is_multiple_of(GROWTH_STEP_MIB) => {}
@@ -106,12 +114,14 @@ impl Machine {
         let vm = Vm::new(&kvm)?;
         let memory = File::from(descriptors.take(config.memory, "the saved memory")?);
         let room = super::room(snapshot.memory_mib, config.memory_mib);
-        let ram = map_saved_ram(u64::from(snapshot.memory_mib) << 20, memory, room)?;
-        vm.set_memory(&ram)?;
+        let most_mib = Growing::most_mib(config.memory_mib, config.max_memory_mib);
+        let most = super::room(snapshot.memory_mib, most_mib).present;
+        let ram = map_saved_ram(u64::from(snapshot.memory_mib) << 20, memory, room, most)?;
+        vm.set_memory(&ram, room.start + room.present)?;
         mark("vm created");
 
         let supported = kvm::supported_cpuid(&kvm)?;
-        let made = vcpus::create(&supported, &vm, config.vcpus, snapshot.max_vcpus, 0)?;
+        let made = vcpus::create(&supported, &vm, 0..config.vcpus, snapshot.max_vcpus, 0)?;
         check_processor(&made.cpuid, &snapshot.cpuid)?;
         vcpus::restore(&made.vcpus, &snapshot.vcpus)?;
         vm.apply(&snapshot.vm)?;
@@ -131,13 +141,36 @@ impl Machine {
         for ((number, device), saved) in config.devices.into_iter().enumerate().zip(saved) {
             assembly.add(number, device, saved, &mut descriptors, &mut guest_connected)?;
         }
-        let Assembly { vsock, passed, .. } = assembly;
+        let Assembly { vsock, passed, demand, .. } = assembly;
+        let grows = demand.filter(|_| config.max_memory_mib.is_some());
+        let growing = grows.map(|demand| Growing {
+            bounds: Bounds {
+                memory_mib: (snapshot.memory_mib, most_mib),
+                max_vcpus: snapshot.max_vcpus,
+            },
+            room,
+            demand,
+            supported,
+            vcpus: config.vcpus,
+        });
         renew_generation(&vm, &ram)?;
         mark("devices restored");
         let report = BootReport { marks, functions: None, backends: Vec::new() };
         let (vcpus, hot_plug) = (made.vcpus, config.hot_plug);
         let (saving, backends) = (None, Vec::new());
-        Ok(Self { platform, vcpus, vsock, vm, passed, disks, backends, hot_plug, report, saving })
+        Ok(Self {
+            platform,
+            vcpus,
+            vsock,
+            vm,
+            passed,
+            disks,
+            backends,
+            hot_plug,
+            report,
+            saving,
+            growing,
+        })
     }
 }
 

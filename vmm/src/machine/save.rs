@@ -182,9 +182,9 @@ mod tests {
             text
         };
         let none = Room { start: 4 << 30, bytes: 1 << 30, present: 0 };
-        let first = map_saved_ram(32 << 20, file.try_clone().unwrap(), none).unwrap();
+        let first = map_saved_ram(32 << 20, file.try_clone().unwrap(), none, 0).unwrap();
         let more = Room { present: 6 << 20, ..none };
-        let second = map_saved_ram(32 << 20, file.try_clone().unwrap(), more).unwrap();
+        let second = map_saved_ram(32 << 20, file.try_clone().unwrap(), more, 0).unwrap();
         assert_eq!(text(&second, (4 << 30) + (6 << 20) - 6), [0; 6]);
         assert_eq!((first.num_regions(), second.num_regions()), (1, 2));
         assert_eq!(second.last_addr().0, (4 << 30) + (6 << 20) - 1);
@@ -192,6 +192,6 @@ mod tests {
         assert_eq!(&text(&first, 5 << 20), b"secret");
         assert_eq!(&text(&second, 5 << 20), b"middle");
         assert_eq!(&text(&second, (32 << 20) - 6), b"\0\0\0end");
-        assert!(map_saved_ram(33 << 20, file, none).is_err());
+        assert!(map_saved_ram(33 << 20, file, none, 0).is_err());
     }
 }

@@ -23,17 +23,17 @@ pub(super) struct Vcpus {
     pub(super) cpuid: Vec<Vec<kvm_cpuid_entry2>>,
 }
 
-/// Makes the first vCPUs of a `package` of so many, for a guest of so many NUMA nodes. They have
+/// Makes these vCPUs of a `package` of so many, for a guest of so many NUMA nodes. They have
 /// nothing but their CPUID.
 pub(super) fn create(
     supported: &kvm_bindings::CpuId,
     vm: &Vm,
-    count: u8,
+    which: impl IntoIterator<Item = u8>,
     package: u8,
     nodes: usize,
 ) -> Result<Vcpus, MachineError> {
     let mut made = Vcpus { vcpus: Vec::new(), cpuid: Vec::new() };
-    for index in 0..count {
+    for index in which {
         let vcpu = vm.create_vcpu(index)?;
         let tsc_khz = vcpu.get_tsc_khz().ok();
         let entries = cpuid::for_vcpu(supported, index, package, nodes, tsc_khz);
@@ -88,10 +88,10 @@ pub(super) struct Started {
     pub(super) threads: Vec<JoinHandle<()>>,
 }
 
-/// Starts a thread for each vCPU, which enters the guest when its gate is opened. All have their
+/// Starts a thread for each vCPU, of which the first has that number, which enters the guest when its gate is opened. All have their
 /// filters when this returns.
 pub(super) fn start(
-    vcpus: Vec<VcpuFd>,
+    (first, vcpus): (u8, Vec<VcpuFd>),
     kind: ThreadKind,
     platform: &Arc<Platform>,
     end: &EndOfVm,
@@ -99,7 +99,7 @@ pub(super) fn start(
 ) -> Result<Started, MachineError> {
     let (confined, answers) = sync_channel(vcpus.len());
     let (mut gates, mut threads) = (Vec::new(), Vec::new());
-    for (index, vcpu) in (0u8..).zip(vcpus) {
+    for (index, vcpu) in (first..).zip(vcpus) {
         let (platform, end, confined) = (platform.clone(), end.clone(), confined.clone());
         let parking = parking.cloned();
         let (gate, opened) = sync_channel(1);

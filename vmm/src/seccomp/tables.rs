@@ -6,7 +6,7 @@ use kvm_bindings::{
     kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 
-use super::Check::{self, Any, OneOf, Without};
+use super::Check::{self, Any, OneOf, With, Without};
 use super::ThreadKind;
 
 type Call = (i64, Check);
@@ -246,6 +246,41 @@ const CONTROL_WITH_FUNCTIONS: &[Call] = &[
     (libc::SYS_pwrite64, Any),
 ];
 
+/// Making vCPUs and giving the machine memory that was mapped before; starting a thread in this
+/// process, and filtering its system calls further. What a vCPU's thread calls, it has to be
+/// allowed here already.
+const GROWTH: &[Call] = &[
+    (
+        libc::SYS_ioctl,
+        OneOf(
+            1,
+            &[
+                KVM_SET_USER_MEMORY_REGION,
+                // KVM_CREATE_VCPU, KVM_GET_TSC_KHZ.
+                kvm(0, 0, 0x41),
+                kvm(0, 0, 0xa3),
+                // KVM_SET_CPUID2 and KVM_SET_MSRS, of which only the head of the list is counted.
+                kvm(1, 8, 0x90),
+                kvm(1, size_of::<kvm_msrs>() as u64, 0x89),
+                // KVM_GET_LAPIC, KVM_SET_LAPIC.
+                kvm(2, size_of::<kvm_lapic_state>() as u64, 0x8e),
+                kvm(1, size_of::<kvm_lapic_state>() as u64, 0x8f),
+            ],
+        ),
+    ),
+    // A thread and no process.
+    (libc::SYS_clone, With(0, libc::CLONE_THREAD as u64)),
+    // Answered as if the kernel had none (`super::without_clone3`).
+    (libc::SYS_clone3, Any),
+    // What a thread does of itself when it starts.
+    (libc::SYS_prctl, OneOf(0, &[libc::PR_SET_NAME as u64, libc::PR_SET_NO_NEW_PRIVS as u64])),
+    (libc::SYS_rseq, Any),
+    (libc::SYS_sched_getaffinity, Any),
+    // Without flags: a filter of the thread's own, and nobody who answers for it.
+    (libc::SYS_seccomp, OneOf(1, &[0])),
+    (libc::SYS_set_robust_list, Any),
+];
+
 /// Reading a machine out of KVM, and writing it to two files that the shim has opened.
 const SAVER: &[Call] = &[
     (
@@ -283,6 +318,7 @@ pub(super) fn of(kind: ThreadKind) -> impl Iterator<Item = &'static Call> {
         ThreadKind::VhostUser => [EVENT_LOOP, VHOST_USER, NOTHING, NOTHING],
         ThreadKind::Control => [CONTROL, NOTHING, NOTHING, NOTHING],
         ThreadKind::ControlWithFunctions => [CONTROL, CONTROL_WITH_FUNCTIONS, NOTHING, NOTHING],
+        ThreadKind::ControlThatGrows => [CONTROL, VCPU, GROWTH, NOTHING],
         ThreadKind::Saver => [CONTROL, SAVER, NOTHING, NOTHING],
     };
     EVERY_THREAD.iter().chain(own.into_iter().flatten())

@@ -9,7 +9,7 @@ use super::*;
 const KIND: &str = "VIAL_TEST_THREAD_KIND";
 const CALL: &str = "VIAL_TEST_CALL";
 
-const KINDS: [ThreadKind; 8] = [
+const KINDS: [ThreadKind; 9] = [
     ThreadKind::Vcpu,
     ThreadKind::VcpuWithFunctions,
     ThreadKind::Io,
@@ -17,6 +17,7 @@ const KINDS: [ThreadKind; 8] = [
     ThreadKind::VhostUser,
     ThreadKind::Control,
     ThreadKind::ControlWithFunctions,
+    ThreadKind::ControlThatGrows,
     ThreadKind::Saver,
 ];
 
@@ -30,13 +31,15 @@ const READ_WRITE: i64 = (libc::PROT_READ | libc::PROT_WRITE) as i64;
 const EXECUTABLE: i64 = READ_WRITE | libc::PROT_EXEC as i64;
 const MAP: i64 = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as i64;
 
+const CLONE3: &str = "clone3";
+
 /// What no thread may do.
 const NEVER: &[Attempt] = &[
     ("execve", libc::SYS_execve, [0; 4]),
     ("execveat", libc::SYS_execveat, [CLOSED, 0, 0, 0]),
     ("fork", libc::SYS_fork, [0; 4]),
     ("clone", libc::SYS_clone, [libc::SIGCHLD as i64, 0, 0, 0]),
-    ("clone3", libc::SYS_clone3, [0; 4]),
+    (CLONE3, libc::SYS_clone3, [0; 4]),
     ("executable memory", libc::SYS_mmap, [0, 4096, EXECUTABLE, MAP]),
     ("memory made executable", libc::SYS_mprotect, [0, 4096, EXECUTABLE, 0]),
     ("memory of another node", libc::SYS_mbind, [0, 4096, 0, 0]),
@@ -90,6 +93,8 @@ fn table(kind: ThreadKind) -> (&'static [Attempt], &'static [Attempt]) {
     // VFIO_GROUP_GET_DEVICE_FD.
     const GROUP: Attempt = ("a function of a group", libc::SYS_ioctl, [CLOSED, 0x3b6a, 0, 0]);
     const READ_AT: Attempt = ("read at a place", libc::SYS_pread64, [CLOSED, 0, 0, 0]);
+    // Answered, and nothing comes of it.
+    const NO_CLONE3: Attempt = (CLONE3, libc::SYS_clone3, [0; 4]);
     match kind {
         ThreadKind::Vcpu => (
             &[RUN, DUPLICATE],
@@ -117,6 +122,10 @@ fn table(kind: ThreadKind) -> (&'static [Attempt], &'static [Attempt]) {
             &[POLL, RECEIVE, SLOT, PASSED_MEMORY, PASSED_INTERRUPT, READ_AT, WRITE_AT, EVENT],
             &[OPEN, PAIR, IDENTITY, RUN, EPOLL, DUPLICATE, READ_OUT, WRITE_INTO, GROUP],
         ),
+        ThreadKind::ControlThatGrows => (
+            &[POLL, RECEIVE, SLOT, RUN, DUPLICATE, READ_OUT, WRITE_INTO, NO_CLONE3],
+            &[OPEN, PAIR, IDENTITY, EPOLL, READ_AT, WRITE_AT, PASSED_MEMORY, PASSED_INTERRUPT],
+        ),
         ThreadKind::Saver => (
             &[POLL, RECEIVE, READ_OUT, WRITE_AT],
             &[OPEN, PAIR, IDENTITY, RUN, EPOLL, DUPLICATE, WRITE_INTO],
@@ -133,7 +142,9 @@ const ALWAYS: &[Attempt] = &[
 
 fn attempts(kind: ThreadKind) -> Vec<Attempt> {
     let (may, may_not) = table(kind);
-    [ALWAYS, may, NEVER, may_not].concat()
+    let grows = kind == ThreadKind::ControlThatGrows;
+    let never: Vec<_> = NEVER.iter().filter(|(name, ..)| !grows || *name != CLONE3).collect();
+    ALWAYS.iter().chain(may).chain(never).chain(may_not).copied().collect()
 }
 
 /// Not a test by itself: makes the call that the environment names, if it does.
@@ -238,4 +249,27 @@ fn control_thread_with_functions_that_leaves_its_table_is_killed() {
 #[test]
 fn saver_that_leaves_its_table_is_killed() {
     each_call_of(ThreadKind::Saver);
+}
+
+#[test]
+fn control_thread_that_grows_and_leaves_its_table_is_killed() {
+    each_call_of(ThreadKind::ControlThatGrows);
+}
+
+/// Not a test by itself: a thread of the kind starts another, which filters itself further.
+#[test]
+fn starting_child() {
+    let (Ok(_), Err(_)) = (std::env::var(KIND), std::env::var(CALL)) else { return };
+    keep_one_heap();
+    confine(ThreadKind::ControlThatGrows).unwrap();
+    let started = std::thread::Builder::new().name("vcpu1".into()).stack_size(256 << 10);
+    let started = started.spawn(|| confine(ThreadKind::Vcpu).is_ok()).unwrap();
+    // SAFETY: it ends the process, whose test harness could not go on.
+    unsafe { libc::_exit(i32::from(!started.join().unwrap())) };
+}
+
+#[test]
+fn confined_thread_that_grows_can_start_a_vcpu() {
+    let status = run_child("starting_child", &[(KIND, String::new())]);
+    assert_eq!(status.code(), Some(0), "{status}");
 }

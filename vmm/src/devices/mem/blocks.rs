@@ -13,10 +13,14 @@ pub struct Room {
     pub start: u64,
     /// How long it is: a multiple of [`BLOCK_BYTES`].
     pub bytes: u64,
-    /// How much of it, from its start, is memory, all of which the guest is to take: a multiple of
-    /// [`BLOCK_BYTES`].
+    /// How much of it, from its start, is memory, all of which the guest is to take at first: a
+    /// multiple of [`BLOCK_BYTES`].
     pub present: u64,
 }
+
+/// Linux adds memory in blocks of this size on x86-64, and uses those alone of a region that are
+/// usable as a whole (drivers/base/memory.c).
+const LINUX_BLOCK_BYTES: u64 = 128 << 20;
 
 /// The answer to a request (virtio 1.2, 5.15.6).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,24 +50,48 @@ pub(super) enum Plugged {
 #[derive(Debug, Clone)]
 pub(super) struct Blocks {
     room: Room,
-    /// Blocks that the driver may name.
-    usable: usize,
-    /// One bit a block that is memory.
+    /// One a block that is memory.
     plugged: Vec<bool>,
     count: usize,
+    /// How many the guest is to have, and how many it can have at most.
+    requested: usize,
+}
+
+fn blocks_of(bytes: u64) -> usize {
+    (bytes / BLOCK_BYTES) as usize
 }
 
 impl Blocks {
-    /// None of which the guest has. `usable_bytes`, from the region's start, are those that its
-    /// driver may name.
-    pub(super) fn new(room: Room, usable_bytes: u64) -> Self {
-        let blocks = |bytes: u64| (bytes / BLOCK_BYTES) as usize;
-        Self {
-            room,
-            usable: blocks(usable_bytes.min(room.bytes)),
-            plugged: vec![false; blocks(room.present)],
-            count: 0,
-        }
+    /// None of which the guest has, and all of which it is to take.
+    pub(super) fn new(room: Room) -> Self {
+        let present = blocks_of(room.present);
+        Self { room, plugged: vec![false; present], count: 0, requested: present }
+    }
+
+    /// How much of the region, from its start, is memory.
+    pub(super) fn present_bytes(&self) -> u64 {
+        self.room.present
+    }
+
+    /// How much of it, from its start, the driver may name. It never becomes less.
+    pub(super) fn usable_bytes(&self) -> u64 {
+        self.room.present.next_multiple_of(LINUX_BLOCK_BYTES).min(self.room.bytes)
+    }
+
+    /// How much the guest is to have.
+    pub(super) fn requested_bytes(&self) -> u64 {
+        self.requested as u64 * BLOCK_BYTES
+    }
+
+    /// There is more memory behind what there was, up to so much of the region from its start.
+    pub(super) fn extend(&mut self, present: u64) {
+        self.room.present = present.clamp(self.room.present, self.room.bytes);
+        self.plugged.resize(blocks_of(self.room.present), false);
+    }
+
+    /// What the guest is to have from now on, of what is memory.
+    pub(super) fn request(&mut self, bytes: u64) {
+        self.requested = blocks_of(bytes.min(self.room.present));
     }
 
     /// How much the guest has, in bytes.
@@ -79,15 +107,15 @@ impl Blocks {
         }
         let first = usize::try_from(offset / BLOCK_BYTES).ok()?;
         let end = first.checked_add(blocks.into())?;
-        (end <= self.usable).then_some(first..end)
+        (end <= blocks_of(self.usable_bytes())).then_some(first..end)
     }
 
     /// What there is of a range, which may reach beyond the memory.
     fn plugged(&self, range: Range<usize>) -> Plugged {
         let length = range.len();
         let end = range.end.min(self.plugged.len());
-        let blocks = self.plugged.get(range.start..end).unwrap_or_default();
-        match blocks.iter().filter(|plugged| **plugged).count() {
+        let there = self.plugged.get(range.start..end).unwrap_or_default();
+        match there.iter().filter(|plugged| **plugged).count() {
             0 => Plugged::None,
             count if count == length => Plugged::All,
             _ => Plugged::Mixed,
@@ -107,13 +135,14 @@ impl Blocks {
         }
         let count = range.len();
         match self.plugged.get_mut(range) {
-            // There is nothing behind the memory: this is the bound of what the guest gets.
-            None => Answer::Nack,
-            Some(blocks) => {
+            // There is nothing behind the memory, and no more than is asked for: these are the
+            // bounds of what the guest gets.
+            Some(blocks) if self.count + count <= self.requested => {
                 blocks.fill(true);
                 self.count += count;
                 Answer::Ack
             }
+            _ => Answer::Nack,
         }
     }
 
@@ -161,9 +190,9 @@ mod tests {
 
     const START: u64 = 4 << 30;
 
-    fn blocks(present: u64, usable: u64) -> Blocks {
-        let room = Room { start: START, bytes: 1 << 30, present: present * BLOCK_BYTES };
-        Blocks::new(room, usable * BLOCK_BYTES)
+    /// The driver may name 16 of them, whatever there is.
+    fn blocks(present: u64) -> Blocks {
+        Blocks::new(Room { start: START, bytes: 16 * BLOCK_BYTES, present: present * BLOCK_BYTES })
     }
 
     fn at(block: u64) -> u64 {
@@ -172,7 +201,7 @@ mod tests {
 
     #[test]
     fn request_beyond_a_bound_is_an_error_and_changes_nothing() {
-        let mut blocks = blocks(8, 16);
+        let mut blocks = blocks(8);
         for (address, count) in [
             (at(0), 0),
             (at(0) + 4096, 1),
@@ -193,7 +222,7 @@ mod tests {
 
     #[test]
     fn no_more_than_there_is_can_be_had() {
-        let mut blocks = blocks(8, 16);
+        let mut blocks = blocks(8);
         assert_eq!(blocks.plug(at(0), 9), Answer::Nack);
         assert_eq!(blocks.plug(at(8), 1), Answer::Nack);
         assert_eq!(blocks.plug(at(15), 1), Answer::Nack);
@@ -205,7 +234,7 @@ mod tests {
 
     #[test]
     fn what_the_host_does_not_take_back_stays_the_guests() {
-        let mut blocks = blocks(8, 16);
+        let mut blocks = blocks(8);
         blocks.plug(at(2), 2);
         assert_eq!(blocks.unplug(at(2), 2, |_| false), Answer::Busy);
         assert_eq!(blocks.unplug_all(|_| false), Answer::Busy);
@@ -220,11 +249,35 @@ mod tests {
         assert_eq!(blocks.unplug_all(|_| unreachable!()), Answer::Ack);
     }
 
+    #[test]
+    fn memory_that_comes_can_be_had_when_it_is_asked_for() {
+        let mut blocks = blocks(2);
+        blocks.extend(6 * BLOCK_BYTES);
+        assert_eq!(blocks.plug(at(0), 3), Answer::Nack, "it is there, and not asked for");
+        blocks.request(5 * BLOCK_BYTES);
+        assert_eq!(blocks.plug(at(0), 3), Answer::Ack);
+        assert_eq!(blocks.plug(at(3), 3), Answer::Nack);
+        assert_eq!(blocks.plug(at(4), 2), Answer::Ack);
+        // What is asked for less, the guest keeps until it gives it back, and never gets again.
+        blocks.request(3 * BLOCK_BYTES);
+        assert_eq!(blocks.plugged_bytes(), 5 * BLOCK_BYTES);
+        assert_eq!(blocks.unplug(at(0), 2, |_| true), Answer::Ack);
+        assert_eq!(blocks.plug(at(0), 1), Answer::Nack);
+        blocks.request(100 * BLOCK_BYTES);
+        assert_eq!(blocks.requested_bytes(), 6 * BLOCK_BYTES);
+        blocks.extend(100 * BLOCK_BYTES);
+        assert_eq!(blocks.present_bytes(), 16 * BLOCK_BYTES);
+        blocks.extend(0);
+        assert_eq!(blocks.present_bytes(), 16 * BLOCK_BYTES);
+    }
+
     #[derive(Debug, Clone)]
     enum Step {
         Plug(u64, u16),
         Unplug(u64, u16),
         UnplugAll,
+        Extend(u64),
+        Request(u64),
     }
 
     fn step() -> impl Strategy<Value = Step> {
@@ -233,15 +286,18 @@ mod tests {
             4 => range().prop_map(|(first, count)| Step::Plug(first, count)),
             3 => range().prop_map(|(first, count)| Step::Unplug(first, count)),
             1 => Just(Step::UnplugAll),
+            1 => (0..20u64).prop_map(Step::Extend),
+            1 => (0..20u64).prop_map(Step::Request),
         ]
     }
 
     proptest! {
         #[test]
         fn guest_has_what_was_acknowledged_and_nothing_beyond_the_memory(
-            present in 0..16u64, steps in proptest::collection::vec(step(), 0..60),
+            first in 0..16u64, steps in proptest::collection::vec(step(), 0..60),
         ) {
-            let mut blocks = blocks(present, 16);
+            let mut blocks = blocks(first);
+            let (mut present, mut requested) = (first, first);
             let mut has = std::collections::BTreeSet::new();
             for step in steps {
                 match step {
@@ -250,7 +306,8 @@ mod tests {
                         let answer = blocks.plug(at(first), count);
                         let free = range.clone().all(|block| !has.contains(&block));
                         let named = count > 0 && range.end <= 16;
-                        let there = range.end <= present;
+                        let asked = has.len() + usize::from(count) <= requested as usize;
+                        let there = range.end <= present && asked;
                         prop_assert_eq!(answer == Answer::Ack, named && free && there);
                         prop_assert_eq!(answer == Answer::Nack, named && free && !there);
                         if answer == Answer::Ack {
@@ -274,6 +331,14 @@ mod tests {
                     Step::UnplugAll => {
                         prop_assert_eq!(blocks.unplug_all(|_| true), Answer::Ack);
                         has.clear();
+                    }
+                    Step::Extend(to) => {
+                        blocks.extend(to * BLOCK_BYTES);
+                        present = present.max(to.min(16));
+                    }
+                    Step::Request(number) => {
+                        blocks.request(number * BLOCK_BYTES);
+                        requested = number.min(present);
                     }
                 }
                 prop_assert_eq!(blocks.plugged_bytes(), has.len() as u64 * BLOCK_BYTES);

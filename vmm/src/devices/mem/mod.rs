@@ -2,8 +2,8 @@
 //! more memory than that one had.
 //!
 //! The region is there from the guest's boot on, and empty. In a restored machine its first part is
-//! memory, of which the device asks the guest to take all. What the guest gives back, the host has
-//! again at once.
+//! memory, of which the device asks the guest to take all; later there may be more, or less is asked
+//! for ([`Demand`]). What the guest gives back, the host has again at once.
 
 mod blocks;
 
@@ -16,8 +16,8 @@ use super::buffers::Buffers;
 use super::one_queue::{QueueWorker, Serve};
 use crate::memory::{self, GuestRam};
 use crate::virtio::{
-    ActivateError, Activation, ActiveQueue, FEATURE_EVENT_IDX, FEATURE_INDIRECT_DESC, QueueError,
-    VirtioDevice, Worker,
+    ActivateError, Activation, ActiveQueue, FEATURE_EVENT_IDX, FEATURE_INDIRECT_DESC, Interrupt,
+    QueueError, VirtioDevice, Worker,
 };
 
 const DEVICE: &str = "mem";
@@ -25,10 +25,6 @@ const DEVICE: &str = "mem";
 /// `VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE` (virtio 1.2, 5.15.3): there is nothing where the guest has
 /// nothing, not even to be read.
 const FEATURE_UNPLUGGED_INACCESSIBLE: u64 = 1 << 1;
-
-/// Linux adds memory in blocks of this size on x86-64, and uses those alone of a region that are
-/// usable as a whole (drivers/base/memory.c).
-const LINUX_BLOCK_BYTES: u64 = 128 << 20;
 
 /// A request (virtio 1.2, 5.15.6): type, padding, address, number of blocks, padding.
 const REQUEST_BYTES: usize = 24;
@@ -42,18 +38,56 @@ const REQUEST_UNPLUG: u16 = 1;
 const REQUEST_UNPLUG_ALL: u16 = 2;
 const REQUEST_STATE: u16 = 3;
 
-/// The configuration space (virtio 1.2, 5.15.4), and where in it the size lies that changes.
+/// The configuration space (virtio 1.2, 5.15.4), and where in it the sizes lie that change: what is
+/// usable, what is plugged, what is requested.
 const CONFIG_BYTES: usize = 56;
-const PLUGGED_SIZE: usize = 40;
+const SIZES: usize = 32;
 
 /// The device.
 #[derive(Debug)]
 pub struct Mem {
-    /// As it is when nothing is plugged.
+    /// Without the sizes that change.
     config: [u8; CONFIG_BYTES],
-    blocks: Arc<Mutex<Blocks>>,
+    demand: Demand,
     asks: bool,
     discards: bool,
+}
+
+/// How much memory the guest is asked to have, from the owner's side.
+#[derive(Debug, Clone)]
+pub struct Demand {
+    blocks: Arc<Mutex<Blocks>>,
+    /// Tells the driver that it changed, when there is a driver.
+    changed: Arc<Mutex<Interrupt>>,
+}
+
+impl Demand {
+    /// How much of the region, from its start, is memory.
+    pub fn present_bytes(&self) -> u64 {
+        lock(&self.blocks).present_bytes()
+    }
+
+    /// How much the guest has.
+    pub fn plugged_bytes(&self) -> u64 {
+        lock(&self.blocks).plugged_bytes()
+    }
+
+    /// How much it is asked to have.
+    pub fn requested_bytes(&self) -> u64 {
+        lock(&self.blocks).requested_bytes()
+    }
+
+    /// There is memory now up to so much of the region from its start, a multiple of
+    /// [`BLOCK_BYTES`].
+    pub fn extend(&self, present: u64) {
+        lock(&self.blocks).extend(present);
+    }
+
+    /// Asks the guest to have so much of what is memory, a multiple of [`BLOCK_BYTES`].
+    pub fn request(&self, bytes: u64) {
+        lock(&self.blocks).request(bytes);
+        self.changed.lock().unwrap_or_else(PoisonError::into_inner).trigger();
+    }
 }
 
 fn lock(blocks: &Mutex<Blocks>) -> MutexGuard<'_, Blocks> {
@@ -64,14 +98,18 @@ impl Mem {
     /// A device for that room. It `discards` what the guest gives back, unless functions of the
     /// host may hold it.
     pub fn new(room: Room, discards: bool) -> Self {
-        let usable = room.present.next_multiple_of(LINUX_BLOCK_BYTES).min(room.bytes);
         let mut config = [0; CONFIG_BYTES];
-        // Block size, node, address, region, usable, plugged, requested.
-        let fields =
-            [BLOCK_BYTES, 0, room.start, room.bytes, usable, 0, room.present].map(u64::to_le_bytes);
-        config.copy_from_slice(fields.as_flattened());
-        let blocks = Arc::new(Mutex::new(Blocks::new(room, usable)));
-        Self { config, blocks, asks: room.present > 0, discards }
+        // Block size, node, address, region.
+        let fields = [BLOCK_BYTES, 0, room.start, room.bytes].map(u64::to_le_bytes);
+        config[..SIZES].copy_from_slice(fields.as_flattened());
+        let blocks = Arc::new(Mutex::new(Blocks::new(room)));
+        let demand = Demand { blocks, changed: Arc::new(Mutex::new(Interrupt::none())) };
+        Self { config, demand, asks: room.present > 0, discards }
+    }
+
+    /// By which the owner changes what the guest is asked for.
+    pub fn demand(&self) -> Demand {
+        self.demand.clone()
     }
 }
 
@@ -94,8 +132,10 @@ impl VirtioDevice for Mem {
 
     fn read_config(&self, offset: usize, data: &mut [u8]) {
         let mut config = self.config;
-        let plugged = lock(&self.blocks).plugged_bytes().to_le_bytes();
-        config[PLUGGED_SIZE..PLUGGED_SIZE + plugged.len()].copy_from_slice(&plugged);
+        let blocks = lock(&self.demand.blocks);
+        let sizes = [blocks.usable_bytes(), blocks.plugged_bytes(), blocks.requested_bytes()];
+        drop(blocks);
+        config[SIZES..].copy_from_slice(sizes.map(u64::to_le_bytes).as_flattened());
         crate::virtio::read_at(&config, offset, data);
     }
 
@@ -105,7 +145,9 @@ impl VirtioDevice for Mem {
             // A driver that was there before the memory looks again.
             activation.config_interrupt.trigger();
         }
-        let (blocks, discards) = (self.blocks.clone(), self.discards);
+        let changed = activation.config_interrupt.clone();
+        *self.demand.changed.lock().unwrap_or_else(PoisonError::into_inner) = changed;
+        let (blocks, discards) = (self.demand.blocks.clone(), self.discards);
         let keeper = Keeper { ram: activation.ram, blocks, discards };
         Ok(Box::new(QueueWorker::new(queue, keeper, activation.fault)))
     }

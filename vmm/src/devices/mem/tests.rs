@@ -41,7 +41,7 @@ fn driver_reads_what_there_is_and_what_it_has() {
     let fields = [0, 16, 24, 32, 40, 48].map(|offset| field(&device, offset));
     assert_eq!(fields, [2 << 20, START, 1 << 30, 128 << 20, 0, 16 << 20]);
     assert_eq!(ask(&mut bench, REQUEST_PLUG, START, 3), (0, 0));
-    assert_eq!(field(&device, PLUGGED_SIZE), 6 << 20);
+    assert_eq!(field(&device, SIZES + 8), 6 << 20);
     assert_eq!(field(&device, CONFIG_BYTES), 0);
     assert_eq!(field(&device, usize::MAX), 0);
     assert_eq!(ask(&mut bench, REQUEST_STATE, START, 3), (0, 0));
@@ -120,4 +120,24 @@ fn device_without_memory_asks_for_nothing() {
     assert_eq!([32, 40, 48].map(|offset| field(&device, offset)), [0; 3]);
     assert_eq!(ask(&mut bench, REQUEST_PLUG, START, 1), (3, 0));
     assert_eq!(ask(&mut bench, REQUEST_UNPLUG_ALL, 0, 0), (0, 0));
+}
+
+#[test]
+fn driver_learns_of_memory_that_comes_and_goes() {
+    let mut device = device();
+    let demand = device.demand();
+    let mut bench = Bench::activate(&mut device, &ram());
+    assert_eq!(ask(&mut bench, REQUEST_PLUG, START, 8), (0, 0));
+    assert_eq!(ask(&mut bench, REQUEST_PLUG, START + (16 << 20), 1), (1, 0));
+    demand.extend(160 << 20);
+    assert_eq!([32, 40, 48].map(|offset| field(&device, offset)), [256 << 20, 16 << 20, 16 << 20]);
+    assert_eq!(ask(&mut bench, REQUEST_PLUG, START + (16 << 20), 1), (1, 0));
+    demand.request(18 << 20);
+    assert_eq!(field(&device, 48), 18 << 20);
+    assert_eq!(ask(&mut bench, REQUEST_PLUG, START + (16 << 20), 1), (0, 0));
+    demand.request(4 << 20);
+    assert_eq!((demand.plugged_bytes(), demand.requested_bytes()), (18 << 20, 4 << 20));
+    assert_eq!(ask(&mut bench, REQUEST_UNPLUG, START, 7), (0, 0));
+    assert_eq!(ask(&mut bench, REQUEST_PLUG, START, 1), (1, 0));
+    assert_eq!(demand.plugged_bytes(), 4 << 20);
 }
