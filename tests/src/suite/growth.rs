@@ -2,13 +2,14 @@
 //! follows them.
 
 use std::fs;
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use vial_tests::node::{self, Configuration};
 
-use super::bed::{Bed, Runtime};
+use super::bed::{Bed, Runtime, run};
 use super::faults::process;
-use super::sizes::{Size, checksum, fill, limits, pod};
+use super::sizes::{Size, limits, pod};
 use super::templates::Node;
 use crate::cri::pod::{Container, Pod, eventually, idle};
 use crate::cri::wire::ContainerState;
@@ -21,9 +22,34 @@ const KERNELS_MIB: i64 = 30;
 /// More than 400 MiB in files of 4 MiB.
 const FILES: i64 = 101;
 
+/// Fills a file system in memory with files of which no two are the same, and reads some of each back: all would be as much
+/// work again as to write them.
+fn fill() -> String {
+    let mib = FILES * 4 + 8;
+    format!(
+        "set -e; mkdir -p /fill; mount -t tmpfs -o size={mib}m fill /fill; cd /fill; {BASE}; \
+         for at in $(seq {FILES}); do {{ seq $at; cat base; }} >$at; done; \
+         for at in $(seq {FILES}); do {READ} <$at; done | md5sum"
+    )
+}
+
+/// Makes 4 MiB.
+const BASE: &str = "seq 99999999 | head -c 4194304 >base";
+/// What is read back of a file.
+const READ: &str = "head -c 65536";
+
+/// The checksum of all of that, where it is not in a VM's memory.
+fn checksum() -> Result<String> {
+    let scratch = tempfile::tempdir()?;
+    let line = format!(
+        "{BASE}; for at in $(seq {FILES}); do {{ seq $at; {READ} base; }} | {READ}; done | md5sum"
+    );
+    Ok(run(Command::new("sh").args(["-c", &line]).current_dir(scratch.path()))?.expect(0)?.stdout)
+}
+
 /// A container that waits, with those limits.
 fn waiting(pod: &Pod, size: Size) -> Result<Container<'_>> {
-    pod.start(idle().resources(limits(size)).security(|security| security.privileged = true))
+    pod.start(idle().resources(limits(size)))
 }
 
 /// The CPUs of the guest, as one of its processes finds them, and its memory in MiB.
@@ -72,12 +98,13 @@ fn refused(container: &Container<'_>, size: Size, words: &str) -> Result<()> {
 pub(crate) fn cri_vm_follows_limits_that_are_raised_and_lowered(_: &Bed) -> Result<()> {
     let (_node, _) = Node::with_template()?;
     let pod = pod((1000, 128))?;
-    let container = waiting(&pod, (1000, 128))?;
+    let config = idle().resources(limits((1000, 128)));
+    let container = pod.start(config.security(|security| security.privileged = true))?;
     holds(&container, (1, 128))?;
     update(&container, (3000, 512))?;
     // At once: it is there when the update is answered.
     holds(&container, (3, 512))?;
-    let (said, due) = (container.exec(&fill(FILES))?, checksum(FILES)?);
+    let (said, due) = (container.exec(&fill())?, checksum()?);
     ensure!(said == due, "what is in memory has the checksum {said:?} and not {due:?}");
     let used = vmm_mib()?;
     container.exec("umount /fill")?;

@@ -112,19 +112,19 @@ fn base() -> String {
 }
 
 /// Fills a file system in memory, and reads all of it back.
-pub(super) fn fill(files: i64) -> String {
-    let (mib, base, content) = (files * 4 + 8, base(), content("$at"));
+fn fill() -> String {
+    let (mib, base, content) = (FILES * 4 + 8, base(), content("$at"));
     format!(
         "set -e; mkdir /fill; mount -t tmpfs -o size={mib}m fill /fill; cd /fill; {base}; \
-         for at in $(seq {files}); do {content} >$at; done; cat $(seq {files}) | md5sum"
+         for at in $(seq {FILES}); do {content} >$at; done; cat $(seq {FILES}) | md5sum"
     )
 }
 
 /// The checksum of all of that, where it is not in a VM's memory.
-pub(super) fn checksum(files: i64) -> Result<String> {
+fn checksum() -> Result<String> {
     let scratch = tempfile::tempdir()?;
     let (base, content) = (base(), content("$at"));
-    let line = format!("{base}; for at in $(seq {files}); do {content}; done | md5sum");
+    let line = format!("{base}; for at in $(seq {FILES}); do {content}; done | md5sum");
     Ok(run(Command::new("sh").args(["-c", &line]).current_dir(scratch.path()))?.expect(0)?.stdout)
 }
 
@@ -133,7 +133,7 @@ pub(crate) fn cri_memory_that_came_later_is_the_pods_to_use(bed: &Bed) -> Result
     let log = bed.log_length();
     let pod = pod((2000, 64))?;
     let container = pod.start(idle().security(|security| security.privileged = true))?;
-    let (said, due) = (container.exec(&fill(FILES))?, checksum(FILES)?);
+    let (said, due) = (container.exec(&fill())?, checksum()?);
     ensure!(said == due, "what is in memory has the checksum {said:?} and not {due:?}");
     // Each limit holds as if all memory had been there from the start.
     container.exec("umount /fill")?;
