@@ -187,7 +187,9 @@ impl Growth {
 
     /// A container has what it had before a claim, or nothing. The VM may be smaller then, later.
     pub async fn put_back(self: &Arc<Self>, id: &str, before: Option<Limits>) {
-        restore(&mut self.now.lock().await, id, before);
+        let mut now = self.now.lock().await;
+        restore(&mut now, id, before);
+        drop(now);
         self.settle().await;
     }
 
