@@ -1,4 +1,5 @@
 //! What the programs of this crate share.
 
+pub mod loop_device;
 pub mod node;
 pub mod vmm;

@@ -8,6 +8,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use vial_tests::loop_device::LoopDevice;
 use vial_tests::node::setting;
 use vial_tests::vmm::{Files, Vmm};
 use vial_vmm_api::{API_VERSION, DeviceConfig, Placement, VmConfig};
@@ -24,6 +25,9 @@ const TEMPLATE: &str = "vial-template";
 const VIAL: &str = "io.containerd.vial.v2";
 /// The port that the agent connects to when it can serve (`vial_agent_protocol::READY_PORT`).
 const READY_PORT: u32 = 1024;
+/// What the shim tells each kernel (`Config::command_line` of it).
+const WORDS: &str = "panic=-1 random.trust_cpu=on dummy.numdummies=0 percpu_alloc=page tsc=nowatchdog \
+    rcupdate.rcu_expedited=1 quiet 8250.nr_uarts=0";
 const PATIENCE: Duration = Duration::from_secs(120);
 /// How long an idle container is left alone before it is looked at, and how long it is looked at.
 const SETTLE: Duration = Duration::from_secs(2);
@@ -74,12 +78,13 @@ pub(crate) fn measure(plan: &Plan) -> Result<Measured> {
     subjects.extend(plan.peers.iter().cloned());
     let measured = Measured { mode: plan.mode.clone(), host: host(), ..Measured::default() };
     let mut bench = Bench { plan, measured, begun: Instant::now() };
-    bench.machines()?;
+    bench.machines(&subjects[2])?;
     bench.containers(&subjects)?;
     bench.pods(&subjects)?;
     bench.idle(&subjects)?;
     bench.idle_together(&subjects)?;
     bench.files(&subjects)?;
+    bench.disks(&subjects)?;
     bench.start_of_one(&subjects[2])?;
     Ok(bench.measured)
 }
@@ -128,8 +133,9 @@ impl Bench<'_> {
         );
     }
 
-    /// From the VMM's exec until its guest's agent can serve.
-    fn machines(&mut self) -> Result<()> {
+    /// From the VMM's exec until its guest's agent can serve. One that goes on from a template is a pod's, by its shim's
+    /// time line, in which a network could take part; the container has none.
+    fn machines(&mut self, template: &Subject) -> Result<()> {
         if !self.wanted(&["vmm_ready"]) {
             return Ok(());
         }
@@ -137,6 +143,15 @@ impl Bench<'_> {
             self.progress("machines", COLD, round);
             let ms = machine_until_ready()?;
             self.add("vmm_ready", COLD, "ms", ms);
+            self.progress("machines", TEMPLATE, round);
+            let _idle: Idle = template.idle(&self.plan.image, 0)?;
+            let marks = timeline()?;
+            let at = |name: &str| {
+                let mark = marks.iter().find(|(mark, _)| mark == name);
+                mark.map(|(_, at)| *at).with_context(|| format!("{name:?} is not in the time line"))
+            };
+            let ms = at("agent greeted")? - at("VMM spawned")?;
+            self.add("vmm_ready", TEMPLATE, "ms", ms);
         }
         Ok(())
     }
@@ -253,7 +268,47 @@ impl Bench<'_> {
             ("fs_list_200_files", "ls -l /volume"),
             ("fs_remove_200_files", "rm /volume/file*"),
         ];
-        let ids = steps.map(|(id, _)| id);
+        self.steps("files", subjects, &steps, || {
+            let volume = tempfile::tempdir_in(VOLUMES)
+                .with_context(|| format!("make a directory in {VOLUMES}"))?;
+            let source = volume.path().display();
+            let mount = format!("type=bind,src={source},dst=/volume,options=rbind:rw");
+            Ok((volume, vec!["--mount".into(), mount]))
+        })
+    }
+
+    /// A block device of the host in the container: data out and in, and single blocks that are to be on the disk. Its file
+    /// is in memory, as that of files.
+    fn disks(&mut self, subjects: &[Subject]) -> Result<()> {
+        let steps = [
+            ("blk_write_16m", "dd if=/dev/zero of=$(echo /dev/loop*) bs=128k count=128 conv=fsync"),
+            ("blk_read_16m", "dd if=$(echo /dev/loop*) of=/dev/null bs=128k count=128"),
+            (
+                "blk_sync_100_blocks",
+                "for n in $(seq 100); do \
+                 dd if=/dev/zero of=$(echo /dev/loop*) bs=4k count=1 seek=$n conv=fsync || exit 1; done",
+            ),
+        ];
+        self.steps("disks", subjects, &steps, || {
+            let file = tempfile::NamedTempFile::new_in(VOLUMES)
+                .with_context(|| format!("make a file in {VOLUMES}"))?;
+            file.as_file().set_len(DISK_BYTES)?;
+            let disk = LoopDevice::new(file.path())?;
+            let options = vec!["--device".into(), disk.path.clone()];
+            Ok(((disk, file), options))
+        })
+    }
+
+    /// What single steps of a container take, each a row, with what `given` makes for it and the options by which it has
+    /// that.
+    fn steps<T>(
+        &mut self,
+        what: &str,
+        subjects: &[Subject],
+        steps: &[(&str, &str)],
+        given: impl Fn() -> Result<(T, Vec<String>)>,
+    ) -> Result<()> {
+        let ids: Vec<&str> = steps.iter().map(|(id, _)| *id).collect();
         // The emulator delivers an interrupt to a nested guest twice when it stops to look at its clock
         // right after the first time, which it does often when that counts instructions. Few starts
         // are lost by that, but nearly every run of thousands of requests.
@@ -261,17 +316,14 @@ impl Bench<'_> {
         if too_many || !self.wanted(&ids) {
             return Ok(());
         }
-        let script =
-            steps.map(|(_, line)| format!("echo; {line} >/dev/null 2>&1 || exit 1")).join("\n")
-                + "\necho";
+        let line = |(_, line): &(&str, &str)| format!("echo; {line} >/dev/null 2>&1 || exit 1\n");
+        let script = steps.iter().map(line).collect::<String>() + "echo";
         for round in 0..self.plan.rounds {
             for subject in subjects {
-                self.progress("files", &subject.name, round);
-                let volume = tempfile::tempdir_in(VOLUMES)
-                    .with_context(|| format!("make a directory in {VOLUMES}"))?;
-                let source = volume.path().display();
-                let mount = format!("type=bind,src={source},dst=/volume,options=rbind:rw");
-                let ran = subject.run(&self.plan.image, &["--mount", &mount], &script)?;
+                self.progress(what, &subject.name, round);
+                let (_given, options) = given()?;
+                let options: Vec<&str> = options.iter().map(String::as_str).collect();
+                let ran = subject.run(&self.plan.image, &options, &script)?;
                 ensure!(ran.lines.len() == steps.len() + 1, "a step is missing: {ran:?}");
                 for (id, pair) in ids.iter().zip(ran.lines.windows(2)) {
                     self.add(id, &subject.name, "ms", pair[1] - pair[0]);
@@ -287,19 +339,27 @@ impl Bench<'_> {
             return Ok(());
         }
         let _idle: Idle = subject.idle(&self.plan.image, 0)?;
-        let output = Command::new("vial").args(["ps", "--json"]).output().context("run vial ps")?;
-        ensure!(output.status.success(), "vial ps ended with {}", output.status);
-        let listed: serde_json::Value = serde_json::from_slice(&output.stdout)?;
-        let marks = listed[0]["timeline"].as_array().context("no sandbox runs")?;
-        let moment = |mark: &serde_json::Value| mark["at_ns"].as_f64().unwrap_or(0.0) / 1e6;
-        let zero = marks.first().map_or(0.0, moment);
-        self.measured.timeline = marks
-            .iter()
-            .map(|mark| (mark["name"].as_str().unwrap_or("?").to_owned(), moment(mark) - zero))
-            .collect();
+        self.measured.timeline = timeline()?;
         Ok(())
     }
 }
+
+/// The phases of the start of the sandbox that runs, in milliseconds from the first on.
+fn timeline() -> Result<Vec<(String, f64)>> {
+    let output = Command::new("vial").args(["ps", "--json"]).output().context("run vial ps")?;
+    ensure!(output.status.success(), "vial ps ended with {}", output.status);
+    let listed: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    let marks = listed[0]["timeline"].as_array().context("no sandbox runs")?;
+    let moment = |mark: &serde_json::Value| mark["at_ns"].as_f64().unwrap_or(0.0) / 1e6;
+    let zero = marks.first().map_or(0.0, moment);
+    let named = |mark: &serde_json::Value| {
+        (mark["name"].as_str().unwrap_or("?").to_owned(), moment(mark) - zero)
+    };
+    Ok(marks.iter().map(named).collect())
+}
+
+/// The size of a disk that is measured.
+const DISK_BYTES: u64 = 32 << 20;
 
 /// Boots a machine as the shim does, without a network. Returns the milliseconds until its agent is ready.
 fn machine_until_ready() -> Result<f64> {
@@ -322,7 +382,7 @@ fn machine_until_ready() -> Result<f64> {
         memory_mib: 128,
         kernel: files.add(kernel),
         initrd: Some(files.add(initrd)),
-        command_line: format!("quiet panic=-1 {}", setting("kernel_arguments", "")?),
+        command_line: format!("{WORDS} {}", setting("kernel_arguments", "")?),
         console: None,
         devices: vec![
             DeviceConfig::Rng,
@@ -346,4 +406,15 @@ fn directory(path: &Path) -> Result<OwnedFd> {
     use rustix::fs::{Mode, OFlags, open};
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     open(path, flags, Mode::empty()).with_context(|| format!("open {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernel_is_told_what_the_shim_tells_it() {
+        let config = vial_shim::config::Config::parse("", Path::new("none")).unwrap();
+        assert_eq!(config.command_line(), WORDS);
+    }
 }

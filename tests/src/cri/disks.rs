@@ -6,6 +6,8 @@ use std::process::Command;
 
 use anyhow::{Result, ensure};
 
+use vial_tests::loop_device::LoopDevice;
+
 use super::pod::{Pod, eventually, idle, same_in_a_pod, sh};
 use super::wire::*;
 use crate::suite::bed::{Bed, Runtime, run};
@@ -16,7 +18,7 @@ const BYTES: u64 = 8 << 20;
 
 /// A file of the host as a block device, until dropped.
 struct Loop {
-    device: String,
+    device: LoopDevice,
     file: PathBuf,
 }
 
@@ -24,10 +26,7 @@ impl Loop {
     fn new(pod: &Pod, name: &str) -> Result<Self> {
         let file = pod.path(name);
         File::create(&file)?.set_len(BYTES)?;
-        // A kernel without modules has it built in.
-        let _ = run(Command::new("modprobe").arg("loop"));
-        let made = run(Command::new("losetup").args(["--find", "--show"]).arg(&file))?.expect(0)?;
-        Ok(Self { device: made.stdout.trim().to_owned(), file })
+        Ok(Self { device: LoopDevice::new(&file)?, file })
     }
 
     /// A container that has it there.
@@ -35,7 +34,7 @@ impl Loop {
         let mut container = container;
         container.devices.push(Device {
             container_path: path.into(),
-            host_path: self.device.clone(),
+            host_path: self.device.path.clone(),
             permissions: access.into(),
         });
         container
@@ -43,25 +42,19 @@ impl Loop {
 
     /// What the host reads there, all of it.
     fn checksum(&self) -> Result<String> {
-        let sum = run(Command::new("sha256sum").arg(&self.device))?.expect(0)?.stdout;
+        let sum = run(Command::new("sha256sum").arg(&self.device.path))?.expect(0)?.stdout;
         Ok(sum.split(' ').next().unwrap_or_default().to_owned())
     }
 
     /// Takes it away, which it is not while something holds it.
-    fn take(&self) -> Result<()> {
-        run(Command::new("losetup").args(["--detach", &self.device]))?.expect(0)?;
+    fn take(self) -> Result<()> {
+        let Self { device, file } = self;
+        drop(device);
         eventually(|| {
-            let by = run(Command::new("losetup").arg("--associated").arg(&self.file))?.expect(0)?;
-            ensure!(by.stdout.is_empty(), "{} is still held: {}", self.device, by.stdout.trim());
+            let by = run(Command::new("losetup").arg("--associated").arg(&file))?.expect(0)?;
+            ensure!(by.stdout.is_empty(), "it is still held: {}", by.stdout.trim());
             Ok(())
         })
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        // After `take` there is nothing to detach.
-        let _ = run(Command::new("losetup").args(["--detach", &self.device]));
     }
 }
 
