@@ -15,7 +15,7 @@ use rustix::net::{
 };
 use vial_vmm_api::{
     Action, CodecError, Descriptor, Event, ExitReason, Failure, FailureKind, MAX_DESCRIPTORS,
-    MAX_MESSAGE_BYTES, Message, Reply, Request, VmSize, VmState, decode, encode,
+    MAX_MESSAGE_BYTES, Message, Reply, Request, VmState, decode, encode,
 };
 
 use crate::devices::vhost_user::BackendGone;
@@ -188,28 +188,41 @@ impl Control {
                 let add = |machine: &mut RunningMachine| {
                     machine.add_functions(container, groups, functions, descriptors)
                 };
-                self.change(add, PassError::is_invalid_request).map(Reply::FunctionsAdded)
+                self.change(VmEvent::Pass, add, PassError::is_invalid_request)
+                    .map(Reply::FunctionsAdded)
             }
             Action::RemoveFunctions { set } => self
-                .change(|machine| machine.remove_functions(set), PassError::is_invalid_request)
+                .change(
+                    VmEvent::Pass,
+                    |machine| machine.remove_functions(set),
+                    PassError::is_invalid_request,
+                )
                 .map(|()| Reply::Done),
             Action::AddDisk { file, read_only, serial } => {
                 let add = |machine: &mut RunningMachine| {
                     machine.add_disk(file, read_only, &serial, descriptors)
                 };
-                self.change(add, DiskError::is_invalid_request)
+                self.change(VmEvent::Pass, add, DiskError::is_invalid_request)
                     .map(|device| Reply::DiskAdded { device })
             }
             Action::RemoveDisk { device } => self
-                .change(|machine| machine.remove_disk(device), DiskError::is_invalid_request)
+                .change(
+                    VmEvent::Pass,
+                    |machine| machine.remove_disk(device),
+                    DiskError::is_invalid_request,
+                )
                 .map(|()| Reply::Done),
             Action::ReconnectBackend { backend, socket } => {
                 self.reconnect(backend, socket, descriptors)
             }
             Action::Resize { vcpus, memory_mib } => {
-                self.resize(|machine| machine.resize(vcpus, memory_mib))
+                let resize = |machine: &mut RunningMachine| machine.resize(vcpus, memory_mib);
+                self.change(VmEvent::Resize, resize, ResizeError::is_invalid_request)
+                    .map(Reply::Size)
             }
-            Action::Size => self.resize(|machine| machine.size()),
+            Action::Size => self
+                .change(VmEvent::Resize, |machine| machine.size(), ResizeError::is_invalid_request)
+                .map(Reply::Size),
             Action::Status => Ok(Reply::Status(self.state)),
             Action::Stop => {
                 end = Some(ExitReason::Stopped);
@@ -336,32 +349,14 @@ impl Control {
         Ok(Reply::Done)
     }
 
-    /// Changes how large the machine is, or says it.
-    fn resize(
-        &mut self,
-        change: impl FnOnce(&mut RunningMachine) -> Result<VmSize, ResizeError>,
-    ) -> Result<Reply, Failure> {
-        self.state = self.advance(VmEvent::Resize)?;
-        let Some(machine) = &mut self.machine else {
-            let message = "no VM runs; boot one first".into();
-            return Err(Failure { kind: FailureKind::State, message });
-        };
-        change(machine).map(Reply::Size).map_err(|error| Failure {
-            kind: match error.is_invalid_request() {
-                true => FailureKind::Invalid,
-                false => FailureKind::Host,
-            },
-            message: error.to_string(),
-        })
-    }
-
-    /// Gives devices to the machine, or takes them.
+    /// Changes the machine while it runs, where `event` fits the VM's state.
     fn change<T, E: std::fmt::Display>(
         &mut self,
+        event: VmEvent,
         change: impl FnOnce(&mut RunningMachine) -> Result<T, E>,
         is_invalid_request: impl FnOnce(&E) -> bool,
     ) -> Result<T, Failure> {
-        self.state = self.advance(VmEvent::Pass)?;
+        self.state = self.advance(event)?;
         let Some(machine) = &mut self.machine else {
             let message = "no VM runs; boot one first".into();
             return Err(Failure { kind: FailureKind::State, message });
