@@ -18,7 +18,7 @@ pub const PATH_VARIABLE: &str = "VIAL_CONFIG";
 /// Where kernel, guest image and VMM are installed.
 pub const LIBRARY_DIRECTORY: &str = "/usr/lib/vial";
 /// Where templates are kept.
-pub const TEMPLATE_DIRECTORY: &str = "/var/lib/vial/templates";
+pub const TEMPLATE_DIRECTORY: &str = "/run/vial-templates";
 /// Where sandboxes keep what they need while they live.
 pub const STATE_DIRECTORY: &str = "/run/vial";
 

@@ -21,7 +21,7 @@ impl Template {
             "VIAL_CONFIG names no configuration that may be changed; set it"
         );
         let template =
-            Self { directory: tempfile::tempdir_in("/var/tmp")?, before: Configuration::keep() };
+            Self { directory: tempfile::tempdir_in("/run")?, before: Configuration::keep() };
         node::write(&template.used())?;
         vial(&["template", "create"])?;
         let listed: serde_json::Value =

@@ -15,7 +15,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN};
 use crate::arch::vcpu_state::{VcpuState, VcpuStateError};
 use crate::devices::vsock::VsockConnector;
 use crate::kvm::{KvmError, Vm};
-use crate::memory::GuestRam;
+use crate::memory::{self, GuestRam};
 use crate::pci::bus::lock;
 use crate::snapshot::{RELEASE, Snapshot, SnapshotError};
 use crate::vcpu::Parking;
@@ -111,6 +111,7 @@ impl Saving {
             devices,
         };
         write_memory(&self.ram, memory).map_err(SaveError::Memory)?;
+        memory::gather(memory).map_err(SaveError::Memory)?;
         Ok(snapshot.write(&mut state)?)
     }
 
