@@ -166,6 +166,8 @@ struct Lines {
     free: Vec<u32>,
     routes: BTreeMap<u32, MsiMessage>,
     attached: std::collections::BTreeSet<u32>,
+    /// While many are attached one after the other: those of which KVM is to be told, and by which events.
+    held: Option<Vec<(u32, EventFd)>>,
 }
 
 impl Vm {
@@ -341,6 +343,28 @@ impl Vm {
         self.fd.register_irqfd(event, gsi).map_err(refused("attach an interrupt pin"))
     }
 
+    /// Attaches lines only when [`Vm::attach_held`] is called: all at once, since for each table of messages KVM waits until
+    /// nobody looks at the one before.
+    pub fn hold_lines(&self) {
+        lock(&self.lines).held = Some(Vec::new());
+    }
+
+    /// Attaches the lines that were held back. What their events have told meanwhile is sent.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn attach_held(&self) -> Result<(), KvmError> {
+        let mut lines = lock(&self.lines);
+        let held = lines.held.take().unwrap_or_default();
+        if !held.is_empty() {
+            self.set_routes(&lines).map_err(refused("route interrupts"))?;
+        }
+        for (gsi, event) in held {
+            self.fd.register_irqfd(&event, gsi).map_err(refused("attach an interrupt line"))?;
+        }
+        Ok(())
+    }
+
     /// Tells KVM the messages of all lines. It takes the whole table each time.
     fn set_routes(&self, lines: &Lines) -> Result<(), kvm_ioctls::Error> {
         let pins = (0..FIRST_MSI_GSI).map(|pin| kvm_irq_routing_entry {
@@ -392,6 +416,16 @@ impl MsiRouter for Vm {
             move |error: kvm_ioctls::Error| MsiError { action, gsi, reason: error.to_string() }
         };
         let mut lines = lock(&self.lines);
+        if lines.held.is_some() {
+            lines.routes.insert(gsi, message);
+            if lines.attached.insert(gsi) {
+                let reason = |error: io::Error| error.to_string();
+                let event = event.try_clone().map_err(reason);
+                let event = event.map_err(|reason| MsiError { action: "attach", gsi, reason })?;
+                lines.held.get_or_insert_default().push((gsi, event));
+            }
+            return Ok(());
+        }
         // Drivers mask and unmask without changing the message: then the table stays as it is.
         if lines.routes.insert(gsi, message) != Some(message) {
             self.set_routes(&lines).map_err(failed("route"))?;
@@ -410,7 +444,13 @@ impl MsiRouter for Vm {
     }
 
     fn detach(&self, gsi: u32, event: &EventFd) -> Result<(), MsiError> {
-        if lock(&self.lines).attached.remove(&gsi) {
+        let mut lines = lock(&self.lines);
+        let held = lines.held.as_mut().map_or(0, |held| {
+            let before = held.len();
+            held.retain(|(line, _)| *line != gsi);
+            before - held.len()
+        });
+        if lines.attached.remove(&gsi) && held == 0 {
             self.fd.unregister_irqfd(event, gsi).map_err(|error| MsiError {
                 action: "detach",
                 gsi,

@@ -7,13 +7,10 @@
 
 mod tables;
 
-use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 
-use seccompiler::{
-    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
-    SeccompFilter, SeccompRule, TargetArch,
-};
+use seccompiler::{BpfProgram, SeccompAction};
+use vial_seccomp::{CallRules, Condition, RuleError, Rules};
 
 /// The kinds of threads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,7 +41,7 @@ pub enum ThreadKind {
 pub enum SeccompError {
     /// The tables make no program.
     #[error("make the system call filter of a {0:?} thread: {1}")]
-    Compile(ThreadKind, BackendError),
+    Compile(ThreadKind, RuleError),
     /// The kernel refused it.
     #[error(
         "filter the system calls of a {0:?} thread: {1}; the kernel needs CONFIG_SECCOMP_FILTER"
@@ -66,30 +63,26 @@ enum Check {
 }
 
 impl Check {
-    fn rules(self) -> Result<Vec<SeccompRule>, BackendError> {
-        let rule = |argument, how, value| {
-            let condition = SeccompCondition::new(argument, SeccompCmpArgLen::Dword, how, value)?;
-            SeccompRule::new(vec![condition])
-        };
+    fn rules(self) -> CallRules {
         match self {
-            Self::Any => Ok(Vec::new()),
+            Self::Any => Vec::new(),
             Self::OneOf(argument, values) => {
-                values.iter().map(|value| rule(argument, SeccompCmpOp::Eq, *value)).collect()
+                values.iter().map(|value| vec![Condition::is(argument, *value as u32)]).collect()
             }
             Self::Without(argument, bits) => {
-                Ok(vec![rule(argument, SeccompCmpOp::MaskedEq(bits), 0)?])
+                vec![vec![Condition::masked(argument, bits as u32, 0)]]
             }
             Self::With(argument, bits) => {
-                Ok(vec![rule(argument, SeccompCmpOp::MaskedEq(bits), bits)?])
+                vec![vec![Condition::masked(argument, bits as u32, bits as u32)]]
             }
         }
     }
 }
 
-fn compile(kind: ThreadKind) -> Result<BpfProgram, BackendError> {
-    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
+fn compile(kind: ThreadKind) -> Result<BpfProgram, RuleError> {
+    let mut rules = Rules::new();
     for (call, check) in tables::of(kind) {
-        let more = check.rules()?;
+        let more = check.rules();
         match rules.entry(*call) {
             Entry::Vacant(entry) => drop(entry.insert(more)),
             // Without a rule, every use of the call is allowed.
@@ -98,25 +91,17 @@ fn compile(kind: ThreadKind) -> Result<BpfProgram, BackendError> {
             Entry::Occupied(mut entry) => entry.get_mut().extend(more),
         }
     }
-    let filter = SeccompFilter::new(
-        rules,
-        SeccompAction::KillProcess,
-        SeccompAction::Allow,
-        TargetArch::x86_64,
-    )?;
-    filter.try_into()
+    vial_seccomp::program(&rules, SeccompAction::KillProcess, SeccompAction::Allow)
 }
 
 /// Answers clone3(2) as an older kernel would: its flags are in memory, where no filter looks. glibc
 /// then uses clone(2), which has them as an argument.
-fn without_clone3() -> Result<BpfProgram, BackendError> {
-    SeccompFilter::new(
-        [(libc::SYS_clone3, Vec::new())].into(),
+fn without_clone3() -> Result<BpfProgram, RuleError> {
+    vial_seccomp::program(
+        &[(libc::SYS_clone3, Vec::new())].into(),
         SeccompAction::Allow,
         SeccompAction::Errno(libc::ENOSYS as u32),
-        TargetArch::x86_64,
-    )?
-    .try_into()
+    )
 }
 
 /// Makes the allocator one that confined threads can use: before the process's second thread.
@@ -138,7 +123,7 @@ pub fn keep_one_heap() {
 /// # Errors
 /// [`SeccompError`].
 pub fn confine(kind: ThreadKind) -> Result<(), SeccompError> {
-    let apply = |program: Result<BpfProgram, BackendError>| {
+    let apply = |program: Result<BpfProgram, RuleError>| {
         let program = program.map_err(|error| SeccompError::Compile(kind, error))?;
         seccompiler::apply_filter(&program).map_err(|error| SeccompError::Apply(kind, error))
     };

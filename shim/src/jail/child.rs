@@ -85,7 +85,7 @@ pub enum JailError {
     },
     /// The base filter's tables make no program.
     #[error("cannot make the jail's system call filter: {0}")]
-    Filter(#[from] seccompiler::BackendError),
+    Filter(#[from] vial_seccomp::RuleError),
     /// The kernel refuses namespaces.
     #[error(
         "cannot start a process in new namespaces: {0}; the kernel needs namespaces and cgroup v2, \

@@ -9,12 +9,8 @@
 //! that can be started is threads; memory that can be executed and was not when the program
 //! began.
 
-use std::collections::BTreeMap;
-
-use seccompiler::{
-    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
-    SeccompFilter, SeccompRule, TargetArch,
-};
+use seccompiler::{BpfProgram, SeccompAction};
+use vial_seccomp::{CallRules, Condition, RuleError, Rules};
 
 /// The descriptor that the VMM's program is executed by. It is gone when the program runs.
 pub(super) const PROGRAM_FD: i32 = 4;
@@ -160,7 +156,7 @@ const FCNTL: &[i32] =
     &[libc::F_DUPFD_CLOEXEC, libc::F_GETFD, libc::F_SETFD, libc::F_GETFL, libc::F_SETFL];
 
 /// The type of KVM's requests, in the second byte (linux/kvm.h).
-const KVMIO: u64 = 0xae00;
+const KVMIO: u32 = 0xae00;
 /// Requests to others than KVM.
 const IOCTL: &[u64] = &[libc::FIONBIO, libc::TUNGETIFF, libc::TUNSETVNETHDRSZ, libc::TUNSETOFFLOAD];
 
@@ -181,80 +177,54 @@ const THREAD_FLAGS: i32 = libc::CLONE_VM
     | libc::CLONE_PARENT_SETTID
     | libc::CLONE_CHILD_CLEARTID;
 
-type Rules = BTreeMap<i64, Vec<SeccompRule>>;
-
-/// A rule that holds when the argument, 32 bits of it, compares so.
-fn when(argument: u8, how: SeccompCmpOp, value: u64) -> Result<SeccompRule, BackendError> {
-    let condition = SeccompCondition::new(argument, SeccompCmpArgLen::Dword, how, value)?;
-    SeccompRule::new(vec![condition])
+/// A rule for each value that the argument, 32 bits of it, may have.
+fn one_of(argument: u8, values: impl IntoIterator<Item = u64>) -> CallRules {
+    values.into_iter().map(|value| vec![Condition::is(argument, value as u32)]).collect()
 }
 
-/// A rule for each value that the argument may have.
-fn one_of(
-    argument: u8,
-    values: impl IntoIterator<Item = u64>,
-) -> Result<Vec<SeccompRule>, BackendError> {
-    values.into_iter().map(|value| when(argument, SeccompCmpOp::Eq, value)).collect()
-}
-
-fn rules() -> Result<Rules, BackendError> {
+fn rules() -> Rules {
     let numbers = |list: &[i32]| list.iter().map(|n| u64::from(n.cast_unsigned())).collect();
     let (prctl, fcntl): (Vec<u64>, Vec<u64>) = (numbers(PRCTL), numbers(FCNTL));
     let lists = [RUN, DESCRIPTORS, FILES, IDENTITY].concat();
     let mut rules: Rules = lists.into_iter().map(|number| (number, Vec::new())).collect();
     // Never memory that can be executed.
     for call in [libc::SYS_mmap, libc::SYS_mprotect] {
-        let executable = SeccompCmpOp::MaskedEq(u64::from(libc::PROT_EXEC.cast_unsigned()));
-        rules.insert(call, vec![when(2, executable, 0)?]);
+        let executable = libc::PROT_EXEC.cast_unsigned();
+        rules.insert(call, vec![vec![Condition::masked(2, executable, 0)]]);
     }
-    rules.insert(libc::SYS_prctl, one_of(0, prctl)?);
-    rules.insert(libc::SYS_fcntl, one_of(1, fcntl)?);
-    let mut ioctl = one_of(1, IOCTL.iter().copied().chain(VFIO).chain(VFIO_DMA))?;
-    ioctl.push(when(1, SeccompCmpOp::MaskedEq(0xff00), KVMIO)?);
+    rules.insert(libc::SYS_prctl, one_of(0, prctl));
+    rules.insert(libc::SYS_fcntl, one_of(1, fcntl));
+    let mut ioctl = one_of(1, IOCTL.iter().copied().chain(VFIO).chain(VFIO_DMA));
+    ioctl.push(vec![Condition::masked(1, 0xff00, KVMIO)]);
     rules.insert(libc::SYS_ioctl, ioctl);
-    rules.insert(libc::SYS_socketpair, one_of(0, [libc::AF_UNIX as u64])?);
-    rules.insert(libc::SYS_clone, one_of(0, [THREAD_FLAGS as u64])?);
+    rules.insert(libc::SYS_socketpair, one_of(0, [libc::AF_UNIX as u64]));
+    rules.insert(libc::SYS_clone, one_of(0, [THREAD_FLAGS as u64]));
     // Asking for a limit, not setting it.
-    let no_limit = SeccompCondition::new(2, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0)?;
-    rules.insert(libc::SYS_prlimit64, vec![SeccompRule::new(vec![no_limit])?]);
+    let no_limit = vec![Condition::is(2, 0), Condition::upper_is(2, 0)];
+    rules.insert(libc::SYS_prlimit64, vec![no_limit]);
     // More filters, but none that somebody listens to.
-    let own = SeccompRule::new(vec![
-        SeccompCondition::new(
-            0,
-            SeccompCmpArgLen::Dword,
-            SeccompCmpOp::Eq,
-            u64::from(libc::SECCOMP_SET_MODE_FILTER),
-        )?,
-        SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, 0)?,
-    ])?;
+    let own = vec![Condition::is(0, libc::SECCOMP_SET_MODE_FILTER), Condition::is(1, 0)];
     rules.insert(libc::SYS_seccomp, vec![own]);
-    let program = SeccompRule::new(vec![
-        SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, PROGRAM_FD as u64)?,
-        SeccompCondition::new(
-            4,
-            SeccompCmpArgLen::Dword,
-            SeccompCmpOp::Eq,
-            libc::AT_EMPTY_PATH as u64,
-        )?,
-    ])?;
+    let program = vec![
+        Condition::is(0, PROGRAM_FD.cast_unsigned()),
+        Condition::is(4, libc::AT_EMPTY_PATH.cast_unsigned()),
+    ];
     rules.insert(libc::SYS_execveat, vec![program]);
-    Ok(rules)
+    rules
 }
 
 /// The filters, in the order in which they have to be installed.
 ///
 /// # Errors
 /// The tables here make no program.
-pub fn filters() -> Result<[BpfProgram; 2], BackendError> {
+pub fn filters() -> Result<[BpfProgram; 2], RuleError> {
     let errno = |number: i32| SeccompAction::Errno(number.cast_unsigned());
-    let base =
-        SeccompFilter::new(rules()?, errno(libc::EPERM), SeccompAction::Allow, TargetArch::x86_64)?;
+    let base = vial_seccomp::program(&rules(), errno(libc::EPERM), SeccompAction::Allow)?;
     // Its flags are in memory, where no filter sees them. glibc then takes the older call.
-    let hidden = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
-    let hidden =
-        SeccompFilter::new(hidden, SeccompAction::Allow, errno(libc::ENOSYS), TargetArch::x86_64)?;
+    let hidden = Rules::from([(libc::SYS_clone3, Vec::new())]);
+    let hidden = vial_seccomp::program(&hidden, SeccompAction::Allow, errno(libc::ENOSYS))?;
     // Of two filters that refuse, the one that was installed last names the error.
-    Ok([base.try_into()?, hidden.try_into()?])
+    Ok([base, hidden])
 }
 
 #[cfg(test)]
@@ -271,7 +241,7 @@ mod tests {
 
     #[test]
     fn what_leads_out_is_on_no_list() {
-        let rules = rules().unwrap();
+        let rules = rules();
         for call in [
             libc::SYS_bpf,
             libc::SYS_connect,

@@ -137,10 +137,12 @@ impl Machine {
         let growth = Growth { room, hot_plug: config.hot_plug };
         let mut assembly = Assembly::new(&vm, &ram, &platform, workers, passed, growth);
         let mut guest_connected = Some(guest_connected);
+        vm.hold_lines();
         let saved = snapshot.devices.iter().map(Some).chain(std::iter::repeat(None));
         for ((number, device), saved) in config.devices.into_iter().enumerate().zip(saved) {
             assembly.add(number, device, saved, &mut descriptors, &mut guest_connected)?;
         }
+        vm.attach_held()?;
         let Assembly { vsock, passed, demand, .. } = assembly;
         let grows = demand.filter(|_| config.max_memory_mib.is_some());
         let growing = grows.map(|demand| Growing {
