@@ -16,8 +16,8 @@ use super::faults::process;
 use super::lifecycle;
 use crate::cri::pod::eventually;
 
-/// Where the templates of a case are. Not in memory, which the host has little of.
-const DIRECTORY: &str = "/var/lib/vial-suite-templates";
+/// Where the templates of a case are: on a file system that can have huge pages, as a node's are.
+const DIRECTORY: &str = "/run/vial-suite-templates";
 /// What the shim says of a VM that went on from a template, and of one that did not.
 pub(super) const RESTORED: &str = "goes on from the template";
 pub(super) const COLD: &str = "the VM boots cold";
@@ -127,18 +127,24 @@ pub(crate) fn template_is_told_apart_by_each_of_its_pods(bed: &Bed) -> Result<()
 /// them besides, less than 1 MiB, a pod after the first costs no more than 8 MiB.
 const MOST_OWN_KIB: u64 = 7 << 10;
 
-/// What the processes of a pod have that no other has, in KiB.
-fn own_memory_kib() -> Result<u64> {
-    let mut kib = 0;
-    for (program, word) in [("vial-vmm", ""), ("containerd-shim", "vial")] {
-        let path = format!("/proc/{}/smaps_rollup", process(program, word)?);
-        let text = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
-        let line = text.lines().find_map(|line| line.strip_prefix("Private_Dirty:"));
-        let number = line.and_then(|line| line.split_whitespace().next());
-        kib += number.and_then(|number| number.parse::<u64>().ok()).context("no Private_Dirty")?;
-    }
-    Ok(kib)
+/// What a process has of a kind of memory, in KiB (Documentation/filesystems/proc.rst, smaps_rollup).
+fn memory_kib(program: &str, word: &str, kind: &str) -> Result<u64> {
+    let path = format!("/proc/{}/smaps_rollup", process(program, word)?);
+    let text = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix(kind)?.strip_prefix(':'));
+    let number = line.and_then(|line| line.split_whitespace().next());
+    number.and_then(|number| number.parse().ok()).with_context(|| format!("no {kind} in {path}"))
 }
+
+/// What the processes of a pod have that no other has, in KiB. A template's own pages, which lie in memory, are none of that,
+/// even while there is but one pod to map them.
+fn own_memory_kib() -> Result<u64> {
+    let of = |program, word| memory_kib(program, word, "Anonymous");
+    Ok(of("vial-vmm", "")? + of("containerd-shim", "vial")?)
+}
+
+/// The least of the guest's kernel that a VMM has in huge pages, in KiB: its code has 10 MiB.
+const LEAST_HUGE_KIB: u64 = 6 << 10;
 
 /// Nothing of the template's that a pod has not written is the pod's own, and it writes little to be there.
 pub(crate) fn template_pod_at_rest_has_little_memory_of_its_own(bed: &Bed) -> Result<()> {
@@ -150,7 +156,10 @@ pub(crate) fn template_pod_at_rest_has_little_memory_of_its_own(bed: &Bed) -> Re
         let kib = own_memory_kib()?;
         ensure!(kib <= MOST_OWN_KIB, "shim and VMM have {kib} KiB of their own");
         Ok(())
-    })
+    })?;
+    let huge = memory_kib("vial-vmm", "", "ShmemPmdMapped")?;
+    ensure!(huge >= LEAST_HUGE_KIB, "of the template only {huge} KiB are mapped in huge pages");
+    Ok(())
 }
 
 fn checksum(path: &Path) -> Result<String> {

@@ -2,8 +2,8 @@
 //!
 //! For each instruction of a program that is installed the kernel does some thousand of its own: it checks it, translates it
 //! twice, and compiles it in several passes. A VM installs half a dozen programs before its guest runs. seccompiler makes
-//! five instructions of a call that is always allowed, and six of each value that an argument may have; here it is one of
-//! either. Its programs are what the tests compare with.
+//! several instructions of each call, and of each value that an argument may have; here it is one of either. Its programs are
+//! what the tests compare with.
 
 use std::collections::BTreeMap;
 
