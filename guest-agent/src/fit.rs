@@ -2,7 +2,8 @@
 //! had not brought up, memory that its VM had not.
 //!
 //! The kernel takes the memory by itself (its virtio-mem driver) and tells of each block that is
-//! there by a uevent (Linux drivers/base/memory.c, `memory_subsys_online`). What it allows by how
+//! there by a uevent (Linux drivers/base/memory.c, `memory_subsys_online`), and of those that it gave
+//! back in part and takes again, nothing. What it allows by how
 //! much memory it found when it booted is raised in the same measure.
 
 use std::fs::{self, File};
@@ -22,6 +23,9 @@ use crate::sys;
 const PROCESSORS: &str = "/sys/devices/system/cpu";
 /// How long the kernel may take: it writes 16 MiB for each GiB.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// How often the guest is looked at meanwhile whatever is told: of a block that was there in part,
+/// nothing is when the rest of it comes back.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// The kernel's own uevents, not those that a udev passes on.
 const KERNEL_UEVENTS: u32 = 1;
 /// More than a uevent has (Linux include/linux/kobject.h, UEVENT_BUFFER_SIZE).
@@ -146,11 +150,12 @@ fn uevents() -> io::Result<AsyncFd<OwnedFd>> {
     sys::async_fd(socket)
 }
 
-/// Looks again whenever something has come, whatever it is.
+/// Looks again whenever something has come, whatever it is, and after some time.
 async fn wait_for(bytes: u64, events: &AsyncFd<OwnedFd>) -> io::Result<()> {
     let mut event = [0; UEVENT_BYTES];
     while memory_bytes() < bytes {
-        let mut ready = events.readable().await?;
+        let Ok(ready) = tokio::time::timeout(LOOK_AGAIN, events.readable()).await else { continue };
+        let mut ready = ready?;
         loop {
             match recv(events.get_ref(), &mut event, RecvFlags::empty()) {
                 // Without room some were lost: something has come.
