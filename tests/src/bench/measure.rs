@@ -13,6 +13,7 @@ use vial_tests::node::setting;
 use vial_tests::vmm::{Files, Vmm};
 use vial_vmm_api::{API_VERSION, DeviceConfig, Placement, VmConfig};
 
+use super::network::{self, Network};
 use super::pods::Pods;
 use super::report::{Measured, Series};
 use super::subject::{Idle, Subject, since};
@@ -36,6 +37,8 @@ const WATCH: Duration = Duration::from_secs(5);
 const TOGETHER: usize = 10;
 /// Where the directories that are mounted into containers are made.
 const VOLUMES: &str = "/dev/shm";
+/// Where this program is in a container.
+const PROGRAM: &str = "/bench/vial-bench";
 
 /// Pods that are started at once.
 const PODS: [(&str, usize); 3] = [("cri_pod_1", 1), ("cri_pod_10", 10), ("cri_pod_50", 50)];
@@ -85,6 +88,7 @@ pub(crate) fn measure(plan: &Plan) -> Result<Measured> {
     bench.idle_together(&subjects)?;
     bench.files(&subjects)?;
     bench.disks(&subjects)?;
+    bench.networks(&subjects)?;
     bench.start_of_one(&subjects[2])?;
     Ok(bench.measured)
 }
@@ -299,6 +303,22 @@ impl Bench<'_> {
         })
     }
 
+    /// The network of a container, as CNI's bridge makes it: data to the host and from there, and single bytes that go
+    /// there and back. This very program does that in there, so that no shell and no tool of it take part.
+    fn networks(&mut self, subjects: &[Subject]) -> Result<()> {
+        let line = format!("{PROGRAM} exchange {}", network::peer());
+        self.rows("networks", subjects, &network::ROWS, &line, || {
+            let volume = tempfile::tempdir_in(VOLUMES)
+                .with_context(|| format!("make a directory in {VOLUMES}"))?;
+            fs::copy(std::env::current_exe()?, volume.path().join("vial-bench"))?;
+            let source = volume.path().display();
+            let mount = format!("type=bind,src={source},dst=/bench,options=rbind:ro");
+            let network = Network::new()?;
+            let options = ["--mount".into(), mount, "--with-ns".into(), network.option()];
+            Ok(((volume, network), options.into()))
+        })
+    }
+
     /// What single steps of a container take, each a row, with what `given` makes for it and the options by which it has
     /// that.
     fn steps<T>(
@@ -309,22 +329,34 @@ impl Bench<'_> {
         given: impl Fn() -> Result<(T, Vec<String>)>,
     ) -> Result<()> {
         let ids: Vec<&str> = steps.iter().map(|(id, _)| *id).collect();
+        let line = |(_, line): &(&str, &str)| format!("echo; {line} >/dev/null 2>&1 || exit 1\n");
+        let script = steps.iter().map(line).collect::<String>() + "echo";
+        self.rows(what, subjects, &ids, &script, given)
+    }
+
+    /// The same of a script that prints a line before each step and one after the last.
+    fn rows<T>(
+        &mut self,
+        what: &str,
+        subjects: &[Subject],
+        ids: &[&str],
+        script: &str,
+        given: impl Fn() -> Result<(T, Vec<String>)>,
+    ) -> Result<()> {
         // The emulator delivers an interrupt to a nested guest twice when it stops to look at its clock
         // right after the first time, which it does often when that counts instructions. Few starts
         // are lost by that, but nearly every run of thousands of requests.
         let too_many = self.plan.mode == "icount" && self.plan.only.is_empty();
-        if too_many || !self.wanted(&ids) {
+        if too_many || !self.wanted(ids) {
             return Ok(());
         }
-        let line = |(_, line): &(&str, &str)| format!("echo; {line} >/dev/null 2>&1 || exit 1\n");
-        let script = steps.iter().map(line).collect::<String>() + "echo";
         for round in 0..self.plan.rounds {
             for subject in subjects {
                 self.progress(what, &subject.name, round);
                 let (_given, options) = given()?;
                 let options: Vec<&str> = options.iter().map(String::as_str).collect();
-                let ran = subject.run(&self.plan.image, &options, &script)?;
-                ensure!(ran.lines.len() == steps.len() + 1, "a step is missing: {ran:?}");
+                let ran = subject.run(&self.plan.image, &options, script)?;
+                ensure!(ran.lines.len() == ids.len() + 1, "a step is missing: {ran:?}");
                 for (id, pair) in ids.iter().zip(ran.lines.windows(2)) {
                     self.add(id, &subject.name, "ms", pair[1] - pair[0]);
                 }

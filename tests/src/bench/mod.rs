@@ -2,6 +2,7 @@
 
 mod cri;
 pub(crate) mod measure;
+pub(crate) mod network;
 pub(crate) mod plot;
 mod pods;
 pub(crate) mod report;

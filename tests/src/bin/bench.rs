@@ -66,6 +66,12 @@ enum Action {
         #[arg(required = true)]
         measured: Vec<PathBuf>,
     },
+    /// Take no measurement, but exchange data with this address; a measurement runs it in a container
+    #[command(hide = true)]
+    Exchange {
+        /// Where the measurement listens
+        address: std::net::SocketAddr,
+    },
     /// Compare counted instructions with a baseline; exit status 1 when something has grown
     Check {
         /// A report.json that was kept
@@ -100,6 +106,7 @@ fn run(action: Action) -> Result<()> {
             let plan = Plan { mode: mode.into(), rounds, image, peers: peer, only, not };
             write(&output, &serde_json::to_string_pretty(&measure(&plan)?)?)
         }
+        Action::Exchange { address } => bench::network::exchange(address),
         Action::Report { output, measured } => report(&output, &read_all(&measured)?),
         Action::Check { baseline, limit, measured } => {
             let baseline: Report = read(&baseline)?;
