@@ -17,7 +17,7 @@ use crate::{
 /// One sandbox.
 #[derive(Debug, Serialize)]
 pub struct Listed {
-    /// What its shim wrote about it.
+    /// What its shim wrote about it, with the size that its VM has now.
     #[serde(flatten)]
     pub state: State,
     /// Whether its VMM runs.
@@ -42,7 +42,7 @@ pub fn list(root: &Path) -> Result<Vec<Listed>, StateDirError> {
             // What has no proper name was not made by a shim.
             let Ok(dir) = StateDir::new(root, &namespace, &id) else { continue };
             // A sandbox may come and go while it is looked at.
-            let Some(state) = dir.read_state()? else { continue };
+            let Some(state) = dir.read_now()? else { continue };
             listed.push(Listed {
                 alive: state.vmm.is_some_and(|vmm| vmm.is_alive()),
                 age_seconds: now.saturating_sub(state.created_unix_seconds),
@@ -131,7 +131,10 @@ fn milliseconds(from_ns: u64, to_ns: u64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::state_dir::{ProcessIdentity, STATE_VERSION};
+    use crate::{
+        size::Size,
+        state_dir::{ProcessIdentity, STATE_VERSION},
+    };
 
     #[test]
     fn sandboxes_are_listed_with_their_phases() {
@@ -162,12 +165,13 @@ mod tests {
             ..Default::default()
         };
         dir.write_placement(&placement).unwrap();
+        dir.write_size(Size { vcpus: 3, memory_mib: 384 }).unwrap();
         let mark = |name: &str, at_ns| Mark { name: name.into(), at_ns };
         dir.write_timeline(&[mark("shim exec", 1_000_000), mark("booted", 3_500_000)]).unwrap();
         let sandboxes = list(root.path()).unwrap();
         assert!(sandboxes[0].alive);
         let table = table(&sandboxes);
-        assert!(table.contains("demo") && table.contains("256 MiB"), "{table}");
+        assert!(table.contains("demo") && table.contains("    3    384 MiB "), "{table}");
         assert!(table.ends_with("running  1      =2-3\n"), "{table}");
         assert!(timelines(&sandboxes).contains("2.5 ms"), "{}", timelines(&sandboxes));
     }

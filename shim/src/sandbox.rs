@@ -123,7 +123,7 @@ pub struct Sandbox {
     /// The number of the next stream in the guest.
     pub next_stream: AtomicU64,
     /// Where on the host it is.
-    pub placed: Placed,
+    pub placed: Arc<Placed>,
     /// How large it is.
     pub growth: Arc<Growth>,
     /// What its containers are given of devices of other processes.
@@ -178,6 +178,7 @@ impl Sandbox {
 
         let passed = pass_devices(plan, &dir, &mut state, undo)?;
         let (placed, placement) = start::place(plan, &dir, &state)?;
+        let placed = Arc::new(placed);
         let (pages, mib) = (placement.huge_pages, config.memory_mib);
         let backends = Connected::new(&plan.served, mib, pages).await?;
         plan.served.iter().for_each(|device| device.add_to(&mut network));
@@ -292,6 +293,8 @@ impl Sandbox {
             vmm: client.clone(),
             agent: agent.clone(),
             cgroup: cgroup.map(|cgroup| (cgroup, config.memory_overhead_mib)),
+            placed: placed.clone(),
+            dir: dir.clone(),
         };
         let start = Size { vcpus: config.vcpus, memory_mib: config.memory_mib };
         let growth = Growth::new(plan.own, start, made.reach, means);

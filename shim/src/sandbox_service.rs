@@ -187,7 +187,7 @@ impl SandboxApi for SandboxService {
         let end = sandbox.end();
         if request.verbose {
             // What reads it takes each value for JSON.
-            let state = sandbox.dir.read_state().unwrap_or_default();
+            let state = sandbox.dir.read_now().unwrap_or_default();
             let info = serde_json::json!({ "pid": sandbox.pid(), "end": end, "sandbox": state });
             response.info.insert("info".into(), info.to_string());
         }

@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 
+use serde::{Deserialize, Serialize};
 use vial_vmm_api::{MEMORY_MIB, VCPUS};
 
 use crate::numa::claim::Resources;
@@ -74,7 +75,7 @@ impl Limits {
 }
 
 /// How large a VM is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Size {
     /// vCPUs, in [`VCPUS`].
     pub vcpus: u8,

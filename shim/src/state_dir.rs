@@ -3,6 +3,7 @@
 //! - `state.json`: what is needed to clean up when the shim is no longer there ([`State`]).
 //! - `timeline.json`: the phases of the start.
 //! - `placement.json`: the CPUs and NUMA nodes of the VM, when it does not have them all.
+//! - `size.json`: the VM's size, when it is not what the VM started with or was not for some time.
 //! - `staging/`, `containers/`, `share/`: what the guest sees, see [`crate::share`].
 //! - `console.log`: the guest's serial console, with `debug_console`.
 //!
@@ -17,7 +18,7 @@ use std::{
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use vial_agent_protocol::is_valid_id;
 
-use crate::numa::decide::Placement;
+use crate::{numa::decide::Placement, size::Size};
 
 /// What is kept about a sandbox that started, or tried to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,9 +44,9 @@ pub struct State {
     pub jail: Option<crate::jail::Record>,
     /// The socket that the shim serves.
     pub socket: PathBuf,
-    /// vCPUs of the VM.
+    /// vCPUs of the VM: in the file at its start, see [`StateDir::read_now`].
     pub vcpus: u8,
-    /// Memory of the VM, in MiB.
+    /// Memory of the VM, in MiB, as the vCPUs.
     pub memory_mib: u32,
     /// When the sandbox was created, in seconds since 1970.
     pub created_unix_seconds: u64,
@@ -199,6 +200,27 @@ impl StateDir {
         read_json(&self.path.join("state.json"))
     }
 
+    /// As [`StateDir::read_state`], with the size that the VM has now.
+    ///
+    /// # Errors
+    /// [`StateDirError::Io`] and [`StateDirError::Json`].
+    pub fn read_now(&self) -> Result<Option<State>, StateDirError> {
+        let Some(state) = self.read_state()? else { return Ok(None) };
+        let size: Option<Size> = read_json(&self.path.join("size.json"))?;
+        Ok(Some(match size {
+            Some(Size { vcpus, memory_mib }) => State { vcpus, memory_mib, ..state },
+            None => state,
+        }))
+    }
+
+    /// Replaces `size.json`.
+    ///
+    /// # Errors
+    /// [`StateDirError::Io`].
+    pub fn write_size(&self, size: Size) -> Result<(), StateDirError> {
+        self.write_json("size.json", &size)
+    }
+
     /// Replaces `timeline.json`.
     ///
     /// # Errors
@@ -340,6 +362,11 @@ mod tests {
             created_unix_seconds: 1,
         };
         dir.write_state(&state).unwrap();
+        assert_eq!(dir.read_state().unwrap(), Some(state.clone()));
+        assert_eq!(dir.read_now().unwrap(), Some(state.clone()));
+        dir.write_size(Size { vcpus: 3, memory_mib: 640 }).unwrap();
+        let grown = State { vcpus: 3, memory_mib: 640, ..state.clone() };
+        assert_eq!(dir.read_now().unwrap(), Some(grown));
         assert_eq!(dir.read_state().unwrap(), Some(state));
         dir.remove().unwrap();
         assert!(!root.path().exists());

@@ -27,6 +27,7 @@ use super::{
 use crate::{
     devices::address::Address,
     jail::cgroup::Cgroup,
+    size::Size,
     state_dir::{ProcessIdentity, StateDir},
 };
 
@@ -46,10 +47,8 @@ pub struct Placed {
 pub struct Subject {
     /// The pod's annotations.
     pub wanted: Wanted,
-    /// vCPUs of its VM.
-    pub vcpus: u8,
-    /// Memory of its VM, in MiB.
-    pub memory_mib: u32,
+    /// How large its VM is at its start.
+    pub size: Size,
     /// Its PCI functions whose nodes are known.
     pub functions: Vec<(Address, u32)>,
     /// The VMM's cgroup; none without a jail.
@@ -60,8 +59,9 @@ pub struct Subject {
     pub state_directory: PathBuf,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Now {
+    size: Size,
     claims: BTreeMap<String, Claim>,
     placement: Placement,
     /// What was warned of.
@@ -79,7 +79,13 @@ impl Placed {
         first: Option<(String, Claim)>,
     ) -> Result<(Self, api::Placement), NumaError> {
         let pages = subject.wanted.huge_pages;
-        let placed = Self { subject, vmm: OnceLock::new(), now: Mutex::default() };
+        let now = Now {
+            size: subject.size,
+            claims: BTreeMap::new(),
+            placement: Placement::default(),
+            mismatches: Vec::new(),
+        };
+        let placed = Self { subject, vmm: OnceLock::new(), now: now.into() };
         let mut now = placed.lock();
         let claims: BTreeMap<String, Claim> = first.into_iter().collect();
         placed.change(&mut now, claims)?;
@@ -93,7 +99,7 @@ impl Placed {
         };
         if let Some(pages) = pages {
             let cgroup = subject.cgroup.as_ref().map(Cgroup::path);
-            huge_pages::check(pages, subject.memory_mib, &now.placement, cgroup)?;
+            huge_pages::check(pages, subject.size.memory_mib, &now.placement, cgroup)?;
         }
         drop(now);
         Ok((placed, told))
@@ -113,6 +119,22 @@ impl Placed {
             let _ = self.vmm.set(vmm); // It is told once.
         }
         self.forgive(self.pin(&Placement::default(), &now.placement))
+    }
+
+    /// The VM is to have another size. What vCPUs it has more have their CPUs when this returns.
+    ///
+    /// # Errors
+    /// [`NumaError`]; the VM is where it was then, of its new size all the same.
+    pub fn resized(&self, size: Size) -> Result<(), NumaError> {
+        let mut now = self.lock();
+        now.size = size;
+        let (before, claims) = (now.placement.clone(), now.claims.clone());
+        self.change(&mut now, claims)?;
+        match now.placement == before {
+            // Threads that are new have the CPUs of the one that started them.
+            true => self.forgive(self.pin(&before, &before)),
+            false => Ok(()),
+        }
     }
 
     /// Makes room for a container. One that asks for nothing changes nothing.
@@ -161,7 +183,7 @@ impl Placed {
 
     /// Goes to where `claims` say, or stays.
     fn change(&self, now: &mut Now, claims: BTreeMap<String, Claim>) -> Result<(), NumaError> {
-        let (mut placement, mismatches) = self.decide(&claims)?;
+        let (mut placement, mismatches) = self.decide(now.size, &claims)?;
         for mismatch in mismatches.iter().filter(|mismatch| !now.mismatches.contains(mismatch)) {
             tracing::warn!(
                 "{mismatch}; a pod with `{}: strict` is refused then",
@@ -179,7 +201,7 @@ impl Placed {
         let pins: Set = placement.pins.iter().copied().collect();
         let moved = (|| {
             if !pins.is_disjoint(&self.taken()) {
-                (placement, _) = self.decide(&claims)?;
+                (placement, _) = self.decide(now.size, &claims)?;
                 dir.write_placement(&placement)?;
             }
             self.forgive(self.confine(&placement))?;
@@ -209,9 +231,10 @@ impl Placed {
 
     fn decide(
         &self,
+        size: Size,
         claims: &BTreeMap<String, Claim>,
     ) -> Result<(Placement, Vec<Mismatch>), NumaError> {
-        let Subject { wanted, vcpus, memory_mib, functions, cgroup, .. } = &self.subject;
+        let Subject { wanted, functions, cgroup, .. } = &self.subject;
         if functions.is_empty() && claims.values().all(Claim::is_empty) {
             return Ok(Default::default());
         }
@@ -223,8 +246,8 @@ impl Placed {
         };
         let pod = decide::Pod {
             wanted: *wanted,
-            vcpus: *vcpus,
-            memory_mib: *memory_mib,
+            vcpus: size.vcpus,
+            memory_mib: size.memory_mib,
             claims: claims.values().collect(),
             functions,
             allowed: &allowed,
@@ -412,20 +435,83 @@ mod tests {
         other.join().unwrap();
     }
 
+    fn subject(root: &Path) -> Subject {
+        let dir = StateDir::new(root, "default", "demo").unwrap();
+        dir.create().unwrap();
+        Subject {
+            wanted: Wanted::default(),
+            size: Size { vcpus: 1, memory_mib: 128 },
+            functions: Vec::new(),
+            cgroup: None,
+            dir,
+            state_directory: root.into(),
+        }
+    }
+
+    /// A process with one thread, which is called as a vCPU's. It stands for a VMM, until it is dropped.
+    struct Vmm(std::process::Child);
+
+    impl Vmm {
+        fn new(root: &Path) -> Self {
+            use std::os::unix::process::CommandExt;
+            let program = root.join("vcpu0");
+            fs::copy("/bin/sleep", &program).unwrap();
+            let mut command = std::process::Command::new(&program);
+            Self(command.arg0("sleep").arg("1000").spawn().unwrap())
+        }
+
+        fn identity(&self) -> Option<ProcessIdentity> {
+            ProcessIdentity::of(self.0.id())
+        }
+
+        /// The CPUs that it may use.
+        fn cpus(&self) -> String {
+            let status = fs::read_to_string(format!("/proc/{}/status", self.0.id())).unwrap();
+            let line = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+            line.unwrap().trim().to_owned()
+        }
+
+        /// It may use all of these, as a thread that has just come.
+        fn is_new(&self, cpus: &Set) {
+            pin_thread(&Thread { number: self.0.id() as i32, name: "vcpu0".into() }, cpus).unwrap();
+        }
+    }
+
+    impl Drop for Vmm {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    #[test]
+    fn threads_of_a_vm_that_is_resized_have_the_cpus_that_they_are_to_have() {
+        let all = Topology::of_host().unwrap().cpus();
+        let own = *all.last().unwrap();
+        let is_own = all.len() > 1; // The only one is everybody's.
+        let root = tempfile::tempdir().unwrap();
+        let vmm = Vmm::new(root.path());
+        let claim = Claim { cpus: Set::from([own]), count: Some(1), ..Default::default() };
+        let (placed, _) = Placed::new(subject(root.path()), Some(("a".into(), claim))).unwrap();
+        placed.started(vmm.identity()).unwrap();
+        let pins = || placed.subject.dir.read_placement().unwrap().unwrap().pins;
+        assert_eq!(pins(), if is_own { vec![own] } else { vec![] });
+        // Of the same size or not: threads that came have their CPU.
+        vmm.is_new(&all);
+        placed.resized(Size { vcpus: 1, memory_mib: 256 }).unwrap();
+        assert_eq!(vmm.cpus(), own.to_string());
+        // There is no CPU for each any more, and then again.
+        placed.resized(Size { vcpus: 2, memory_mib: 256 }).unwrap();
+        assert_eq!((pins(), vmm.cpus()), (vec![], own.to_string()));
+        placed.resized(Size { vcpus: 1, memory_mib: 128 }).unwrap();
+        assert_eq!(pins().len(), usize::from(is_own));
+    }
+
     #[test]
     fn vm_of_a_pod_that_asks_for_nothing_is_left_alone() {
         let root = tempfile::tempdir().unwrap();
-        let dir = StateDir::new(root.path(), "default", "demo").unwrap();
-        dir.create().unwrap();
-        let subject = Subject {
-            wanted: Wanted::default(),
-            vcpus: 1,
-            memory_mib: 128,
-            functions: Vec::new(),
-            cgroup: None,
-            dir: dir.clone(),
-            state_directory: root.path().into(),
-        };
+        let subject = subject(root.path());
+        let dir = subject.dir.clone();
         let (placed, told) = Placed::new(subject, Some(("a".into(), Claim::default()))).unwrap();
         assert_eq!((told, dir.read_placement().unwrap()), (api::Placement::default(), None));
         placed.started(ProcessIdentity::of(std::process::id())).unwrap();

@@ -17,8 +17,9 @@ use crate::{
     agent::{Agent, AgentError},
     config::Config,
     jail::cgroup::{self, Cgroup, CgroupError},
-    numa::claim::Resources,
+    numa::{claim::Resources, placed::Placed},
     size::{Limits, Size},
+    state_dir::StateDir,
     vmm_client::{VmmClient, VmmError},
 };
 
@@ -114,6 +115,10 @@ pub struct Means {
     pub agent: Agent,
     /// The VMM's cgroup, and what is allowed there beside the guest's memory, in MiB.
     pub cgroup: Option<(Cgroup, u32)>,
+    /// Where its threads are.
+    pub placed: Arc<Placed>,
+    /// Where its size is written down.
+    pub dir: StateDir,
 }
 
 #[derive(Debug)]
@@ -240,20 +245,23 @@ impl Growth {
             return Err(error);
         }
         tracing::info!("the VM has {} vCPUs and {} MiB now", target.vcpus, target.memory_mib);
-        now.size = target;
+        self.write_down(now, target);
         Ok(())
     }
 
-    /// The cgroup first, so that nothing is taken that it does not allow; the guest last.
+    /// The cgroup first, so that nothing is taken that it does not allow; the guest last, when new
+    /// vCPUs have their CPUs.
     async fn change(&self, now: &mut Now, target: Size) -> Result<(), GrowthError> {
         self.allow(now, target)?;
         self.resize(now, target).await?;
+        self.place(target);
         Ok(self.means.agent.grow(target.vcpus, self.more_mib(target)).await?)
     }
 
     /// What was changed half is as it was, as far as that can be.
     async fn back(&self, now: &mut Now) {
         let size = now.size;
+        self.place(size);
         if let Err(error) = self.resize(now, size).await {
             tracing::warn!("the guest may be asked for more memory than is needed: {error}");
         } else if let Err(error) = self.allow(now, size) {
@@ -279,9 +287,24 @@ impl Growth {
             Ok(()) => {
                 let Size { vcpus, memory_mib } = target;
                 tracing::info!("the VM is to have {vcpus} vCPUs and {memory_mib} MiB");
-                now.size = target;
+                self.place(target);
+                self.write_down(&mut now, target);
             }
             Err(error) => tracing::warn!("the VM stays larger than it has to be: {error}"),
+        }
+    }
+
+    fn place(&self, size: Size) {
+        if let Err(error) = self.means.placed.resized(size) {
+            tracing::warn!("the VM's vCPUs are not where they should be: {error}");
+        }
+    }
+
+    /// Whoever lists VMs sees it.
+    fn write_down(&self, now: &mut Now, size: Size) {
+        now.size = size;
+        if let Err(error) = self.means.dir.write_size(size) {
+            tracing::warn!("the VM is listed with the size that it had: {error}");
         }
     }
 
@@ -328,7 +351,10 @@ fn restore(now: &mut Now, id: &str, before: Option<Limits>) {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
+    use crate::numa::{Wanted, placed::Subject};
 
     #[test]
     fn memory_of_the_host_is_read() {
@@ -339,8 +365,9 @@ mod tests {
         assert_eq!(total_mib("MemTotal: 18446744073709551615 kB"), Some(u32::MAX));
     }
 
-    /// A growth whose VMM answers with what `answer` makes of the size that it is asked for.
+    /// A growth whose VMM answers with what `answer` makes of the size that it is asked for, below `root`.
     fn growth(
+        root: &Path,
         reach: Reach,
         answer: impl Fn(u8, u32) -> Result<Reply, vial_vmm_api::Failure> + Send + 'static,
     ) -> Arc<Growth> {
@@ -359,8 +386,19 @@ mod tests {
         let (vmm, _events) = VmmClient::new(ours).unwrap();
         // Nobody is at the other end.
         let (stream, _) = tokio::net::UnixStream::pair().unwrap();
-        let means = Means { vmm: Arc::new(vmm), agent: Agent::unmet(stream), cgroup: None };
         let size = Size { vcpus: 1, memory_mib: 192 };
+        let dir = StateDir::new(root, "default", "demo").unwrap();
+        let subject = Subject {
+            wanted: Wanted::default(),
+            size,
+            functions: Vec::new(),
+            cgroup: None,
+            dir: dir.clone(),
+            state_directory: root.into(),
+        };
+        let placed = Arc::new(Placed::new(subject, None).unwrap().0);
+        let agent = Agent::unmet(stream);
+        let means = Means { vmm: Arc::new(vmm), agent, cgroup: None, placed, dir };
         Growth::new(Size { vcpus: 1, memory_mib: 128 }, size, reach, means)
     }
 
@@ -372,11 +410,12 @@ mod tests {
 
     #[tokio::test]
     async fn what_cannot_be_had_is_refused_and_leaves_all_as_it_was() {
+        let root = tempfile::tempdir().unwrap();
         let refused = |_, _| -> Result<Reply, _> { unreachable!("nothing is asked of the VMM") };
         for (reach, words) in
             [(UP_TO, "max_memory_mib"), (Reach::Fixed("for a test"), "for a test")]
         {
-            let growth = growth(reach, refused);
+            let growth = growth(root.path(), reach, refused);
             growth.claim("a", &memory(64 << 20), Shortage::Refused).await.unwrap();
             let error = growth.claim("a", &memory(1 << 30), Shortage::Refused).await.unwrap_err();
             assert!(error.is_of_the_pod() && error.to_string().contains(words), "{error}");
@@ -392,13 +431,14 @@ mod tests {
             kind: vial_vmm_api::FailureKind::Host,
             message: "no memory".into(),
         };
-        let growth_of_none = growth(UP_TO, move |_, _| Err(failure.clone()));
+        let root = tempfile::tempdir().unwrap();
+        let growth_of_none = growth(root.path(), UP_TO, move |_, _| Err(failure.clone()));
         let error = growth_of_none.claim("a", &memory(128 << 20), Shortage::Borne).await;
         assert!(error.unwrap_err().to_string().contains("no memory"));
         assert!(growth_of_none.now.lock().await.containers.is_empty());
 
         let (tell, asked) = std::sync::mpsc::channel();
-        let growth = growth(UP_TO, move |vcpus, memory_mib| {
+        let growth = growth(root.path(), UP_TO, move |vcpus, memory_mib| {
             tell.send(memory_mib).unwrap();
             Ok(Reply::Size(VmSize { vcpus, memory_mib, plugged_mib: 128 }))
         });

@@ -19,6 +19,7 @@ use crate::{
         Mode,
         placed::{Placed, Subject},
     },
+    size::Size,
     state_dir::{State, StateDir},
     template::{self, NoTemplate, Template, ahead},
     timeline::Timeline,
@@ -98,8 +99,7 @@ pub(super) fn place(
     let node = |address| sysfs.node(address).map(|node| (address, node));
     let subject = Subject {
         wanted: plan.numa,
-        vcpus: plan.config.vcpus,
-        memory_mib: plan.config.memory_mib,
+        size: Size { vcpus: plan.config.vcpus, memory_mib: plan.config.memory_mib },
         functions: state.devices.iter().filter_map(|record| node(record.address)).collect(),
         cgroup: state.jail.as_ref().map(|jail| Cgroup::new(&jail.cgroup)),
         dir: dir.clone(),

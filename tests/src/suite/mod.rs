@@ -169,6 +169,7 @@ pub(crate) fn cases_of_cpus() -> Vec<Case> {
         placement::vms_with_the_same_cpus_are_not_pinned_to_them,
         placement::guest_of_two_nodes_sees_them,
     ]
+        placement::cri_vcpus_that_come_later_have_a_cpu_each,
 }
 
 /// How many cases may be run again in one run of the suite. A host that fails more often is none to

@@ -2,7 +2,7 @@
 //! `vial-host run --devices` gives it: the second with memory only, or, for [`vcpus_have_a_cpu_each`] and its like, both
 //! with two CPUs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -14,6 +14,10 @@ use vial_tests::node::Configuration;
 use super::bed::{Bed, Detached, Runtime, run};
 use super::devices::{annotation, detached, driver, listed, refused, virtual_function};
 use super::faults::process;
+use super::sizes;
+use super::templates::Node;
+use crate::cri::pod::{eventually, idle};
+use crate::cri::wire::LinuxContainerResources;
 
 /// The memory of a VM of which nothing is asked, in pages of 4 KiB.
 const VM_PAGES: u64 = 128 << 8;
@@ -229,6 +233,36 @@ pub(crate) fn vcpus_have_a_cpu_each(bed: &Bed) -> Result<()> {
     let threads = threads(vmm)?;
     ensure!(threads.values().all(|list| list == "0-3"), "{threads:?}");
     Ok(())
+}
+
+/// A VM that grows for a container of three CPUs of its own.
+pub(crate) fn cri_vcpus_that_come_later_have_a_cpu_each(_: &Bed) -> Result<()> {
+    let (_node, _) = Node::with_template()?;
+    let pod = sizes::pod((1000, 64))?;
+    let vmm = process("vial-vmm", "")?;
+    let vcpus = || -> Result<Vec<String>> {
+        let all = threads(vmm)?.into_iter();
+        Ok(all.filter(|(name, _)| name.starts_with("vcpu")).map(|(_, list)| list).collect())
+    };
+    ensure!(vcpus()? == ["0-3"], "{:?}", vcpus()?);
+    let own = |cpus: &str, count: i64| LinuxContainerResources {
+        cpuset_cpus: cpus.into(),
+        cpu_shares: 1024 * count,
+        ..sizes::limits((1000 * count, 64))
+    };
+    let container = pod.start(idle().resources(own("1-3", 3)))?;
+    let each: BTreeSet<String> = vcpus()?.into_iter().collect();
+    ensure!(each == ["1", "2", "3"].map(String::from).into(), "{:?}", vcpus()?);
+    let placement = told()?;
+    ensure!(placement["pins"].as_array().is_some_and(|pins| pins.len() == 3), "{placement}");
+    // The guest leaves the third alone, which nobody's CPU is for then.
+    pod.cri.update(&container.id, own("2-3", 2))?;
+    eventually(|| {
+        let found = vcpus()?;
+        ensure!(found == ["2", "3", "2-3"], "{found:?}");
+        Ok(())
+    })?;
+    pod.end()
 }
 
 pub(crate) fn vms_with_the_same_cpus_are_not_pinned_to_them(bed: &Bed) -> Result<()> {
