@@ -246,9 +246,13 @@ pub fn allowed(annotations: &HashMap<String, String>) -> Result<bool, WrongAnnot
 /// besides wait until it has them.
 pub fn command_line(config: &Config, vcpus: u8) -> String {
     // A kernel that has patched itself for one processor would patch itself back in each pod that
-    // has more, and each would then have the kernel's code to itself.
-    format!("{} noreplace-smp maxcpus={vcpus} {TEMPLATE_WORD}", config.command_line())
+    // has more, and each would then have the kernel's code to itself. A pod's memory is mapped in
+    // pages of 4 KiB, so what is free goes back in pieces of 64 KiB and more (an order of 4), not
+    // only in those of 2 MiB that a cold guest's memory is mapped in.
+    format!("{} noreplace-smp {FREE_PAGES} maxcpus={vcpus} {TEMPLATE_WORD}", config.command_line())
 }
+
+const FREE_PAGES: &str = "page_reporting.page_reporting_order=4";
 
 /// The most vCPUs of a VM that goes on from a template of that configuration.
 fn max_vcpus(config: &Config) -> u8 {

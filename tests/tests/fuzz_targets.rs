@@ -106,6 +106,7 @@ macro_rules! targets {
 
 targets! {
     agent_reply: replay_and_change,
+    balloon: replay_and_change,
     block: replay_and_change,
     bus: replay_and_change,
     // What breaks out of the file server's root would do so as root here: no new inputs.

@@ -232,8 +232,10 @@ fn access(bus: &PciBus, functions: &[SharedFunction], script: &mut Script<'_>) -
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::devices::balloon::Balloon;
     use crate::devices::mem::{Mem, Room};
     use crate::devices::rng::Rng;
+    use crate::memory::Discards;
     use proptest::prelude::*;
 
     proptest! {
@@ -245,11 +247,16 @@ mod tests {
         #[test]
         fn any_script_leaves_the_memory_device_a_region(script: Vec<u8>) {
             let room = Room { start: 32 << 20, bytes: 1 << 30, present: 32 << 20 };
-            let mut device = Mem::new(room, true);
+            let mut device = Mem::new(room, Discards::default());
             drive(&mut device, &script);
             let mut plugged = [0; 8];
             device.read_config(40, &mut plugged);
             prop_assert!(u64::from_le_bytes(plugged) <= room.present);
+        }
+
+        #[test]
+        fn any_script_leaves_a_balloon_that_can_be_reset(script: Vec<u8>) {
+            drive(&mut Balloon::new(Discards::default()), &script);
         }
 
         #[test]

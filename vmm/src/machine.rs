@@ -24,7 +24,7 @@ use vial_vmm_api::{
 };
 use vmm_sys_util::eventfd::EventFd;
 
-use self::assembly::{Assembly, Growth};
+use self::assembly::Assembly;
 pub use self::disks::DiskError;
 use self::disks::Disks;
 use self::growth::Growing;
@@ -205,6 +205,14 @@ pub fn check(config: &VmConfig) -> Result<(), MachineError> {
                 .into(),
         );
     }
+    let keeps = backends || config.placement.huge_pages.is_some();
+    if keeps && config.devices.contains(&DeviceConfig::Balloon) {
+        return wrong(
+            "memory that vhost-user backends share, or that is in huge pages, does not go back to \
+             the host by parts; leave the balloon device out"
+                .into(),
+        );
+    }
     if config.command_line.contains(|c: char| c.is_control()) {
         return wrong("the kernel command line holds control characters; take them out".into());
     }
@@ -240,8 +248,10 @@ fn check_common(
     if sockets.count() > 1 {
         return wrong("two vsock devices: give one".into());
     }
-    if devices.iter().filter(|device| matches!(device, DeviceConfig::Memory)).count() > 1 {
-        return wrong("two memory devices: give one".into());
+    for (device, name) in [(DeviceConfig::Memory, "memory"), (DeviceConfig::Balloon, "balloon")] {
+        if devices.iter().filter(|other| **other == device).count() > 1 {
+            return wrong(format!("two {name} devices: give one"));
+        }
     }
     let passed: Vec<usize> = devices.iter().filter_map(passed_functions).collect();
     if passed.len() > 1 {
@@ -338,8 +348,8 @@ impl Machine {
         let passed = Passed::new(&vm, &ram, &platform, high_window);
         let disks = Disks::new(&vm, &ram, &platform, &workers);
         let room = room(config.memory_mib, config.memory_mib);
-        let growth = Growth { room, hot_plug: config.hot_plug };
-        let mut assembly = Assembly::new(&vm, &ram, &platform, workers, passed, growth);
+        let memory = (room, passed.discards());
+        let mut assembly = Assembly::new(&vm, &ram, &platform, workers, passed, memory);
         assembly.backend_gone = Some(backend_gone);
         let mut guest_connected = Some(guest_connected);
         for (number, device) in config.devices.into_iter().enumerate() {
@@ -631,7 +641,7 @@ fn start_workers(
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use vial_vmm_api::Placement;
+    use vial_vmm_api::{HugePages, Placement};
 
     use super::*;
 
@@ -664,7 +674,7 @@ pub(crate) mod tests {
     #[test]
     fn machine_beyond_a_bound_is_refused_by_name() {
         type Change = fn(&mut VmConfig);
-        let cases: [(Change, &str); 12] = [
+        let cases: [(Change, &str); 14] = [
             (|c| c.version += 1, "version"),
             (|c| c.vcpus = 0, "vCPUs"),
             (|c| c.vcpus = 65, "vCPUs"),
@@ -680,6 +690,14 @@ pub(crate) mod tests {
                 "vsock",
             ),
             (|c| c.shared_memory = Some(Descriptor(2)), "shared memory"),
+            (|c| c.devices = vec![DeviceConfig::Balloon; 2], "two balloon devices"),
+            (
+                |c| {
+                    c.devices = vec![DeviceConfig::Balloon];
+                    c.placement.huge_pages = Some(HugePages::Mib2);
+                },
+                "leave the balloon device out",
+            ),
             (|c| c.devices = vec![passed(1), passed(1)], "two lists"),
             (|c| c.devices = vec![passed(MAX_PASSED_FUNCTIONS + 1)], "passed functions"),
         ];

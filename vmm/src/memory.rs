@@ -4,19 +4,19 @@
 //! huge pages, the guest has too ([`gather`]).
 #![allow(unsafe_code)]
 
+mod huge;
+
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::FileExt;
-use std::ptr::null_mut;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use vial_vmm_api::{HugePages, Placement};
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap, GuestRegionMmap, MmapRegion,
 };
 
+pub use self::huge::gather;
 use crate::arch::layout::{HIGH_RAM_START, LOW_RAM_END};
 use crate::devices::mem::Room;
 use crate::numa::{self, NumaError};
@@ -145,90 +145,6 @@ fn long_enough(bytes: u64, file: File) -> Result<Arc<File>, MemoryError> {
     Ok(Arc::new(file))
 }
 
-/// Bytes of a huge page, as a table of the processor's maps it.
-const HUGE_PAGE_BYTES: u64 = 2 << 20;
-const PAGE_BYTES: usize = 4096;
-/// A huge page is worth its memory when so many of its pages are more than zeros.
-const GATHERED_FROM: usize = HUGE_PAGE_BYTES as usize / PAGE_BYTES * 3 / 4;
-
-/// Asks the kernel to keep a file of saved memory in huge pages, where most of one is more than zeros. What a guest only
-/// reads, its kernel's code above all, then takes it one fault for 512 pages. Returns for how many the kernel did it: none
-/// on a file system that cannot (a tmpfs can, and others with CONFIG_READ_ONLY_THP_FOR_FS).
-///
-/// # Errors
-/// The file cannot be read or mapped.
-pub fn gather(file: &File) -> io::Result<u32> {
-    let bytes = file.metadata()?.len() / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
-    if bytes == 0 {
-        return Ok(0);
-    }
-    let start = map_at_huge_page(file, 0, bytes, libc::PROT_READ, libc::MAP_SHARED)?;
-    let mut gathered = 0;
-    for at in (0..bytes).step_by(HUGE_PAGE_BYTES as usize) {
-        if used_pages(file, at)? < GATHERED_FROM {
-            continue;
-        }
-        // SAFETY: the range is of the mapping above, which nothing else knows.
-        let result = unsafe {
-            let page = start.add(at as usize).cast();
-            libc::madvise(page, HUGE_PAGE_BYTES as usize, libc::MADV_COLLAPSE)
-        };
-        gathered += u32::from(result == 0);
-    }
-    // SAFETY: as above; nothing points into it any more.
-    unsafe { libc::munmap(start.cast(), bytes as usize) };
-    Ok(gathered)
-}
-
-/// How many pages of a huge page are more than zeros.
-fn used_pages(file: &File, at: u64) -> io::Result<usize> {
-    let mut used = 0;
-    let mut page = [0; PAGE_BYTES];
-    for offset in (at..at + HUGE_PAGE_BYTES).step_by(PAGE_BYTES) {
-        file.read_exact_at(&mut page, offset)?;
-        used += usize::from(page != [0; PAGE_BYTES]);
-    }
-    Ok(used)
-}
-
-/// Maps a part of a file where `offset` and the address are the same distance behind a multiple of a huge page.
-fn map_at_huge_page(
-    file: &impl AsFd,
-    offset: u64,
-    bytes: u64,
-    protection: libc::c_int,
-    flags: libc::c_int,
-) -> io::Result<*mut u8> {
-    let too_large = || io::Error::from_raw_os_error(libc::ENOMEM);
-    let length = usize::try_from(bytes).map_err(|_| too_large())?;
-    let huge = HUGE_PAGE_BYTES as usize;
-    let reserved = length.checked_add(2 * huge).ok_or_else(too_large)?;
-    let checked = |at: *mut libc::c_void| match at {
-        libc::MAP_FAILED => Err(io::Error::last_os_error()),
-        at => Ok(at.cast::<u8>()),
-    };
-    let nothing = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    let position = libc::off_t::try_from(offset).map_err(|_| too_large())?;
-    // SAFETY: the kernel chooses addresses that nobody uses; what is mapped over them, and taken from both of their ends,
-    // stays within them.
-    unsafe {
-        let start = checked(libc::mmap(null_mut(), reserved, libc::PROT_NONE, nothing, -1, 0))?;
-        let before = (start as usize).wrapping_neg() % huge + (offset % HUGE_PAGE_BYTES) as usize;
-        let at = start.add(before).cast();
-        let descriptor = file.as_fd().as_raw_fd();
-        let flags = flags | libc::MAP_FIXED;
-        let mapped = checked(libc::mmap(at, length, protection, flags, descriptor, position));
-        if mapped.is_err() {
-            libc::munmap(start.cast(), reserved);
-            return mapped;
-        }
-        let end = before + length.next_multiple_of(PAGE_BYTES);
-        libc::munmap(start.cast(), before);
-        libc::munmap(start.add(end).cast(), reserved - end);
-        mapped
-    }
-}
-
 /// What memory is mapped from.
 enum Backing {
     /// Nothing.
@@ -239,15 +155,59 @@ enum Backing {
     Shared(Arc<File>),
 }
 
-/// Gives memory back to the host, which the guest then finds full of zeros.
+/// The size of the host's pages, those that are not huge.
+const PAGE_BYTES: u64 = 4096;
+
+/// By which guest memory goes back to the host, while nobody holds it. Cloning it is cheap: all clones
+/// are the same.
 ///
-/// # Errors
-/// It is no memory of the guest's, or the host refuses.
-pub fn discard(ram: &GuestRam, range: Range<u64>) -> io::Result<()> {
-    let bytes = usize::try_from(range.end.saturating_sub(range.start)).map_err(io::Error::other)?;
-    let slice = ram.get_slice(GuestAddress(range.start), bytes).map_err(io::Error::other)?;
+/// Functions of the host hold it: the IOMMU leads them to the pages that were the guest's when they
+/// came, and in place of one that was given back the guest gets another.
+#[derive(Debug, Clone, Default)]
+pub struct Discards {
+    holders: Arc<RwLock<usize>>,
+}
+
+/// For as long as it lives, no guest memory goes back to the host.
+#[derive(Debug)]
+pub struct Hold(Discards);
+
+impl Discards {
+    /// Lets nothing go back any more. What is on its way has gone when this returns.
+    pub fn hold(&self) -> Hold {
+        *self.holders.write().unwrap_or_else(PoisonError::into_inner) += 1;
+        Hold(self.clone())
+    }
+
+    /// Gives the whole pages of a range back to the host, unless the memory is held. The guest then
+    /// finds there what a private mapping has that was never written: zeros, or what was saved.
+    ///
+    /// # Errors
+    /// It is no memory of the guest's, or the host refuses.
+    pub fn discard(&self, ram: &GuestRam, range: Range<u64>) -> io::Result<()> {
+        let holders = self.holders.read().unwrap_or_else(PoisonError::into_inner);
+        if *holders > 0 { Ok(()) } else { discard(ram, range) }
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        *self.0.holders.write().unwrap_or_else(PoisonError::into_inner) -= 1;
+    }
+}
+
+/// A page of which a part is not in the range stays.
+fn discard(ram: &GuestRam, range: Range<u64>) -> io::Result<()> {
+    let last = range.end / PAGE_BYTES * PAGE_BYTES;
+    let Some(first) = range.start.checked_next_multiple_of(PAGE_BYTES).filter(|at| *at < last)
+    else {
+        return Ok(());
+    };
+    let bytes = usize::try_from(last - first).map_err(io::Error::other)?;
+    let slice = ram.get_slice(GuestAddress(first), bytes).map_err(io::Error::other)?;
     // SAFETY: the range is a mapping of guest memory, which is only ever accessed as memory that
-    // may change at any moment; it stays mapped.
+    // may change at any moment; it stays mapped. Mappings begin at pages' starts on either side, so
+    // what is whole pages for the guest is so here.
     let result =
         unsafe { libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), bytes, libc::MADV_DONTNEED) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
@@ -316,7 +276,7 @@ fn map_saved(
     let refused = |reason: String| MemoryError::Map { bytes: length, reason };
     let protection = libc::PROT_READ | libc::PROT_WRITE;
     let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
-    let at = map_at_huge_page(file, offset, length, protection, flags)
+    let at = huge::map(file, offset, length, protection, flags)
         .map_err(|error| refused(error.to_string()))?;
     let size = usize::try_from(length).map_err(|error| refused(error.to_string()))?;
     // SAFETY: that is the mapping that was just made, which nobody else has, and nobody unmaps.
@@ -350,42 +310,79 @@ mod tests {
     }
 
     #[test]
-    fn saved_memory_lies_as_its_file_does_and_huge_pages_change_no_byte() {
-        let file = tempfile::tempfile_in("/dev/shm").unwrap();
-        file.set_len(7 << 20).unwrap();
-        // All of the second huge page, little of the first, none of the third, and half of one at the end.
-        for page in 512..1024u64 {
-            file.write_all_at(&page.to_le_bytes().repeat(512), page * 4096).unwrap();
+    fn memory_that_is_not_there_is_not_discarded() {
+        let (ram, discards) = (map_ram(32 << 20).unwrap(), Discards::default());
+        discards.discard(&ram, 0..32 << 20).unwrap();
+        for range in [0..33 << 20, 32 << 20..34 << 20, 0..u64::MAX] {
+            assert!(discards.discard(&ram, range.clone()).is_err(), "{range:?}");
         }
-        file.write_all_at(b"little", 4096).unwrap();
-        file.write_all_at(b"end", (7 << 20) - 3).unwrap();
-        assert_eq!(used_pages(&file, 0).unwrap(), 1);
-        assert_eq!(used_pages(&file, 2 << 20).unwrap(), 512);
-        let gathered = gather(&file).unwrap();
-        assert!(gathered <= 1, "{gathered}");
-        let none = Room { start: 4 << 30, bytes: 1 << 30, present: 0 };
-        let ram = map_saved_ram(7 << 20, file.try_clone().unwrap(), none, 0).unwrap();
-        let at = ram.get_host_address(GuestAddress(0)).unwrap() as u64;
-        assert!(at.is_multiple_of(HUGE_PAGE_BYTES), "{at:#x}");
-        ram.write_slice(b"own", GuestAddress(0x20_0000)).unwrap();
-        let mut page = [0; 8];
-        for number in [513, 700, 1023u64] {
-            ram.read_slice(&mut page, GuestAddress(number * 4096)).unwrap();
-            assert_eq!(u64::from_le_bytes(page), number);
-        }
-        ram.read_slice(&mut page[..3], GuestAddress((7 << 20) - 3)).unwrap();
-        assert_eq!(&page[..3], b"end");
-        file.read_exact_at(&mut page, 0x20_0000).unwrap();
-        assert_eq!(u64::from_le_bytes(page), 512, "a guest's write has reached the template");
-        assert_eq!(gather(&tempfile::tempfile().unwrap()).unwrap(), 0);
+    }
+
+    const PAGE: u64 = PAGE_BYTES;
+
+    fn write(ram: &GuestRam, page: u64, text: &[u8; 4]) {
+        ram.write_slice(text, GuestAddress(page * PAGE)).unwrap();
+    }
+
+    fn read(ram: &GuestRam, page: u64) -> [u8; 4] {
+        ram.read_obj(GuestAddress(page * PAGE)).unwrap()
     }
 
     #[test]
-    fn memory_that_is_not_there_is_not_discarded() {
-        let ram = map_ram(32 << 20).unwrap();
-        discard(&ram, 0..32 << 20).unwrap();
-        for range in [0..33 << 20, 32 << 20..34 << 20, 0..u64::MAX] {
-            assert!(discard(&ram, range.clone()).is_err(), "{range:?}");
+    fn pages_of_which_a_part_is_named_stay() {
+        let (ram, discards) = (map_ram(32 << 20).unwrap(), Discards::default());
+        (0..6).for_each(|page| write(&ram, page, b"here"));
+        // Each but the last names less than a page; some end before they begin.
+        let empty = Range { start: 3 * PAGE, end: 2 * PAGE };
+        for range in [1..PAGE, PAGE + 1..2 * PAGE + PAGE - 1, 0..0, empty, PAGE - 1..PAGE + 1] {
+            discards.discard(&ram, range).unwrap();
         }
+        discards.discard(&ram, u64::MAX - 1..u64::MAX).unwrap();
+        assert!((0..6).all(|page| read(&ram, page) == *b"here"));
+        discards.discard(&ram, PAGE + 1..5 * PAGE - 1).unwrap();
+        let left = [0, 1, 2, 3, 4, 5].map(|page| read(&ram, page) == *b"here");
+        assert_eq!(left, [true, true, false, false, true, true]);
+    }
+
+    #[test]
+    fn memory_of_a_saved_machine_is_as_it_was_saved() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(32 << 20).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, b"base", PAGE).unwrap();
+        let none = Room { start: HIGH_RAM_START, bytes: 1 << 30, present: 2 << 20 };
+        let ram = map_saved_ram(32 << 20, file, none, 0).unwrap();
+        let grown = HIGH_RAM_START / PAGE;
+        for page in [1, grown] {
+            write(&ram, page, b"mine");
+            Discards::default().discard(&ram, page * PAGE..(page + 1) * PAGE).unwrap();
+        }
+        assert_eq!((read(&ram, 1), read(&ram, grown)), (*b"base", [0; 4]));
+    }
+
+    #[test]
+    fn nothing_is_discarded_while_somebody_holds_it() {
+        let (ram, discards) = (map_ram(32 << 20).unwrap(), Discards::default());
+        write(&ram, 1, b"held");
+        let holds = [discards.hold(), discards.clone().hold()];
+        for hold in holds {
+            discards.discard(&ram, 0..2 * PAGE).unwrap();
+            assert_eq!(read(&ram, 1), *b"held");
+            drop(hold);
+        }
+        discards.discard(&ram, 0..2 * PAGE).unwrap();
+        assert_eq!(read(&ram, 1), [0; 4]);
+    }
+
+    #[test]
+    fn hold_waits_for_what_is_on_its_way() {
+        let discards = Discards::default();
+        let on_its_way = discards.holders.read().unwrap();
+        std::thread::scope(|scope| {
+            let held = scope.spawn(|| discards.hold());
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            assert!(!held.is_finished());
+            drop(on_its_way);
+            held.join().unwrap();
+        });
     }
 }

@@ -48,6 +48,7 @@ fn devices() -> Vec<DeviceConfig> {
     vec![
         DeviceConfig::Rng,
         DeviceConfig::Vsock { guest_cid: 3, host_ports: vec![1] },
+        DeviceConfig::Balloon,
         DeviceConfig::Memory,
     ]
 }
@@ -226,8 +227,8 @@ fn state_that_does_not_fit_is_refused_by_name_and_a_boot_may_follow() {
         (|c| c.vcpus = MAX_VCPUS + 1, "1 to 4 vCPUs, and 5"),
         (|c| c.memory_mib = 33, "32 MiB of memory, and 33"),
         (|c| c.version += 1, "one release"),
-        (|c| c.devices.truncate(1), "3 devices, and 1"),
-        (|c| (c.memory_mib, c.devices[2]) = (64, DeviceConfig::Rng), "32 MiB of memory, and 64"),
+        (|c| c.devices.truncate(1), "4 devices, and 1"),
+        (|c| (c.memory_mib, c.devices[3]) = (64, DeviceConfig::Rng), "32 MiB of memory, and 64"),
         (|c| (c.max_memory_mib, c.hot_plug) = (Some(64), true), "grow later"),
         (|c| c.devices.reverse(), "the machine has"),
         (|c| c.memory = Descriptor(9), "missing or named twice"),

@@ -123,13 +123,20 @@ pub(super) fn console_tail(console: Option<&File>) -> String {
     format!("; its console ends with:\n{}", text.trim_end())
 }
 
-/// The devices that every VM has, in this order: entropy, vsock, and the shared directory.
-pub(crate) fn base_devices(root: Descriptor, own_descriptors: Descriptor) -> Vec<DeviceConfig> {
-    vec![
+/// The devices that a VM has whatever its pod is, in this order: entropy, vsock, the shared directory,
+/// and what gives memory back, in all those `frees` holds for.
+pub(crate) fn base_devices(
+    root: Descriptor,
+    own_descriptors: Descriptor,
+    frees: bool,
+) -> Vec<DeviceConfig> {
+    let mut devices = vec![
         DeviceConfig::Rng,
         DeviceConfig::Vsock { guest_cid: GUEST_CID, host_ports: vec![READY_PORT, SOCKET_PORT] },
         DeviceConfig::Fs { tag: SHARE_TAG.into(), root, proc_fd: Some(own_descriptors) },
-    ]
+    ];
+    devices.extend(frees.then_some(DeviceConfig::Balloon));
+    devices
 }
 
 /// Where the VM has what not all VMs have.
@@ -159,7 +166,10 @@ pub(super) async fn boot(
     let proc_fd = descriptors::process_descriptors(process.pid())
         .map_err(lost("the VMM's own descriptors"))?;
     let mut given = Given::default();
-    let mut devices = base_devices(given.add(&root), given.add(&proc_fd));
+    // Memory that functions of the host write to, that backends share or that is in huge pages stays.
+    // Of functions that come later the VMM takes care.
+    let frees = passed.is_none() && backends.is_none() && placement.huge_pages.is_none();
+    let mut devices = base_devices(given.add(&root), given.add(&proc_fd), frees);
     let base = devices.len();
     for Tap { descriptor, mac, mtu } in &taps {
         devices.push(DeviceConfig::Net { tap: given.add(descriptor), mac: *mac, mtu: *mtu });

@@ -57,6 +57,7 @@ pub(super) fn find_template(
             DeviceConfig::Rng
                 | DeviceConfig::Vsock { .. }
                 | DeviceConfig::Fs { .. }
+                | DeviceConfig::Balloon
                 | DeviceConfig::Net { .. }
         )
     };

@@ -43,8 +43,9 @@ const EMPTY: &str = ".empty";
 /// What is locked while a template is made.
 const LOCK: &str = ".lock";
 /// How long the guest is left alone before it is saved: what its kernel does by itself after the
-/// boot is done then, once for all pods.
-const SETTLE: Duration = Duration::from_millis(500);
+/// boot is done then, once for all pods. Two seconds after it has found the balloon device, it tells
+/// of the pages that it has free, which are zeros in the template then.
+const SETTLE: Duration = Duration::from_millis(2500);
 /// How long its connection may take to close, and how often that is looked at.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(10);
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
@@ -290,7 +291,7 @@ async fn boot(
     let own = PathBuf::from(format!("/proc/{}/fd", process.pid()));
     let own = descriptors::process_descriptors(process.pid()).map_err(file("open", &own))?;
     let given = [kvm.as_fd(), kernel.as_fd(), initrd.as_fd(), root.as_fd(), own.as_fd()];
-    let mut devices = base_devices(Descriptor(3), Descriptor(4));
+    let mut devices = base_devices(Descriptor(3), Descriptor(4), true);
     devices.push(DeviceConfig::Memory);
     let machine = VmConfig {
         version: API_VERSION,

@@ -424,6 +424,7 @@ fn machine_until_ready() -> Result<f64> {
                 root: files.add(directory(share.path())?),
                 proc_fd: Some(files.add(descriptors)),
             },
+            DeviceConfig::Balloon,
         ],
         hot_plug: false,
         placement: Placement::default(),

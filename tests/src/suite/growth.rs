@@ -119,6 +119,12 @@ pub(crate) fn cri_vm_follows_limits_that_are_raised_and_lowered(_: &Bed) -> Resu
     ensure!(said == due, "what is in memory has the checksum {said:?} and not {due:?}");
     let used = vmm_mib()?;
     container.exec("umount /fill")?;
+    // What is free goes back before less is asked for.
+    eventually(|| {
+        let now = vmm_mib()?;
+        ensure!(now + 200 < used, "the VMM has {now} MiB and had {used}, of which 400 are free");
+        Ok(())
+    })?;
     update(&container, (1000, 128))?;
     eventually(|| {
         let (cpus, mib) = has(&container)?;

@@ -16,6 +16,7 @@ mod moved;
 mod network;
 pub(crate) mod placement;
 pub(crate) mod record;
+mod reporting;
 mod sizes;
 pub(crate) mod soak;
 mod streams;
@@ -97,6 +98,8 @@ pub(crate) fn cases() -> Vec<Case> {
         growth::cri_vm_follows_containers_that_come_and_go,
         growth::cri_vm_grows_no_further_than_the_operator_allows,
         growth::cri_vm_of_its_own_kernel_keeps_its_size_and_says_so,
+        reporting::memory_that_a_guest_frees_is_the_hosts_again,
+        reporting::memory_that_a_guest_of_a_template_frees_is_the_hosts_again,
         vhost_user::vhost_disk_holds_every_byte_though_its_backend_is_killed,
         vhost_user::vhost_device_that_cannot_be_had_is_refused,
         vhost_user::vhost_file_system_is_the_hosts_directory,
@@ -166,10 +169,10 @@ pub(crate) fn cases_of_cpus() -> Vec<Case> {
     cases![
         Cold:
         placement::vcpus_have_a_cpu_each,
+        placement::cri_vcpus_that_come_later_have_a_cpu_each,
         placement::vms_with_the_same_cpus_are_not_pinned_to_them,
         placement::guest_of_two_nodes_sees_them,
     ]
-        placement::cri_vcpus_that_come_later_have_a_cpu_each,
 }
 
 /// How many cases may be run again in one run of the suite. A host that fails more often is none to

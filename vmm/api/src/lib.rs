@@ -11,7 +11,7 @@
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// The version of these types. The first message names it; another version is refused.
-pub const API_VERSION: u32 = 7;
+pub const API_VERSION: u32 = 8;
 
 /// The largest encoded message, in bytes.
 pub const MAX_MESSAGE_BYTES: usize = 64 << 10;
@@ -487,6 +487,10 @@ pub enum DeviceConfig {
     /// Where more memory comes to a machine that goes on from a saved one (virtio 1.2, 5.15). At
     /// most one, and none in a machine that is never saved: that has all its memory at once.
     Memory,
+    /// Gives the host back what the guest has used and has free again (virtio 1.3, 5.5, free page
+    /// reporting), while no function of the host is there, which could still write to it. At most
+    /// one, and none where the memory is shared or in huge pages.
+    Balloon,
     /// PCI functions of the host, which share an IOMMU address space. At most one entry, and none
     /// in a VM that is restored: those come by [`Action::AddFunctions`]. Each function has a device
     /// number on the bus.

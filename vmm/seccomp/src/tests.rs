@@ -44,9 +44,8 @@ fn reference(rules: &Rules) -> BpfProgram {
         let how = SeccompCmpOp::MaskedEq(mask.into());
         SeccompCondition::new(argument, SeccompCmpArgLen::Dword, how, value.into()).unwrap()
     };
-    let rule = |rule: &Vec<Condition>| {
-        SeccompRule::new(rule.iter().map(condition).collect()).unwrap()
-    };
+    let rule =
+        |rule: &Vec<Condition>| SeccompRule::new(rule.iter().map(condition).collect()).unwrap();
     let rules = rules.iter().map(|(call, rules)| (*call, rules.iter().map(rule).collect()));
     let (trap, allow) = (SeccompAction::Trap, SeccompAction::Allow);
     SeccompFilter::new(rules.collect(), trap, allow, TargetArch::x86_64)
@@ -62,9 +61,8 @@ fn made(rules: &Rules) -> BpfProgram {
 /// Few values, so that some match, and few calls, so that seccompiler's program is none that the kernel would refuse.
 fn any_condition() -> impl Strategy<Value = Condition> {
     let masks = prop_oneof![3 => Just(u32::MAX), 1 => 0u32..16, 1 => Just(0xff00)];
-    (0u8..3, masks, 0u32..8).prop_map(|(argument, mask, value)| {
-        Condition::masked(argument, mask, value & mask)
-    })
+    (0u8..3, masks, 0u32..8)
+        .prop_map(|(argument, mask, value)| Condition::masked(argument, mask, value & mask))
 }
 
 fn any_rules() -> impl Strategy<Value = Rules> {

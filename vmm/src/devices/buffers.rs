@@ -150,7 +150,7 @@ impl Buffers {
     }
 
     /// The pieces of guest memory that a span consists of; what is past the end is left out.
-    fn pieces(&self, span: Span) -> impl Iterator<Item = (GuestAddress, usize)> {
+    pub(crate) fn pieces(&self, span: Span) -> impl Iterator<Item = (GuestAddress, usize)> {
         let mut skip = span.offset;
         let mut left = span.bytes;
         self.ranges.iter().filter_map(move |&(start, bytes)| {

@@ -2,6 +2,7 @@
 //! nothing of PCI, KVM or the machine that they are in. Functions of the host ([`vfio`]) are no
 //! virtio devices, and are on the bus by themselves.
 
+pub mod balloon;
 pub mod block;
 pub(crate) mod buffers;
 pub mod fs;

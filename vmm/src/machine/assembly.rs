@@ -9,19 +9,11 @@ use super::{Descriptors, GuestConnected, MachineError, Platform};
 use crate::devices::mem::Room;
 use crate::devices::vfio::Placed;
 use crate::devices::vhost_user::{self, BackendGone, Handover, VhostUser};
-use crate::devices::{block, fs, mem, net, rng, vsock};
+use crate::devices::{balloon, block, fs, mem, net, rng, vsock};
 use crate::kvm::Vm;
-use crate::memory::GuestRam;
+use crate::memory::{Discards, GuestRam};
 use crate::virtio::pci::{DeviceState, VirtioPci, Workers};
 use crate::virtio::{VirtioDevice, WorkerThread};
-
-/// How a machine's memory grows.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Growth {
-    pub(super) room: Room,
-    /// Whether functions of the host may come to hold what the guest gives back.
-    pub(super) hot_plug: bool,
-}
 
 /// What devices are put together with.
 pub(super) struct Assembly<'a> {
@@ -29,7 +21,8 @@ pub(super) struct Assembly<'a> {
     ram: &'a GuestRam,
     platform: &'a Arc<Platform>,
     workers: Workers,
-    growth: Growth,
+    /// Where memory comes, and how what the guest does not need goes.
+    memory: (Room, Discards),
     pub(super) vsock: Option<vsock::VsockConnector>,
     pub(super) functions: Vec<Arc<Mutex<VirtioPci>>>,
     pub(super) passed: Passed,
@@ -52,14 +45,14 @@ impl<'a> Assembly<'a> {
         platform: &'a Arc<Platform>,
         workers: Workers,
         passed: Passed,
-        growth: Growth,
+        memory: (Room, Discards),
     ) -> Self {
         Self {
             vm,
             ram,
             platform,
             workers,
-            growth,
+            memory,
             vsock: None,
             functions: Vec::new(),
             passed,
@@ -181,10 +174,12 @@ impl<'a> Assembly<'a> {
             }
             DeviceConfig::Rng => Box::new(rng::Rng::new()),
             DeviceConfig::Memory => {
-                let device = mem::Mem::new(self.growth.room, !self.growth.hot_plug);
+                let (room, discards) = self.memory.clone();
+                let device = mem::Mem::new(room, discards);
                 self.demand = Some(device.demand());
                 Box::new(device)
             }
+            DeviceConfig::Balloon => Box::new(balloon::Balloon::new(self.memory.1.clone())),
             DeviceConfig::Passthrough { .. } => return Err("it is no virtio device".into()),
         })
     }
@@ -199,6 +194,7 @@ pub(super) fn kind(config: &DeviceConfig) -> &'static str {
         DeviceConfig::Block { .. } => "block",
         DeviceConfig::Rng => "rng",
         DeviceConfig::Memory => "memory",
+        DeviceConfig::Balloon => "balloon",
         DeviceConfig::Passthrough { .. } => "passthrough",
         DeviceConfig::VhostUser { kind: VhostUserKind::Net { .. }, .. } => "vhost-user net",
         DeviceConfig::VhostUser { kind: VhostUserKind::Block { .. }, .. } => "vhost-user block",

@@ -11,7 +11,7 @@ use vial_vmm_api::{AddedFunctions, Descriptor, MAX_PASSED_FUNCTIONS};
 use super::{Descriptors, MachineError, Platform};
 use crate::devices::vfio::{self, Placed, VfioError};
 use crate::kvm::Vm;
-use crate::memory::GuestRam;
+use crate::memory::{Discards, GuestRam, Hold};
 use crate::pci::bus::BusError;
 
 /// Why functions do not come or go.
@@ -58,6 +58,8 @@ struct Set {
     number: u32,
     devices: Vec<u8>,
     _joined: vfio::Joined,
+    /// Goes after that.
+    _hold: Hold,
 }
 
 /// The descriptors of a request.
@@ -73,6 +75,7 @@ pub(super) struct Passed {
     ram: GuestRam,
     platform: Arc<Platform>,
     high_window: Range<u64>,
+    discards: Discards,
     sets: Vec<Set>,
     next_set: u32,
 }
@@ -86,7 +89,13 @@ impl Passed {
         high_window: Range<u64>,
     ) -> Self {
         let (vm, ram, platform) = (vm.clone(), ram.clone(), platform.clone());
-        Self { vm, ram, platform, high_window, sets: Vec::new(), next_set: 0 }
+        let (discards, sets) = (Discards::default(), Vec::new());
+        Self { vm, ram, platform, high_window, discards, sets, next_set: 0 }
+    }
+
+    /// How guest memory goes back to the host while no function holds it.
+    pub(super) fn discards(&self) -> Discards {
+        self.discards.clone()
     }
 
     /// Whether there are none.
@@ -121,6 +130,8 @@ impl Passed {
                 vfio::function(function, &self.vm, pci, self.high_window.clone(), placed)
             })
             .collect::<Result<Vec<_>, _>>()?;
+        // What the guest gives back from here on stays.
+        let hold = self.discards.hold();
         let joined = vfio::join(container, groups, &self.vm, &self.ram)?;
         let mut devices = Vec::new();
         for function in functions {
@@ -134,7 +145,7 @@ impl Passed {
         }
         let number = self.next_set;
         self.next_set += 1;
-        self.sets.push(Set { number, devices: devices.clone(), _joined: joined });
+        self.sets.push(Set { number, devices: devices.clone(), _joined: joined, _hold: hold });
         Ok(AddedFunctions { set: number, devices })
     }
 

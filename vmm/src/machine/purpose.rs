@@ -52,7 +52,8 @@ impl Purpose {
             DeviceConfig::Vsock { .. }
             | DeviceConfig::Fs { .. }
             | DeviceConfig::Rng
-            | DeviceConfig::Memory => None,
+            | DeviceConfig::Memory
+            | DeviceConfig::Balloon => None,
             other => Some(kind(other)),
         };
         let console = config.console.map(|_| "console");

@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::disks::Disks;
 use super::{
     Descriptors, GuestConnected, Machine, MachineError,
-    assembly::{Assembly, Growth},
+    assembly::Assembly,
     growth::{Bounds, Growing},
     passed::Passed,
     passed_functions, vcpus,
@@ -134,8 +134,8 @@ impl Machine {
         let platform = Arc::new(Platform { ports: Ports::new(None), pci });
         let passed = Passed::new(&vm, &ram, &platform, high_window);
         let disks = Disks::new(&vm, &ram, &platform, &workers);
-        let growth = Growth { room, hot_plug: config.hot_plug };
-        let mut assembly = Assembly::new(&vm, &ram, &platform, workers, passed, growth);
+        let memory = (room, passed.discards());
+        let mut assembly = Assembly::new(&vm, &ram, &platform, workers, passed, memory);
         let mut guest_connected = Some(guest_connected);
         vm.hold_lines();
         let saved = snapshot.devices.iter().map(Some).chain(std::iter::repeat(None));

@@ -14,7 +14,7 @@ use self::blocks::{Answer, Blocks, Plugged};
 pub use self::blocks::{BLOCK_BYTES, Room};
 use super::buffers::Buffers;
 use super::one_queue::{QueueWorker, Serve};
-use crate::memory::{self, GuestRam};
+use crate::memory::{Discards, GuestRam};
 use crate::virtio::{
     ActivateError, Activation, ActiveQueue, FEATURE_EVENT_IDX, FEATURE_INDIRECT_DESC, Interrupt,
     QueueError, VirtioDevice, Worker,
@@ -50,7 +50,7 @@ pub struct Mem {
     config: [u8; CONFIG_BYTES],
     demand: Demand,
     asks: bool,
-    discards: bool,
+    discards: Discards,
 }
 
 /// How much memory the guest is asked to have, from the owner's side.
@@ -95,9 +95,8 @@ fn lock(blocks: &Mutex<Blocks>) -> MutexGuard<'_, Blocks> {
 }
 
 impl Mem {
-    /// A device for that room. It `discards` what the guest gives back, unless functions of the
-    /// host may hold it.
-    pub fn new(room: Room, discards: bool) -> Self {
+    /// A device for that room. What the guest gives back goes to the host as `discards` lets it.
+    pub fn new(room: Room, discards: Discards) -> Self {
         let mut config = [0; CONFIG_BYTES];
         // Block size, node, address, region.
         let fields = [BLOCK_BYTES, 0, room.start, room.bytes].map(u64::to_le_bytes);
@@ -147,7 +146,7 @@ impl VirtioDevice for Mem {
         }
         let changed = activation.config_interrupt.clone();
         *self.demand.changed.lock().unwrap_or_else(PoisonError::into_inner) = changed;
-        let (blocks, discards) = (self.demand.blocks.clone(), self.discards);
+        let (blocks, discards) = (self.demand.blocks.clone(), self.discards.clone());
         let keeper = Keeper { ram: activation.ram, blocks, discards };
         Ok(Box::new(QueueWorker::new(queue, keeper, activation.fault)))
     }
@@ -156,7 +155,7 @@ impl VirtioDevice for Mem {
 struct Keeper {
     ram: GuestRam,
     blocks: Arc<Mutex<Blocks>>,
-    discards: bool,
+    discards: Discards,
 }
 
 impl Serve for Keeper {
@@ -227,10 +226,7 @@ impl Keeper {
 
     /// Gives memory back to the host.
     fn discard(&self, range: Range<u64>) -> bool {
-        if !self.discards {
-            return true;
-        }
-        match memory::discard(&self.ram, range) {
+        match self.discards.discard(&self.ram, range) {
             Ok(()) => true,
             Err(error) => {
                 tracing::warn!(%error, "the host does not take memory back from the guest");

@@ -7,7 +7,7 @@ const START: u64 = 32 << 20;
 
 /// A device whose region is the upper half of a test's memory and more, and whose memory is 16 MiB.
 fn device() -> Mem {
-    Mem::new(Room { start: START, bytes: 1 << 30, present: 16 << 20 }, true)
+    Mem::new(Room { start: START, bytes: 1 << 30, present: 16 << 20 }, Discards::default())
 }
 
 fn request(kind: u16, address: u64, blocks: u16) -> Vec<u8> {
@@ -69,7 +69,9 @@ fn what_is_given_back_is_gone() {
     let ram = ram();
     for keeps in [false, true] {
         let room = Room { start: START, bytes: 1 << 30, present: 16 << 20 };
-        let mut bench = Bench::activate(&mut Mem::new(room, !keeps), &ram);
+        let discards = Discards::default();
+        let _hold = keeps.then(|| discards.hold());
+        let mut bench = Bench::activate(&mut Mem::new(room, discards), &ram);
         ask(&mut bench, REQUEST_PLUG, START, 8);
         let second = GuestAddress(START + (2 << 20));
         ram.write_slice(b"kept", GuestAddress(START)).unwrap();
@@ -115,7 +117,8 @@ fn more_requests_than_one_turn_takes_are_all_answered() {
 
 #[test]
 fn device_without_memory_asks_for_nothing() {
-    let mut device = Mem::new(Room { start: START, bytes: 1 << 30, present: 0 }, true);
+    let mut device =
+        Mem::new(Room { start: START, bytes: 1 << 30, present: 0 }, Discards::default());
     let mut bench = Bench::activate(&mut device, &ram());
     assert_eq!([32, 40, 48].map(|offset| field(&device, offset)), [0; 3]);
     assert_eq!(ask(&mut bench, REQUEST_PLUG, START, 1), (3, 0));

@@ -1,0 +1,131 @@
+//! Files of saved memory in huge pages.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::FileExt;
+use std::ptr::null_mut;
+
+/// Bytes of a huge page, as a table of the processor's maps it.
+const HUGE_PAGE_BYTES: u64 = 2 << 20;
+const PAGE_BYTES: usize = 4096;
+/// A huge page is worth its memory when so many of its pages are more than zeros.
+const GATHERED_FROM: usize = HUGE_PAGE_BYTES as usize / PAGE_BYTES * 3 / 4;
+
+/// Asks the kernel to keep a file of saved memory in huge pages, where most of one is more than zeros. What a guest only
+/// reads, its kernel's code above all, then takes it one fault for 512 pages. Returns for how many the kernel did it: none
+/// on a file system that cannot (a tmpfs can, and others with CONFIG_READ_ONLY_THP_FOR_FS).
+///
+/// # Errors
+/// The file cannot be read or mapped.
+pub fn gather(file: &File) -> io::Result<u32> {
+    let bytes = file.metadata()?.len() / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
+    if bytes == 0 {
+        return Ok(0);
+    }
+    let start = map(file, 0, bytes, libc::PROT_READ, libc::MAP_SHARED)?;
+    let mut gathered = 0;
+    for at in (0..bytes).step_by(HUGE_PAGE_BYTES as usize) {
+        if used_pages(file, at)? < GATHERED_FROM {
+            continue;
+        }
+        // SAFETY: the range is of the mapping above, which nothing else knows.
+        let result = unsafe {
+            let page = start.add(at as usize).cast();
+            libc::madvise(page, HUGE_PAGE_BYTES as usize, libc::MADV_COLLAPSE)
+        };
+        gathered += u32::from(result == 0);
+    }
+    // SAFETY: as above; nothing points into it any more.
+    unsafe { libc::munmap(start.cast(), bytes as usize) };
+    Ok(gathered)
+}
+
+/// How many pages of a huge page are more than zeros.
+fn used_pages(file: &File, at: u64) -> io::Result<usize> {
+    let mut used = 0;
+    let mut page = [0; PAGE_BYTES];
+    for offset in (at..at + HUGE_PAGE_BYTES).step_by(PAGE_BYTES) {
+        file.read_exact_at(&mut page, offset)?;
+        used += usize::from(page != [0; PAGE_BYTES]);
+    }
+    Ok(used)
+}
+
+/// Maps a part of a file where `offset` and the address are the same distance behind a multiple of a huge page.
+pub(super) fn map(
+    file: &impl AsFd,
+    offset: u64,
+    bytes: u64,
+    protection: libc::c_int,
+    flags: libc::c_int,
+) -> io::Result<*mut u8> {
+    let too_large = || io::Error::from_raw_os_error(libc::ENOMEM);
+    let length = usize::try_from(bytes).map_err(|_| too_large())?;
+    let huge = HUGE_PAGE_BYTES as usize;
+    let reserved = length.checked_add(2 * huge).ok_or_else(too_large)?;
+    let checked = |at: *mut libc::c_void| match at {
+        libc::MAP_FAILED => Err(io::Error::last_os_error()),
+        at => Ok(at.cast::<u8>()),
+    };
+    let nothing = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    let position = libc::off_t::try_from(offset).map_err(|_| too_large())?;
+    // SAFETY: the kernel chooses addresses that nobody uses; what is mapped over them, and taken from both of their ends,
+    // stays within them.
+    unsafe {
+        let start = checked(libc::mmap(null_mut(), reserved, libc::PROT_NONE, nothing, -1, 0))?;
+        let before = (start as usize).wrapping_neg() % huge + (offset % HUGE_PAGE_BYTES) as usize;
+        let at = start.add(before).cast();
+        let descriptor = file.as_fd().as_raw_fd();
+        let flags = flags | libc::MAP_FIXED;
+        let mapped = checked(libc::mmap(at, length, protection, flags, descriptor, position));
+        if mapped.is_err() {
+            libc::munmap(start.cast(), reserved);
+            return mapped;
+        }
+        let end = before + length.next_multiple_of(PAGE_BYTES);
+        libc::munmap(start.cast(), before);
+        libc::munmap(start.add(end).cast(), reserved - end);
+        mapped
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{Bytes, GuestAddress, GuestMemory};
+
+    use super::*;
+    use crate::devices::mem::Room;
+    use crate::memory::map_saved_ram;
+
+    #[test]
+    fn saved_memory_lies_as_its_file_does_and_huge_pages_change_no_byte() {
+        let file = tempfile::tempfile_in("/dev/shm").unwrap();
+        file.set_len(7 << 20).unwrap();
+        // All of the second huge page, little of the first, none of the third, and half of one at the end.
+        for page in 512..1024u64 {
+            file.write_all_at(&page.to_le_bytes().repeat(512), page * 4096).unwrap();
+        }
+        file.write_all_at(b"little", 4096).unwrap();
+        file.write_all_at(b"end", (7 << 20) - 3).unwrap();
+        assert_eq!(used_pages(&file, 0).unwrap(), 1);
+        assert_eq!(used_pages(&file, 2 << 20).unwrap(), 512);
+        let gathered = gather(&file).unwrap();
+        assert!(gathered <= 1, "{gathered}");
+        let none = Room { start: 4 << 30, bytes: 1 << 30, present: 0 };
+        let ram = map_saved_ram(7 << 20, file.try_clone().unwrap(), none, 0).unwrap();
+        let at = ram.get_host_address(GuestAddress(0)).unwrap() as u64;
+        assert!(at.is_multiple_of(HUGE_PAGE_BYTES), "{at:#x}");
+        ram.write_slice(b"own", GuestAddress(0x20_0000)).unwrap();
+        let mut page = [0; 8];
+        for number in [513, 700, 1023u64] {
+            ram.read_slice(&mut page, GuestAddress(number * 4096)).unwrap();
+            assert_eq!(u64::from_le_bytes(page), number);
+        }
+        ram.read_slice(&mut page[..3], GuestAddress((7 << 20) - 3)).unwrap();
+        assert_eq!(&page[..3], b"end");
+        file.read_exact_at(&mut page, 0x20_0000).unwrap();
+        assert_eq!(u64::from_le_bytes(page), 512, "a guest's write has reached the template");
+        assert_eq!(gather(&tempfile::tempfile().unwrap()).unwrap(), 0);
+    }
+}
