@@ -2,7 +2,9 @@
 //! neighbours, for the interfaces that the VMM has made of it.
 //!
 //! A request is read into checked types first ([`Plan::read`], pure); only then is anything
-//! changed.
+//! changed. What changes later comes as a difference, see [`mod@change`].
+
+mod change;
 
 use std::collections::HashSet;
 use std::io;
@@ -10,12 +12,14 @@ use std::net::IpAddr;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use vial_agent_protocol::agent::ConfigureNetworkRequest;
+use vial_agent_protocol::agent::{self, ConfigureNetworkRequest};
 use vial_agent_protocol::{
     FUNCTION_DEVICES, MAX_ADDRESSES, MAX_INTERFACES, MAX_NEIGHBOURS, MAX_ROUTES,
 };
 use vial_netlink::network::{self, Cidr, CidrError, Link, Neighbour, Route};
 use vial_netlink::{Message, Socket};
+
+pub(crate) use self::change::change;
 
 /// The longest name of an interface (IFNAMSIZ with its NUL).
 const MAX_NAME_BYTES: usize = 15;
@@ -61,6 +65,8 @@ pub(crate) enum NetworkError {
     NoInterface { name: String, address: String },
     #[error("cannot {action} in the guest: {source}")]
     Kernel { action: String, source: io::Error },
+    #[error("{first}; {more} more changes of the pod's network failed")]
+    Several { first: Box<Self>, more: usize },
 }
 
 impl NetworkError {
@@ -69,6 +75,7 @@ impl NetworkError {
         !matches!(
             self,
             Self::Absent(_)
+                | Self::Several { .. }
                 | Self::NoDriver { .. }
                 | Self::NoInterface { .. }
                 | Self::Kernel { .. }
@@ -188,34 +195,34 @@ impl Plan {
             let place = interfaces.iter().position(|interface| interface.name == name);
             place.map(|place| place as i32).ok_or_else(|| NetworkError::Device(shown(name)))
         };
-        let mut routes = Vec::new();
-        for wire in &request.routes {
-            let destination: Cidr = wire.destination.parse()?;
-            routes.push(Route {
-                index: place(&wire.device)?,
-                destination,
-                gateway: optional(&wire.gateway, &destination.address)?,
-                source: optional(&wire.source, &destination.address)?,
-                scope: small(wire.scope)?,
-                protocol: small(wire.protocol)?,
-                metric: wire.metric,
-                onlink: wire.onlink,
-            });
-        }
-        let mut neighbours = Vec::new();
-        for wire in &request.neighbours {
-            let address = address(&wire.address, None)?;
-            neighbours.push(Neighbour {
-                index: place(&wire.device)?,
-                address,
-                mac: mac(&wire.mac)?,
-            });
-        }
+        let routes = request.routes.iter().map(|wire| read_route(wire, place(&wire.device)?));
+        let routes = routes.collect::<Result<_, _>>()?;
+        let neighbours =
+            request.neighbours.iter().map(|wire| read_neighbour(wire, place(&wire.device)?));
+        let neighbours = neighbours.collect::<Result<_, _>>()?;
         Ok(Self { interfaces, routes, neighbours })
     }
 }
 
-fn change(
+fn read_route(wire: &agent::Route, index: i32) -> Result<Route, NetworkError> {
+    let destination: Cidr = wire.destination.parse()?;
+    Ok(Route {
+        index,
+        destination,
+        gateway: optional(&wire.gateway, &destination.address)?,
+        source: optional(&wire.source, &destination.address)?,
+        scope: small(wire.scope)?,
+        protocol: small(wire.protocol)?,
+        metric: wire.metric,
+        onlink: wire.onlink,
+    })
+}
+
+fn read_neighbour(wire: &agent::Neighbour, index: i32) -> Result<Neighbour, NetworkError> {
+    Ok(Neighbour { index, address: address(&wire.address, None)?, mac: mac(&wire.mac)? })
+}
+
+fn apply(
     socket: &mut Socket,
     message: Message,
     action: impl FnOnce() -> String,
@@ -285,34 +292,52 @@ pub(crate) fn configure(request: &ConfigureNetworkRequest) -> Result<(), Network
     for (interface, link) in plan.interfaces.iter().zip(&found) {
         let name = &interface.name;
         if link.mac != interface.mac {
-            change(&mut socket, network::set_mac(link.index, &interface.mac), || {
+            apply(&mut socket, network::set_mac(link.index, &interface.mac), || {
                 format!("give {name} its MAC address")
             })?;
         }
-        change(&mut socket, network::set_mtu(link.index, interface.mtu), || {
+        apply(&mut socket, network::set_mtu(link.index, interface.mtu), || {
             format!("set the MTU of {name} to {}", interface.mtu)
         })?;
         for &cidr in &interface.addresses {
             let message = network::add_address(link.index, cidr);
-            change(&mut socket, message, || format!("give {name} the address {cidr}"))?;
+            apply(&mut socket, message, || format!("give {name} the address {cidr}"))?;
         }
-        change(&mut socket, network::up(link.index), || format!("bring {name} up"))?;
+        apply(&mut socket, network::up(link.index), || format!("bring {name} up"))?;
     }
     // Checked by Plan::read: every place is that of an interface.
     let index = |place: i32| found[place as usize].index;
     for route in plan.routes {
         let route = Route { index: index(route.index), ..route };
-        change(&mut socket, network::add_route(&route), || {
-            format!("add the route to {}", route.destination)
-        })?;
+        add_route(&mut socket, &route)?;
     }
     for neighbour in plan.neighbours {
         let neighbour = Neighbour { index: index(neighbour.index), ..neighbour };
-        change(&mut socket, network::add_neighbour(&neighbour), || {
+        apply(&mut socket, network::add_neighbour(&neighbour), || {
             format!("set the neighbour {}", neighbour.address)
         })?;
     }
     Ok(())
+}
+
+/// Adds a route beside others to the same place. One that the kernel takes for the same is replaced.
+fn add_route(socket: &mut Socket, route: &Route) -> Result<(), NetworkError> {
+    let failed = |source| {
+        let action = format!("add the route to {}", route.destination);
+        NetworkError::Kernel { action, source }
+    };
+    match socket.change(network::add_route(route)) {
+        Err(error) if exists(&error) => match socket.change(network::replace_route(route)) {
+            // It is there, behind another.
+            Err(error) if exists(&error) => Ok(()),
+            replaced => replaced.map_err(failed),
+        },
+        added => added.map_err(failed),
+    }
+}
+
+fn exists(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::AlreadyExists
 }
 
 /// In two rounds, for one's name may be what another is still called.
@@ -328,13 +353,13 @@ fn rename(
         .collect();
     for (interface, link) in &wrong {
         let name = format!("vial-{}", link.index);
-        change(socket, network::rename(link.index, &name), || {
+        apply(socket, network::rename(link.index, &name), || {
             format!("name an interface for {}", interface.name)
         })?;
     }
     for (interface, link) in &wrong {
         let name = &interface.name;
-        change(socket, network::rename(link.index, name), || format!("name an interface {name}"))?;
+        apply(socket, network::rename(link.index, name), || format!("name an interface {name}"))?;
     }
     Ok(())
 }

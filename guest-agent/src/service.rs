@@ -7,13 +7,13 @@ use async_trait::async_trait;
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::{Code, get_status};
 use vial_agent_protocol::agent::{
-    AddFunctionsResponse, AddSocketRequest, AdoptRequest, ConfigureNetworkRequest,
-    ConfigurePodRequest, ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty,
-    ExecProcessRequest, FunctionName, FunctionsRequest, HelloRequest, HelloResponse,
-    JoinSocketRequest, KillProcessRequest, ListPidsResponse, Mark as WireMark, ProcessRequest,
-    RemoveSocketRequest, RenewCopyRequest, ResizeRequest, ResizeTerminalRequest, StartResponse,
-    StatsResponse, Stdio, UpdateContainerRequest, WaitOomRequest, WaitOomResponse,
-    WaitProcessResponse,
+    AddFunctionsResponse, AddSocketRequest, AdoptRequest, ChangeNetworkRequest,
+    ConfigureNetworkRequest, ConfigurePodRequest, ContainerRequest, CreateContainerRequest,
+    CreateContainerResponse, Empty, ExecProcessRequest, FunctionName, FunctionsRequest,
+    HelloRequest, HelloResponse, JoinSocketRequest, KillProcessRequest, ListPidsResponse,
+    Mark as WireMark, ProcessRequest, RemoveSocketRequest, RenewCopyRequest, ResizeRequest,
+    ResizeTerminalRequest, StartResponse, StatsResponse, Stdio, UpdateContainerRequest,
+    WaitOomRequest, WaitOomResponse, WaitProcessResponse,
 };
 use vial_agent_protocol::{PROTOCOL_VERSION, agent_ttrpc};
 
@@ -182,6 +182,17 @@ impl agent_ttrpc::Agent for AgentService {
         network::await_functions(&request).await.map_err(wrong)?;
         // A few dozen messages to the kernel, which answers each at once.
         network::configure(&request).map_err(wrong)?;
+        Ok(Empty::new())
+    }
+
+    async fn change_network(
+        &self,
+        _: &TtrpcContext,
+        request: ChangeNetworkRequest,
+    ) -> Answer<Empty> {
+        // A few messages to the kernel, which answers each at once; a few thousand if all is replaced.
+        let changed = network::change(&request);
+        changed.map_err(|error| failed(&error, error.is_of_the_request()))?;
         Ok(Empty::new())
     }
 

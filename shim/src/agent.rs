@@ -155,6 +155,18 @@ impl Agent {
         configured.map(drop).map_err(failed("set up the network"))
     }
 
+    /// Changes what the guest was given of the pod's network.
+    ///
+    /// # Errors
+    /// [`AgentError`]; what could be changed is.
+    pub async fn change_network(
+        &self,
+        change: &agent::ChangeNetworkRequest,
+    ) -> Result<(), AgentError> {
+        let changed = self.client.change_network(limited(), change).await;
+        changed.map(drop).map_err(failed("change the network"))
+    }
+
     /// Gives the guest what the pod's containers share.
     ///
     /// # Errors

@@ -35,6 +35,7 @@ pub mod devices;
 pub mod disks;
 pub mod error;
 pub mod events;
+mod follow;
 mod forward;
 pub mod jail;
 pub mod life;

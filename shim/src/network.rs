@@ -8,8 +8,11 @@
 //!
 //! Three steps, so that what is to be undone is on disk before it is done: [`look`] changes
 //! nothing, [`attach`] makes taps and joins them, [`detach`] takes both back, after a crash too.
-//! Each runs on a thread that enters the namespace and ends in it.
+//! Each runs on a thread that enters the namespace and ends in it. What changes there later is seen
+//! by [`Followed`], and told by a [`difference()`].
 
+mod difference;
+mod follow;
 pub mod functions;
 mod steer;
 mod tap;
@@ -26,7 +29,11 @@ use std::{
 };
 
 use self::functions::Moved;
-pub use self::steer::Loopback;
+pub use self::{
+    difference::difference,
+    follow::{Followed, of_joints},
+    steer::Loopback,
+};
 use crate::devices::{DeviceError, address::Address, pci::Sysfs};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde::{Deserialize, Serialize};
@@ -35,7 +42,7 @@ use vial_agent_protocol::{
     agent::{self, ConfigureNetworkRequest},
 };
 use vial_netlink::{
-    Socket,
+    Socket, Watch,
     network::{self, ARPHRD_ETHER, IFF_LOOPBACK, IFF_UP, Link},
 };
 
@@ -216,61 +223,83 @@ fn is_for_guests(link: &Link) -> bool {
     link.hardware == ARPHRD_ETHER && link.flags & IFF_UP != 0 && link.flags & IFF_LOOPBACK == 0
 }
 
+/// What there is in a namespace.
+struct Listed {
+    links: Vec<Link>,
+    addresses: Vec<(i32, network::Cidr)>,
+    routes: Vec<network::Route>,
+    neighbours: Vec<network::Neighbour>,
+}
+
+impl Listed {
+    fn read(socket: &mut Socket) -> Result<Self, NetworkError> {
+        Ok(Self {
+            links: network::links(socket).map_err(kernel("list the interfaces"))?,
+            addresses: network::addresses(socket).map_err(kernel("list the addresses"))?,
+            routes: network::routes(socket).map_err(kernel("list the routes"))?,
+            neighbours: network::neighbours(socket).map_err(kernel("list the neighbours"))?,
+        })
+    }
+
+    /// What the guest is to have of these interfaces.
+    fn describe(&self, links: &[&Link]) -> Result<ConfigureNetworkRequest, NetworkError> {
+        at_most("interfaces", links.len(), MAX_INTERFACES)?;
+        let mut request = ConfigureNetworkRequest::default();
+        for link in links {
+            let name = &link.name;
+            if link.mac.len() != 6 || !(68..=65535).contains(&link.mtu) {
+                return Err(NetworkError::Interface(name.clone()));
+            }
+            let own = self.addresses.iter().filter(|(index, _)| *index == link.index);
+            let addresses: Vec<String> = own.map(|(_, cidr)| cidr.to_string()).collect();
+            at_most("addresses on an interface", addresses.len(), MAX_ADDRESSES)?;
+            let own = self.routes.iter().filter(|route| route.index == link.index);
+            request.routes.extend(own.map(|route| wire_route(name, route)));
+            let own = self.neighbours.iter().filter(|neighbour| neighbour.index == link.index);
+            request.neighbours.extend(own.map(|neighbour| agent::Neighbour {
+                device: name.clone(),
+                address: neighbour.address.to_string(),
+                mac: neighbour.mac.to_vec(),
+                ..Default::default()
+            }));
+            request.interfaces.push(agent::Interface {
+                name: name.clone(),
+                mac: link.mac.clone(),
+                mtu: link.mtu,
+                addresses,
+                ..Default::default()
+            });
+        }
+        // Those that are on the link first, of all interfaces: the others need them.
+        request.routes.sort_by_key(|route| !route.gateway.is_empty());
+        at_most("routes", request.routes.len(), MAX_ROUTES)?;
+        at_most("neighbours", request.neighbours.len(), MAX_NEIGHBOURS)?;
+        Ok(request)
+    }
+}
+
 fn look_around(
     socket: &mut Socket,
     drivers: &[String],
 ) -> Result<(Vec<Joint>, Vec<Moved>, ConfigureNetworkRequest), NetworkError> {
-    let all = network::links(socket).map_err(kernel("list the interfaces"))?;
+    let listed = Listed::read(socket)?;
+    let all = &listed.links;
     let links: Vec<&Link> = all.iter().filter(|link| is_for_guests(link)).collect();
-    at_most("interfaces", links.len(), MAX_INTERFACES)?;
+    let request = listed.describe(&links)?;
     let taken = traffic::with_ingress(socket).map_err(kernel("list the queueing disciplines"))?;
-    let addresses = network::addresses(socket).map_err(kernel("list the addresses"))?;
-    let routes = network::routes(socket).map_err(kernel("list the routes"))?;
-    let neighbours = network::neighbours(socket).map_err(kernel("list the neighbours"))?;
     let mut free =
         (0..).map(|n| format!("vtap{n}")).filter(|name| all.iter().all(|l| l.name != *name));
     let (mut joints, mut functions) = (Vec::new(), Vec::new());
     let sysfs = Sysfs::default();
-    let mut request = ConfigureNetworkRequest::default();
     for link in links {
-        let name = &link.name;
-        if link.mac.len() != 6 || !(68..=65535).contains(&link.mtu) {
-            return Err(NetworkError::Interface(name.clone()));
-        }
-        let function = functions::of(&sysfs, drivers, link, &all);
-        if function.is_none() && taken.contains(&link.index) {
-            return Err(NetworkError::Ingress(name.clone()));
-        }
-        let own = addresses.iter().filter(|(index, _)| *index == link.index);
-        let addresses: Vec<String> = own.map(|(_, cidr)| cidr.to_string()).collect();
-        at_most("addresses on an interface", addresses.len(), MAX_ADDRESSES)?;
-        request.routes.extend(
-            routes.iter().filter(|route| route.index == link.index).map(|r| wire_route(name, r)),
-        );
-        let own = neighbours.iter().filter(|neighbour| neighbour.index == link.index);
-        request.neighbours.extend(own.map(|neighbour| agent::Neighbour {
-            device: name.clone(),
-            address: neighbour.address.to_string(),
-            mac: neighbour.mac.to_vec(),
-            ..Default::default()
-        }));
-        request.interfaces.push(agent::Interface {
-            name: name.clone(),
-            mac: link.mac.clone(),
-            mtu: link.mtu,
-            addresses,
-            ..Default::default()
-        });
-        match function {
+        let interface = link.name.clone();
+        match functions::of(&sysfs, drivers, link, all) {
             Some(function) => functions.push(function),
+            None if taken.contains(&link.index) => return Err(NetworkError::Ingress(interface)),
             // There are more numbers than interfaces.
-            None => joints.extend(free.next().map(|tap| Joint { interface: name.clone(), tap })),
+            None => joints.extend(free.next().map(|tap| Joint { interface, tap })),
         }
     }
-    // Those that are on the link first, of all interfaces: the others need them.
-    request.routes.sort_by_key(|route| !route.gateway.is_empty());
-    at_most("routes", request.routes.len(), MAX_ROUTES)?;
-    at_most("neighbours", request.neighbours.len(), MAX_NEIGHBOURS)?;
     Ok((joints, functions, request))
 }
 
@@ -355,6 +384,22 @@ pub fn take_loopback(path: &Path) -> Result<Loopback, NetworkError> {
     inside(path, &namespace, |_| {
         Loopback::take(namespace.as_fd()).map_err(kernel("take the connections to 127.0.0.1"))
     })
+}
+
+/// Watches the namespace for changes of what a guest was given of it by [`attach`].
+///
+/// # Errors
+/// [`NetworkError`].
+pub fn follow(attachment: &Attachment) -> Result<Followed, NetworkError> {
+    let path = &attachment.namespace;
+    let (namespace, _) = open(path)?;
+    let (watch, socket) = inside(path, &namespace, |_| {
+        let watch = Watch::open().map_err(kernel("watch for changes"))?;
+        // One that outlives this thread, and stays in the namespace.
+        let socket = Socket::open().map_err(kernel("open a netlink socket"))?;
+        Ok((watch, socket))
+    })?;
+    Followed::new(watch, socket, &attachment.joints)
 }
 
 /// Takes back what [`attach`] did, as far as it got, and puts the interfaces of functions back that

@@ -43,7 +43,7 @@ use crate::{
     devices::{handles, wanted::Wanted},
     disks::Disks,
     error::ServiceError,
-    forward,
+    follow, forward,
     jail::{
         self, Confinement,
         cgroup::{Cgroup, Limits},
@@ -277,6 +277,14 @@ impl Sandbox {
                 forwarding.abort();
                 // What it holds is in a namespace that somebody is about to remove.
                 let _ = forwarding.await;
+                Ok(())
+            });
+        }
+        if let Some(attachment) = state.network.clone() {
+            let following = tokio::spawn(follow::run(attachment, network, agent.clone()));
+            undo.push("follow the pod's network", || async move {
+                following.abort();
+                let _ = following.await;
                 Ok(())
             });
         }

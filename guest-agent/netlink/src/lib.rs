@@ -3,10 +3,13 @@
 //!
 //! [`Message`] and [`attributes`] are the encoding, [`Socket`] speaks it with the kernel of the
 //! network namespace that its opener was in; [`network`] holds what is said about interfaces,
-//! addresses, routes and neighbours, and is pure. The kernel is trusted, but nothing here relies
-//! on a length that it gives.
+//! addresses, routes and neighbours, and is pure; [`Watch`] tells when any of it changes. The kernel
+//! is trusted, but nothing here relies on a length that it gives.
 
 pub mod network;
+mod watch;
+
+pub use watch::Watch;
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -29,6 +32,8 @@ pub const NLM_F_EXCL: u16 = 0x200;
 pub const NLM_F_CREATE: u16 = 0x400;
 /// Changes what there is.
 pub const NLM_F_REPLACE: u16 = 0x100;
+/// Adds to what there is.
+pub const NLM_F_APPEND: u16 = 0x800;
 
 /// More than the kernel puts into one packet of a dump (32 KiB).
 const RECEIVE_BYTES: usize = 64 << 10;

@@ -6,15 +6,19 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
-use crate::{Message, NLM_F_CREATE, NLM_F_REPLACE, Socket, attributes};
+use crate::{Message, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REPLACE, Socket, attributes};
 
 const RTM_NEWLINK: u16 = 16;
+const RTM_DELLINK: u16 = 17;
 const RTM_GETLINK: u16 = 18;
 const RTM_NEWADDR: u16 = 20;
+const RTM_DELADDR: u16 = 21;
 const RTM_GETADDR: u16 = 22;
 const RTM_NEWROUTE: u16 = 24;
+const RTM_DELROUTE: u16 = 25;
 const RTM_GETROUTE: u16 = 26;
 const RTM_NEWNEIGH: u16 = 28;
+const RTM_DELNEIGH: u16 = 29;
 const RTM_GETNEIGH: u16 = 30;
 
 const IFLA_ADDRESS: u16 = 1;
@@ -187,6 +191,11 @@ pub fn up(index: i32) -> Message {
     Message::new(RTM_NEWLINK, 0, &link_header(index, IFF_UP, IFF_UP))
 }
 
+/// Takes an interface down.
+pub fn down(index: i32) -> Message {
+    Message::new(RTM_NEWLINK, 0, &link_header(index, 0, IFF_UP))
+}
+
 fn read_link(body: &[u8]) -> Option<Link> {
     let fixed = body.get(..16)?;
     let mut link = Link {
@@ -238,13 +247,20 @@ pub fn links(socket: &mut Socket) -> io::Result<Vec<Link>> {
 
 /// Gives an interface an address: at once, and without a route to its network.
 pub fn add_address(index: i32, cidr: Cidr) -> Message {
+    address_message(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, index, cidr)
+        .with(IFA_FLAGS, &(IFA_F_NODAD | IFA_F_NOPREFIXROUTE).to_ne_bytes())
+}
+
+/// Takes an address from an interface.
+pub fn remove_address(index: i32, cidr: Cidr) -> Message {
+    address_message(RTM_DELADDR, 0, index, cidr)
+}
+
+fn address_message(kind: u16, flags: u16, index: i32, cidr: Cidr) -> Message {
     let mut fixed = [family(&cidr.address), cidr.prefix, 0, 0, 0, 0, 0, 0];
     fixed[4..].copy_from_slice(&index.to_ne_bytes());
     let payload = bytes(&cidr.address);
-    Message::new(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, &fixed)
-        .with(IFA_LOCAL, &payload)
-        .with(IFA_ADDRESS, &payload)
-        .with(IFA_FLAGS, &(IFA_F_NODAD | IFA_F_NOPREFIXROUTE).to_ne_bytes())
+    Message::new(kind, flags, &fixed).with(IFA_LOCAL, &payload).with(IFA_ADDRESS, &payload)
 }
 
 fn read_address(body: &[u8]) -> Option<(i32, Cidr)> {
@@ -295,8 +311,22 @@ pub struct Route {
     pub onlink: bool,
 }
 
-/// Adds a route.
+/// Adds a route, beside others to the same place with the same metric.
 pub fn add_route(route: &Route) -> Message {
+    route_message(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_APPEND, route)
+}
+
+/// Adds a route in place of one to the same place with the same metric.
+pub fn replace_route(route: &Route) -> Message {
+    route_message(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, route)
+}
+
+/// Removes a route. One with a metric of 0 may stand for those with any other: see that it is there.
+pub fn remove_route(route: &Route) -> Message {
+    route_message(RTM_DELROUTE, 0, route)
+}
+
+fn route_message(kind: u16, flags: u16, route: &Route) -> Message {
     let mut fixed = [0; 12];
     fixed[0] = family(&route.destination.address);
     fixed[1] = route.destination.prefix;
@@ -304,10 +334,9 @@ pub fn add_route(route: &Route) -> Message {
     fixed[5] = route.protocol;
     fixed[6] = route.scope;
     fixed[7] = RTN_UNICAST;
-    let flags = if route.onlink { RTNH_F_ONLINK } else { 0 };
-    fixed[8..].copy_from_slice(&flags.to_ne_bytes());
-    let mut message = Message::new(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, &fixed)
-        .with(RTA_OIF, &route.index.to_ne_bytes());
+    let onlink = if route.onlink { RTNH_F_ONLINK } else { 0 };
+    fixed[8..].copy_from_slice(&onlink.to_ne_bytes());
+    let mut message = Message::new(kind, flags, &fixed).with(RTA_OIF, &route.index.to_ne_bytes());
     if route.destination.prefix > 0 {
         message = message.with(RTA_DST, &bytes(&route.destination.address));
     }
@@ -390,13 +419,21 @@ pub struct Neighbour {
 
 /// Sets a neighbour for good.
 pub fn add_neighbour(neighbour: &Neighbour) -> Message {
+    neighbour_message(RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, neighbour)
+        .with(NDA_LLADDR, &neighbour.mac)
+}
+
+/// Forgets a neighbour.
+pub fn remove_neighbour(neighbour: &Neighbour) -> Message {
+    neighbour_message(RTM_DELNEIGH, 0, neighbour)
+}
+
+fn neighbour_message(kind: u16, flags: u16, neighbour: &Neighbour) -> Message {
     let mut fixed = [0; 12];
     fixed[0] = family(&neighbour.address);
     fixed[4..8].copy_from_slice(&neighbour.index.to_ne_bytes());
     fixed[8..10].copy_from_slice(&NUD_PERMANENT.to_ne_bytes());
-    Message::new(RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, &fixed)
-        .with(NDA_DST, &bytes(&neighbour.address))
-        .with(NDA_LLADDR, &neighbour.mac)
+    Message::new(kind, flags, &fixed).with(NDA_DST, &bytes(&neighbour.address))
 }
 
 fn read_neighbour(body: &[u8]) -> Option<Neighbour> {
@@ -421,6 +458,18 @@ pub fn neighbours(socket: &mut Socket) -> io::Result<Vec<Neighbour>> {
     let request = Message::new(RTM_GETNEIGH, 0, &[0; 12]);
     let bodies = socket.list(&request, RTM_NEWNEIGH)?;
     Ok(bodies.iter().filter_map(|body| read_neighbour(body)).collect())
+}
+
+/// Whether a message of that kind tells that something has changed which is listed here. One of the
+/// main table's routes that is not listed may have come in place of one that is.
+pub(crate) fn is_shown(kind: u16, body: &[u8]) -> bool {
+    match kind {
+        // A neighbour that was set for good and is so no more is told of like any other.
+        RTM_NEWLINK | RTM_DELLINK | RTM_NEWNEIGH | RTM_DELNEIGH => true,
+        RTM_NEWADDR | RTM_DELADDR => read_address(body).is_some(),
+        RTM_NEWROUTE | RTM_DELROUTE => body.get(4) == Some(&RT_TABLE_MAIN),
+        _ => false,
+    }
 }
 
 #[cfg(test)]

@@ -27,7 +27,9 @@ proptest! {
             metric,
             onlink,
         };
-        prop_assert_eq!(read_route(add_route(&route).body()), Some(route));
+        for message in [add_route(&route), replace_route(&route), remove_route(&route)] {
+            prop_assert_eq!(read_route(message.body()), Some(route));
+        }
     }
 
     #[test]
@@ -36,7 +38,9 @@ proptest! {
     ) {
         prop_assume!(!is_link_local(&address));
         let cidr = Cidr { address, prefix };
-        prop_assert_eq!(read_address(add_address(index, cidr).body()), Some((index, cidr)));
+        for message in [add_address(index, cidr), remove_address(index, cidr)] {
+            prop_assert_eq!(read_address(message.body()), Some((index, cidr)));
+        }
         let neighbour = Neighbour { index, address, mac };
         prop_assert_eq!(read_neighbour(add_neighbour(&neighbour).body()), Some(neighbour));
         prop_assert_eq!(cidr.to_string().parse(), Ok(cidr));
@@ -54,6 +58,7 @@ fn link_is_read_as_it_was_named() {
     assert_eq!((link.index, link.name.as_str()), (7, "eth0"));
     assert_eq!(read_link(set_mtu(7, 1400).body()).unwrap().mtu, 1400);
     assert_eq!(read_link(up(7).body()).unwrap().flags, IFF_UP);
+    assert_eq!(read_link(down(7).body()).unwrap().flags, 0);
 }
 
 #[test]
