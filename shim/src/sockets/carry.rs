@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// How long the guest may take to name a socket.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub(super) const PATIENCE: Duration = Duration::from_secs(10);
 /// How often, and how long, it is tried anew while a server's queue is full.
 const FULL_PAUSE: Duration = Duration::from_millis(10);
 const FULL_PATIENCE: Duration = Duration::from_secs(30);
@@ -56,6 +56,12 @@ impl Caller {
             made: Mutex::default(),
             gone,
         }
+    }
+
+    /// Has that one connect, as if it had been started.
+    #[cfg(test)]
+    pub(super) async fn use_connector(&self, connector: Connector) {
+        *self.connector.lock().await = Some(connector);
     }
 
     /// The directory of the cgroup in which a host's container would be. By it those who listen

@@ -141,6 +141,15 @@ impl Connector {
         Ok(connector)
     }
 
+    /// One that is a thread of this process.
+    #[cfg(test)]
+    pub(super) fn of_this_process() -> Self {
+        let (ours, theirs) = socket_pair().unwrap();
+        std::thread::spawn(move || serve(&theirs));
+        let child = Command::new("true").spawn().unwrap();
+        Self { child, socket: UnixDatagram::from_std(ours.into()).unwrap() }
+    }
+
     /// Connects to the socket at `path` below `base`, without waiting for a place in its queue.
     ///
     /// # Errors
@@ -188,7 +197,8 @@ pub(super) fn make_cgroup(path: &Path) -> Result<PathBuf, ConnectError> {
 /// shim does.
 pub fn run(word: &str) -> ExitCode {
     let Some(user) = User::of_word(word) else { return ExitCode::from(2) };
-    match confine(&user).and_then(|()| serve()) {
+    let shim = || rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3);
+    match confine(&user).and_then(|()| serve(&shim()?)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => ExitCode::from(u8::try_from(error.raw_os_error()).unwrap_or(1)),
     }
@@ -214,8 +224,7 @@ fn confine(user: &User) -> rustix::io::Result<()> {
 }
 
 /// Connects whenever it is asked to.
-fn serve() -> rustix::io::Result<()> {
-    let shim = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?;
+fn serve(shim: &OwnedFd) -> rustix::io::Result<()> {
     let mut words = vec![0; MAX_PATH_BYTES + 1];
     loop {
         let received = match receive(shim.as_fd(), &mut words) {

@@ -161,6 +161,18 @@ impl Cri {
             self.call("ContainerStats", &ContainerId { container_id: id.into() })?;
         answer.stats.context("a container without statistics")
     }
+
+    pub(crate) fn pod_stats(&self, id: &str) -> Result<PodSandboxStats> {
+        let answer: PodSandboxStatsResponse =
+            self.call("PodSandboxStats", &PodId { pod_sandbox_id: id.into() })?;
+        answer.stats.context("a pod without statistics")
+    }
+
+    /// Statistics of all pods.
+    pub(crate) fn all_pod_stats(&self) -> Result<Vec<PodSandboxStats>> {
+        let answer: ListPodSandboxStatsResponse = self.call("ListPodSandboxStats", &Empty {})?;
+        Ok(answer.stats)
+    }
 }
 
 /// What the server refused a call with; an error when it did not refuse it.

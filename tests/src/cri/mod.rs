@@ -3,6 +3,7 @@
 //! Needs containerd's CRI plugin with the runtime handlers `runc`, `vial` and `vial-sandbox`,
 //! a CNI configuration, and the images of `tests/images`, as `tests/host/containerd` has it.
 
+mod changes;
 mod client;
 mod configs;
 mod disks;
@@ -62,8 +63,12 @@ pub(crate) fn cases() -> Vec<Case> {
         process::processes_of_a_pod_can_be_shared,
         process::privileged_containers_have_all_of_the_guest_and_nothing_of_the_host,
         resources::limits_and_statistics_are_there_as_with_runc,
+        resources::statistics_of_pods_are_there_as_with_runc,
         network::pods_reach_each_other_and_the_host,
         network::names_and_rules_are_those_of_the_pod,
+        changes::changes_of_a_network_are_seen_as_with_runc,
+        changes::bursts_of_changes_of_a_network_arrive,
+        changes::pod_whose_network_is_taken_away_runs_on_and_goes,
         volumes::volumes_are_the_same_as_with_runc,
         sockets::sockets_are_the_same_as_with_runc,
         sockets::sockets_of_a_pod_whose_shim_is_killed_are_let_go,

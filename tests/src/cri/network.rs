@@ -19,7 +19,7 @@ const GATEWAY: &str = "10.88.0.1";
 const HOST_PORT: u16 = 18080;
 
 /// The pod's addresses, IPv4 first.
-fn addresses(pod: &Pod) -> Result<Vec<IpAddr>> {
+pub(super) fn addresses(pod: &Pod) -> Result<Vec<IpAddr>> {
     let network = pod.status()?.network.context("the pod has no network")?;
     let mut all = vec![network.ip.parse()?];
     for more in &network.additional_ips {
@@ -29,7 +29,7 @@ fn addresses(pod: &Pod) -> Result<Vec<IpAddr>> {
 }
 
 /// Starts a container that says `text` to whoever connects to port 80.
-fn server<'pod>(pod: &'pod Pod, text: &str) -> Result<Container<'pod>> {
+pub(super) fn server<'pod>(pod: &'pod Pod, text: &str) -> Result<Container<'pod>> {
     let line = format!(
         "echo 'echo {text}' >/tmp/answer; chmod +x /tmp/answer; \
          exec nc -ll -p 80 -e /bin/sh /tmp/answer"
@@ -38,7 +38,7 @@ fn server<'pod>(pod: &'pod Pod, text: &str) -> Result<Container<'pod>> {
 }
 
 /// What the other side says before it ends.
-fn ask(address: SocketAddr) -> Result<String> {
+pub(super) fn ask(address: SocketAddr) -> Result<String> {
     let limit = Duration::from_secs(5);
     let mut stream = TcpStream::connect_timeout(&address, limit)
         .with_context(|| format!("connect to {address}"))?;

@@ -1,8 +1,11 @@
 //! Limits of containers, and what they use.
 
+use std::fs;
+use std::path::Path;
+
 use anyhow::{Context, Result, ensure};
 
-use super::pod::{Pod, eventually, idle, same_in_a_pod, sh};
+use super::pod::{Pod, eventually, idle, same, same_in_a_pod, sh};
 use super::wire::*;
 use crate::suite::bed::Bed;
 
@@ -91,4 +94,95 @@ fn statistics(pod: &Pod) -> Result<String> {
         Ok(())
     })?;
     Ok("told".into())
+}
+
+/// A cgroup for a pod, as a kubelet makes one for each, until dropped.
+struct PodCgroup;
+
+impl PodCgroup {
+    /// As CRI names it.
+    const NAME: &str = "/vial-suite-pod";
+    const PATH: &str = "/sys/fs/cgroup/vial-suite-pod";
+    const ABOVE: &str = "/sys/fs/cgroup/cgroup.subtree_control";
+
+    fn new() -> Result<Self> {
+        fs::write(Self::ABOVE, "+cpu +memory +pids").context("let cgroups have controllers")?;
+        fs::create_dir(Self::PATH).context("make the pod's cgroup")?;
+        Ok(Self)
+    }
+}
+
+impl Drop for PodCgroup {
+    fn drop(&mut self) {
+        // What stays is found by the next look at the host. Those of containers may go a bit later.
+        let _ = eventually(|| match Path::new(Self::PATH).exists() {
+            true => Ok(fs::remove_dir(Self::PATH)?),
+            false => Ok(()),
+        });
+    }
+}
+
+/// containerd reads a pod's from the cgroup that the kubelet made for it, and those of its containers from their tasks.
+pub(crate) fn statistics_of_pods_are_there_as_with_runc(_: &Bed) -> Result<()> {
+    same(|runtime| {
+        let _cgroup = PodCgroup::new()?;
+        let pod = Pod::with(runtime, |config| {
+            config.linux.get_or_insert_default().cgroup_parent = PodCgroup::NAME.into();
+        })?;
+        let busy = "trap 'exit 0' TERM; echo up; while :; do :; done";
+        let containers = [pod.start(idle())?, pod.start(sh(busy))?];
+        containers.iter().try_for_each(|container| container.logs("up"))?;
+        eventually(|| {
+            let all = pod.cri.all_pod_stats()?;
+            let of_all =
+                all.iter().find(|one| one.attributes.as_ref().is_some_and(|a| a.id == pod.id));
+            check(
+                of_all.context("not among those of all pods")?,
+                &pod,
+                &containers.each_ref().map(|c| c.id.as_str()),
+            )?;
+            check(&pod.cri.pod_stats(&pod.id)?, &pod, &containers.each_ref().map(|c| c.id.as_str()))
+        })?;
+        drop(containers);
+        pod.end()?;
+        Ok(String::new())
+    })
+}
+
+/// Whether a pod's statistics are whole.
+fn check(stats: &PodSandboxStats, pod: &Pod, containers: &[&str]) -> Result<()> {
+    let attributes = stats.attributes.as_ref().context("no attributes")?;
+    ensure!(attributes.metadata == pod.config.metadata, "they are of {attributes:?}");
+    let linux = stats.linux.as_ref().context("none of Linux")?;
+    let interface = linux.network.as_ref().and_then(|network| network.default_interface.as_ref());
+    let interface = interface.context("no interface")?;
+    ensure!(interface.name == "eth0", "the interface is {interface:?}");
+    let processes = linux.process.as_ref().and_then(|process| process.process_count.as_ref());
+    let mut values = vec![("processes", processes), ("received", interface.rx_bytes.as_ref())];
+    values.extend(usage(linux.cpu.as_ref(), linux.memory.as_ref())?);
+    let mut listed = Vec::new();
+    for container in &linux.containers {
+        let attributes = container.attributes.as_ref().context("a container without a name")?;
+        listed.push(attributes.id.as_str());
+        values.extend(usage(container.cpu.as_ref(), container.memory.as_ref())?);
+    }
+    for (what, value) in values {
+        ensure!(value.is_some_and(|value| value.value > 0), "{what}: {value:?} in {stats:?}");
+    }
+    listed.sort_unstable();
+    let mut wanted = containers.to_vec();
+    wanted.sort_unstable();
+    ensure!(listed == wanted, "{listed:?} are listed, not {wanted:?}");
+    Ok(())
+}
+
+type Named<'a> = (&'static str, Option<&'a UInt64Value>);
+
+fn usage<'a>(cpu: Option<&'a CpuUsage>, memory: Option<&'a MemoryUsage>) -> Result<[Named<'a>; 3]> {
+    let (cpu, memory) = (cpu.context("no CPU")?, memory.context("no memory")?);
+    Ok([
+        ("CPU", cpu.usage_core_nano_seconds.as_ref()),
+        ("working set", memory.working_set_bytes.as_ref()),
+        ("memory", memory.usage_bytes.as_ref()),
+    ])
 }

@@ -157,6 +157,12 @@ messages! {
     ContainerStatsResponse {
         [message, optional] stats: Option<ContainerStats> = 1;
     }
+    PodSandboxStatsResponse {
+        [message, optional] stats: Option<PodSandboxStats> = 1;
+    }
+    ListPodSandboxStatsResponse {
+        [message, repeated] stats: Vec<PodSandboxStats> = 1;
+    }
     ListImagesResponse {
         [message, repeated] images: Vec<Image> = 1;
     }
@@ -331,7 +337,37 @@ messages! {
         [message, repeated] mounts: Vec<Mount> = 14;
         [string] log_path: String = 15;
     }
+    PodSandboxStats {
+        [message, optional] attributes: Option<PodSandboxAttributes> = 1;
+        [message, optional] linux: Option<LinuxPodSandboxStats> = 2;
+    }
+    PodSandboxAttributes {
+        [string] id: String = 1;
+        [message, optional] metadata: Option<PodSandboxMetadata> = 2;
+    }
+    LinuxPodSandboxStats {
+        [message, optional] cpu: Option<CpuUsage> = 1;
+        [message, optional] memory: Option<MemoryUsage> = 2;
+        [message, optional] network: Option<NetworkUsage> = 3;
+        [message, optional] process: Option<ProcessUsage> = 4;
+        [message, repeated] containers: Vec<ContainerStats> = 5;
+    }
+    NetworkUsage {
+        [message, optional] default_interface: Option<NetworkInterfaceUsage> = 2;
+    }
+    NetworkInterfaceUsage {
+        [string] name: String = 1;
+        [message, optional] rx_bytes: Option<UInt64Value> = 2;
+        [message, optional] tx_bytes: Option<UInt64Value> = 4;
+    }
+    ProcessUsage {
+        [message, optional] process_count: Option<UInt64Value> = 2;
+    }
+    ContainerAttributes {
+        [string] id: String = 1;
+    }
     ContainerStats {
+        [message, optional] attributes: Option<ContainerAttributes> = 1;
         [message, optional] cpu: Option<CpuUsage> = 2;
         [message, optional] memory: Option<MemoryUsage> = 3;
         [message, optional] writable_layer: Option<FilesystemUsage> = 4;
