@@ -20,8 +20,8 @@ use vial_vmm_api::{
 
 use crate::devices::vhost_user::BackendGone;
 use crate::machine::{
-    Descriptors, DiskError, GuestConnected, Machine, MachineError, PassError, Purpose, ResizeError,
-    RunningMachine,
+    Descriptors, DiskError, GuestConnected, InterfaceError, Machine, MachineError, PassError,
+    Purpose, ResizeError, RunningMachine,
 };
 use crate::vcpu::EndOfVm;
 use crate::vm_state::{self, VmEvent};
@@ -210,6 +210,20 @@ impl Control {
                     VmEvent::Pass,
                     |machine| machine.remove_disk(device),
                     DiskError::is_invalid_request,
+                )
+                .map(|()| Reply::Done),
+            Action::AddInterface { tap, mac, mtu } => {
+                let add = |machine: &mut RunningMachine| {
+                    machine.add_interface(tap, mac, mtu, descriptors)
+                };
+                self.change(VmEvent::Pass, add, InterfaceError::is_invalid_request)
+                    .map(|device| Reply::InterfaceAdded { device })
+            }
+            Action::RemoveInterface { device } => self
+                .change(
+                    VmEvent::Pass,
+                    |machine| machine.remove_interface(device),
+                    InterfaceError::is_invalid_request,
                 )
                 .map(|()| Reply::Done),
             Action::ReconnectBackend { backend, socket } => {

@@ -5,6 +5,8 @@
 mod assembly;
 mod disks;
 mod growth;
+mod interfaces;
+mod late;
 mod passed;
 mod purpose;
 mod restore;
@@ -29,6 +31,9 @@ pub use self::disks::DiskError;
 use self::disks::Disks;
 use self::growth::Growing;
 pub use self::growth::ResizeError;
+pub use self::interfaces::InterfaceError;
+use self::interfaces::Interfaces;
+use self::late::Late;
 pub use self::passed::PassError;
 use self::passed::{Given, Passed};
 pub use self::purpose::Purpose;
@@ -287,6 +292,7 @@ pub struct Machine {
     vm: Arc<Vm>,
     passed: Passed,
     disks: Disks,
+    interfaces: Interfaces,
     backends: Vec<Handover>,
     hot_plug: bool,
     report: BootReport,
@@ -302,6 +308,7 @@ pub struct RunningMachine {
     vm: Arc<Vm>,
     passed: Passed,
     disks: Disks,
+    interfaces: Interfaces,
     backends: Vec<Handover>,
     hot_plug: bool,
     saving: Option<Saving>,
@@ -346,7 +353,8 @@ impl Machine {
         let pci = PciBus::with_high_window(high_window.clone());
         let platform = Arc::new(Platform { ports: Ports::new(console), pci });
         let passed = Passed::new(&vm, &ram, &platform, high_window);
-        let disks = Disks::new(&vm, &ram, &platform, &workers);
+        let late = Late::new(&vm, &ram, &platform, &workers);
+        let (disks, interfaces) = (Disks(late.clone()), Interfaces(late));
         let room = room(config.memory_mib, config.memory_mib);
         let memory = (room, passed.discards());
         let mut assembly = Assembly::new(&vm, &ram, &platform, workers, passed, memory);
@@ -391,6 +399,7 @@ impl Machine {
             vm,
             passed,
             disks,
+            interfaces,
             backends,
             hot_plug,
             report,
@@ -435,6 +444,7 @@ impl Machine {
             vm: self.vm,
             passed: self.passed,
             disks: self.disks,
+            interfaces: self.interfaces,
             backends: self.backends,
             hot_plug: self.hot_plug,
             saving,
@@ -503,6 +513,28 @@ impl RunningMachine {
     /// [`DiskError::None`].
     pub fn remove_disk(&mut self, device: u8) -> Result<(), DiskError> {
         self.disks.remove(device)
+    }
+
+    /// Adds an interface, and returns its number on the bus.
+    ///
+    /// # Errors
+    /// [`InterfaceError`]; it is not there then.
+    pub fn add_interface(
+        &mut self,
+        tap: Descriptor,
+        mac: [u8; 6],
+        mtu: u16,
+        mut descriptors: Descriptors,
+    ) -> Result<u8, InterfaceError> {
+        self.interfaces.add(descriptors.take(tap, "the tap")?, mac, mtu)
+    }
+
+    /// Takes an interface that was added.
+    ///
+    /// # Errors
+    /// [`InterfaceError::None`].
+    pub fn remove_interface(&mut self, device: u8) -> Result<(), InterfaceError> {
+        self.interfaces.remove(device)
     }
 
     /// How large the machine is, if it can grow.

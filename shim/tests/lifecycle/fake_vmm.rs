@@ -110,7 +110,9 @@ impl Vmm {
                 Action::AddFunctions { .. }
                 | Action::RemoveFunctions { .. }
                 | Action::AddDisk { .. }
-                | Action::RemoveDisk { .. } => {
+                | Action::RemoveDisk { .. }
+                | Action::AddInterface { .. }
+                | Action::RemoveInterface { .. } => {
                     let message = "it has no device of the host".into();
                     reply(Err(Failure { kind: FailureKind::Invalid, message }));
                 }

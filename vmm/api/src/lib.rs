@@ -41,6 +41,8 @@ pub const MAX_PASSED_FUNCTIONS: usize = 16;
 
 /// The most disks that can come to a VM that runs, at one time.
 pub const MAX_LATE_DISKS: usize = 8;
+/// The most network interfaces that come to a VM while it runs, at one time.
+pub const MAX_LATE_INTERFACES: usize = 8;
 
 /// The most NUMA nodes that a guest can have. The guest's kernel knows no more.
 pub const MAX_NODES: usize = 8;
@@ -126,6 +128,21 @@ pub enum Action {
         /// Which: that of [`Reply::DiskAdded`].
         device: u8,
     },
+    /// Adds a network interface to a VM that runs. The guest finds it when it looks for new devices.
+    AddInterface {
+        /// As in [`DeviceConfig::Net`].
+        tap: Descriptor,
+        /// As in [`DeviceConfig::Net`].
+        mac: [u8; 6],
+        /// As in [`DeviceConfig::Net`].
+        mtu: u16,
+    },
+    /// Takes an interface that [`Action::AddInterface`] brought, whether the guest has let go of it or not: when this is
+    /// answered, its tap is closed.
+    RemoveInterface {
+        /// Which: that of [`Reply::InterfaceAdded`].
+        device: u8,
+    },
     /// Gives a device of [`DeviceConfig::VhostUser`] another connection in place of one that
     /// [`Event::BackendGone`] has told of. Answered when it is taken; a backend that does not serve
     /// the device as the one before is told of by another such event.
@@ -177,6 +194,11 @@ pub enum Reply {
     FunctionsAdded(AddedFunctions),
     /// The answer to [`Action::AddDisk`].
     DiskAdded {
+        /// Its device number on the guest's PCI bus 0, 1 to 31.
+        device: u8,
+    },
+    /// The answer to [`Action::AddInterface`].
+    InterfaceAdded {
         /// Its device number on the guest's PCI bus 0, 1 to 31.
         device: u8,
     },

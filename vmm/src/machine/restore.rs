@@ -11,6 +11,8 @@ use vial_vmm_api::{BootReport, DeviceConfig, GROWTH_STEP_MIB, RestoreConfig};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::disks::Disks;
+use super::interfaces::Interfaces;
+use super::late::Late;
 use super::{
     Descriptors, GuestConnected, Machine, MachineError,
     assembly::Assembly,
@@ -133,7 +135,8 @@ impl Machine {
         let pci = PciBus::with_high_window(high_window.clone());
         let platform = Arc::new(Platform { ports: Ports::new(None), pci });
         let passed = Passed::new(&vm, &ram, &platform, high_window);
-        let disks = Disks::new(&vm, &ram, &platform, &workers);
+        let late = Late::new(&vm, &ram, &platform, &workers);
+        let (disks, interfaces) = (Disks(late.clone()), Interfaces(late));
         let memory = (room, passed.discards());
         let mut assembly = Assembly::new(&vm, &ram, &platform, workers, passed, memory);
         let mut guest_connected = Some(guest_connected);
@@ -167,6 +170,7 @@ impl Machine {
             vm,
             passed,
             disks,
+            interfaces,
             backends,
             hot_plug,
             report,

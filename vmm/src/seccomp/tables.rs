@@ -194,13 +194,25 @@ const VHOST_USER: &[Call] = &[
     (libc::SYS_shutdown, Any),
 ];
 
-/// The shim's socket; and disks that come and go, whose files the shim has opened: what they are is asked for, and the
-/// guest's doorbells and interrupts are theirs.
+/// The shim's socket; and disks and taps that come and go, which the shim has opened: what they are is asked for, a tap is
+/// told how its packets begin, and the guest's doorbells and interrupts are theirs.
 const CONTROL: &[Call] = &[
     (libc::SYS_eventfd2, Any),
-    (libc::SYS_fcntl, OneOf(1, &[libc::F_GETFL as u64])),
+    (libc::SYS_fcntl, OneOf(1, &[libc::F_GETFL as u64, libc::F_SETFL as u64])),
     (libc::SYS_fstat, Any),
-    (libc::SYS_ioctl, OneOf(1, &[KVM_SET_GSI_ROUTING, KVM_IRQFD, KVM_IOEVENTFD])),
+    (
+        libc::SYS_ioctl,
+        OneOf(
+            1,
+            &[
+                KVM_SET_GSI_ROUTING,
+                KVM_IRQFD,
+                KVM_IOEVENTFD,
+                libc::TUNGETIFF,
+                libc::TUNSETVNETHDRSZ,
+            ],
+        ),
+    ),
     (libc::SYS_lseek, Any),
     (libc::SYS_poll, Any),
     (libc::SYS_ppoll, Any),
