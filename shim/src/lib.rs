@@ -35,7 +35,6 @@ pub mod devices;
 pub mod disks;
 pub mod error;
 pub mod events;
-mod follow;
 mod forward;
 pub mod jail;
 pub mod life;

@@ -31,7 +31,7 @@ use std::{
 use self::functions::Moved;
 pub use self::{
     difference::difference,
-    follow::{Followed, of_joints},
+    follow::{Followed, Known, Looked, of_joints},
     steer::Loopback,
 };
 use crate::devices::{DeviceError, address::Address, pci::Sysfs};
@@ -346,12 +346,7 @@ fn join(
     let mtu = u16::try_from(interface.mtu).map_err(|_| wrong())?;
     let descriptor = tap::make(&joint.tap).map_err(NetworkError::Tap)?;
     let links = network::links(socket).map_err(kernel("list the interfaces"))?;
-    let index = |name: &str| {
-        let link = links.iter().find(|link| link.name == name);
-        link.map(|link| link.index)
-            .ok_or_else(|| kernel(format!("find {name}"))(io::Error::from(io::ErrorKind::NotFound)))
-    };
-    let (outside, tap) = (index(&joint.interface)?, index(&joint.tap)?);
+    let (outside, tap) = (index(&links, &joint.interface)?, index(&links, &joint.tap)?);
     let set = kernel(format!("set up {}", joint.tap));
     socket
         .change(traffic::without_own_address(tap))
@@ -363,6 +358,16 @@ fn join(
         .and_then(|()| socket.change(network::set_mtu(tap, interface.mtu)))
         .and_then(|()| socket.change(network::up(tap)))
         .map_err(set)?;
+    redirect(socket, joint, (outside, tap))?;
+    Ok(Tap { descriptor, mac, mtu })
+}
+
+/// Lets what comes in at an interface or its tap go out at the other.
+fn redirect(
+    socket: &mut Socket,
+    joint: &Joint,
+    (outside, tap): (i32, i32),
+) -> Result<(), NetworkError> {
     for (from, to) in [(outside, tap), (tap, outside)] {
         let refused = |error| NetworkError::Kernel {
             action: format!("redirect between {} and {}", joint.interface, joint.tap),
@@ -372,7 +377,69 @@ fn join(
         socket.change(traffic::add_ingress(from)).map_err(refused)?;
         socket.change(traffic::redirect(from, to)).map_err(refused)?;
     }
-    Ok(Tap { descriptor, mac, mtu })
+    Ok(())
+}
+
+fn index(links: &[Link], name: &str) -> Result<i32, NetworkError> {
+    let link = links.iter().find(|link| link.name == name);
+    let absent = || kernel(format!("find {name}"))(io::ErrorKind::NotFound.into());
+    link.map(|link| link.index).ok_or_else(absent)
+}
+
+/// Makes a tap for an interface that has come after [`attach`], and joins the two.
+///
+/// # Errors
+/// [`NetworkError`]. What was done stays, for [`detach`].
+pub fn attach_late(
+    attachment: &Attachment,
+    joint: &Joint,
+    interface: &agent::Interface,
+) -> Result<Tap, NetworkError> {
+    inside_again(attachment, |socket| {
+        free_of_ingress(socket, joint)?;
+        join(socket, joint, interface)
+    })
+}
+
+/// Joins a tap with an interface that has come in place of the one that it was made for.
+///
+/// # Errors
+/// [`NetworkError`].
+pub fn attach_again(attachment: &Attachment, joint: &Joint) -> Result<(), NetworkError> {
+    inside_again(attachment, |socket| {
+        let outside = free_of_ingress(socket, joint)?;
+        let links = network::links(socket).map_err(kernel("list the interfaces"))?;
+        let tap = index(&links, &joint.tap)?;
+        // It still leads to the one that has gone.
+        gone_is_fine(socket.change(traffic::delete_ingress(tap)))
+            .map_err(kernel(format!("release {}", joint.tap)))?;
+        redirect(socket, joint, (outside, tap))
+    })
+}
+
+/// The number of the interface, if nobody filters what comes in there.
+fn free_of_ingress(socket: &mut Socket, joint: &Joint) -> Result<i32, NetworkError> {
+    let links = network::links(socket).map_err(kernel("list the interfaces"))?;
+    let taken = traffic::with_ingress(socket).map_err(kernel("list the queueing disciplines"))?;
+    let index = index(&links, &joint.interface)?;
+    match taken.contains(&index) {
+        true => Err(NetworkError::Ingress(joint.interface.clone())),
+        false => Ok(index),
+    }
+}
+
+/// Runs `work` in the namespace that was joined, if it has its name yet.
+fn inside_again<T: Send>(
+    attachment: &Attachment,
+    work: impl FnOnce(&mut Socket) -> Result<T, NetworkError> + Send,
+) -> Result<T, NetworkError> {
+    let path = &attachment.namespace;
+    let (namespace, inode) = open(path)?;
+    if inode != attachment.inode {
+        let error = io::ErrorKind::NotFound.into();
+        return Err(NetworkError::Enter { path: path.clone(), error });
+    }
+    inside(path, &namespace, work)
 }
 
 /// Takes the loopback of the namespace at `path`, to which nothing but forwarded ports connects.

@@ -6,6 +6,7 @@
 
 mod boot;
 mod disks;
+mod follow;
 mod functions;
 mod growth;
 mod start;
@@ -32,6 +33,7 @@ pub(crate) use self::boot::base_devices;
 pub use self::growth::{Growth, GrowthError, Means, Reach, Shortage};
 use self::{
     boot::{Files, Given, Handed, boot, console_tail, open_console},
+    follow::Follower,
     functions::{Functions, pass_devices},
     start::Started,
 };
@@ -43,12 +45,12 @@ use crate::{
     devices::{handles, wanted::Wanted},
     disks::Disks,
     error::ServiceError,
-    follow, forward,
+    forward,
     jail::{
         self, Confinement,
         cgroup::{Cgroup, Limits},
     },
-    network::{self, Tap},
+    network::{self, Attachment, Tap},
     numa::{self, claim::Claim, placed::Placed},
     pod_files::PodFiles,
     share::{self, Share},
@@ -128,7 +130,7 @@ pub struct Sandbox {
     pub growth: Arc<Growth>,
     /// What its containers are given of devices of other processes.
     pub served: Vec<ServedDevice>,
-    functions: tokio::sync::Mutex<Functions>,
+    functions: Arc<tokio::sync::Mutex<Functions>>,
     disks: tokio::sync::Mutex<Disks>,
     process: Arc<VmmProcess>,
     ended: watch::Receiver<Option<String>>,
@@ -170,7 +172,7 @@ impl Sandbox {
         }
         timeline.mark("state directory");
 
-        let (taps, mut network) = match &plan.network_namespace {
+        let (taps, mut network, attachment) = match &plan.network_namespace {
             Some(namespace) => attach_network(plan, namespace, &dir, &mut state, undo)?,
             None => Default::default(),
         };
@@ -280,14 +282,6 @@ impl Sandbox {
                 Ok(())
             });
         }
-        if let Some(attachment) = state.network.clone() {
-            let following = tokio::spawn(follow::run(attachment, network, agent.clone()));
-            undo.push("follow the pod's network", || async move {
-                following.abort();
-                let _ = following.await;
-                Ok(())
-            });
-        }
         share.has_own_copy = state.jail.is_some();
         let pod_cgroup = state.jail.as_ref().map(|jail| jail.cgroup.clone());
         let sockets = Sockets::new(agent.clone(), dir.clone(), pod_cgroup);
@@ -307,6 +301,18 @@ impl Sandbox {
         let start = Size { vcpus: config.vcpus, memory_mib: config.memory_mib };
         let growth = Growth::new(plan.own, start, made.reach, means);
         let functions = Functions::begin(state, made.functions.as_ref(), hot_plug)?;
+        let functions = Arc::new(tokio::sync::Mutex::new(functions));
+        if let Some(attachment) = attachment {
+            let (agent, vmm) = (agent.clone(), client.clone());
+            let (functions, dir) = (functions.clone(), dir.clone());
+            let follower = Follower { agent, vmm, attachment, functions, dir };
+            let following = tokio::spawn(follow::run(follower, network));
+            undo.push("follow the pod's network", || async move {
+                following.abort();
+                let _ = following.await;
+                Ok(())
+            });
+        }
         let served = vhost_user::served(&plan.served, &made.backends)?;
         let (end, ended) = watch::channel(None);
         let events = (events, reconnector, sockets.clone());
@@ -322,7 +328,7 @@ impl Sandbox {
             placed,
             growth,
             served,
-            functions: functions.into(),
+            functions,
             disks: Disks::default().into(),
             process,
             ended,
@@ -427,6 +433,9 @@ fn enter_jail(
     Ok(Some(cgroup))
 }
 
+/// The VM's ends of the pod's network, what the guest is told of it, and what is joined.
+type Joined = (Vec<Tap>, ConfigureNetworkRequest, Option<Arc<Mutex<Attachment>>>);
+
 /// Joins the pod's network namespace with taps for the VM. What is about to be done there is
 /// written down first.
 fn attach_network(
@@ -435,21 +444,23 @@ fn attach_network(
     dir: &StateDir,
     state: &mut State,
     undo: &mut UndoStack,
-) -> Result<(Vec<Tap>, ConfigureNetworkRequest), ServiceError> {
+) -> Result<Joined, ServiceError> {
     let found = network::look(namespace, &plan.config.network_functions)?;
     state.network = Some(found.attachment.clone());
     dir.write_state(state)?;
-    let attachment = found.attachment.clone();
+    let attachment = Arc::new(Mutex::new(found.attachment.clone()));
+    let attached = attachment.clone();
     // Before the step: it may come half of its way.
     undo.push("join the pod's network", || async move {
         // A driver may take its time to make an interface anew.
         let detached = tokio::task::spawn_blocking(move || {
+            let attachment = lock(&attached).clone();
             network::detach(&attachment).map_err(|error| error.to_string())
         });
         detached.await.unwrap_or_else(|error| Err(error.to_string()))
     });
     let taps = network::attach(&found)?;
-    Ok((taps, found.request))
+    Ok((taps, found.request, Some(attachment)))
 }
 
 /// Tells once why the VM has ended. An agent that has gone takes its VM with it.

@@ -9,10 +9,10 @@ use std::fs::File;
 use std::io::{Read, Seek};
 
 use client::{Attachments, Vmm};
-use guests::{POWER_OFF, Request, file, kernel, out, request, start};
+use guests::{POWER_OFF, Request, file, kernel, out, request, start, tap};
 use vial_vmm_api::{
     Action, Descriptor, DeviceConfig, Event, ExitReason, Failure, FailureKind, MAX_LATE_DISKS,
-    MAX_PASSED_FUNCTIONS, Reply, VmState,
+    MAX_LATE_INTERFACES, MAX_PASSED_FUNCTIONS, Reply, VmState,
 };
 
 /// `mov eax, [address]; mov dx, 0x3f8; out dx, al; shr eax, 8; …` for all four bytes.
@@ -224,6 +224,48 @@ fn disks_come_to_a_vm_that_runs_and_go_and_wrong_ones_are_refused() {
     let of_reading = File::open("/proc/self/exe").unwrap();
     let failure = add_disk(&mut vmm, of_reading, false).unwrap_err();
     assert!(failure.message.contains("not open for reading and writing"), "{failure:?}");
+    assert_eq!(vmm.ask(Action::Status, &[]), Ok(Reply::Status(VmState::Running)));
+}
+
+/// Asks for an interface of `tap`.
+fn add_interface(vmm: &mut Vmm, tap: File, mac: [u8; 6]) -> Result<Reply, Failure> {
+    let mut files = Attachments::default();
+    let tap = files.add(tap);
+    vmm.ask(Action::AddInterface { tap, mac, mtu: 1500 }, &files.all())
+}
+
+#[test]
+fn interfaces_come_to_a_vm_that_runs_and_go_and_wrong_ones_are_refused() {
+    let mac = |n: usize| [2, 0, 0, 0, 0, n as u8];
+    let mut vmm = start();
+    let failure = add_interface(&mut vmm, tap(), mac(0)).unwrap_err();
+    assert_eq!(failure.kind, FailureKind::State, "{failure:?}");
+    boot(&mut vmm, request(kernel(&FOREVER))).expect("boot");
+    let mut numbers = Vec::new();
+    for n in 0..MAX_LATE_INTERFACES {
+        let added = add_interface(&mut vmm, tap(), mac(n)).expect("an interface");
+        let Reply::InterfaceAdded { device } = added else { panic!("{added:?}") };
+        assert!((1..=31).contains(&device) && !numbers.contains(&device), "{device}");
+        numbers.push(device);
+    }
+    let failure = add_interface(&mut vmm, tap(), mac(9)).unwrap_err();
+    assert!(failure.message.contains("more than 8 interfaces"), "{failure:?}");
+    // What is a disk's to take is none of these.
+    let failure = vmm.ask(Action::RemoveDisk { device: numbers[0] }, &[]).unwrap_err();
+    assert_eq!(failure.kind, FailureKind::Invalid, "{failure:?}");
+    for device in [numbers[0], numbers[5]] {
+        assert_eq!(vmm.ask(Action::RemoveInterface { device }, &[]), Ok(Reply::Done));
+        let failure = vmm.ask(Action::RemoveInterface { device }, &[]).unwrap_err();
+        assert!(failure.message.contains("no interface came"), "{failure:?}");
+        let again = add_interface(&mut vmm, tap(), mac(9));
+        assert_eq!(again, Ok(Reply::InterfaceAdded { device }));
+    }
+    let device = numbers[1];
+    assert_eq!(vmm.ask(Action::RemoveInterface { device }, &[]), Ok(Reply::Done));
+    let failure = add_interface(&mut vmm, tap(), [1; 6]).unwrap_err();
+    assert_eq!(failure.kind, FailureKind::Invalid, "{failure:?}");
+    let failure = add_interface(&mut vmm, file(&[7; 512]), mac(9)).unwrap_err();
+    assert_eq!(failure.kind, FailureKind::Invalid, "{failure:?}");
     assert_eq!(vmm.ask(Action::Status, &[]), Ok(Reply::Status(VmState::Running)));
 }
 

@@ -3,21 +3,46 @@
 //! Both sockets stay in the namespace, so that nobody has to enter it again, and it may lose its
 //! name meanwhile.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::{
+    collections::BTreeSet,
+    os::fd::{AsFd, BorrowedFd},
+};
 
-use vial_agent_protocol::agent::ConfigureNetworkRequest;
+use vial_agent_protocol::agent::{ConfigureNetworkRequest, Interface};
 use vial_netlink::{Socket, Watch, network::Link};
 
-use super::{Joint, Listed, NetworkError, is_for_guests, kernel};
+use super::{Joint, Listed, NetworkError, index, is_for_guests, kernel};
+
+/// An interface that is, or was, joined with a tap.
+#[derive(Debug, Clone)]
+pub struct Known {
+    /// The two.
+    pub joint: Joint,
+    /// Its number while it is in the namespace. Another that comes with its name is not joined.
+    index: Option<i32>,
+    /// The number of the device in the VM, if that came while it ran.
+    pub device: Option<u8>,
+}
+
+/// What a look has shown.
+#[derive(Debug, Default)]
+pub struct Looked {
+    /// What the guest is to have of the interfaces that are joined.
+    pub now: ConfigureNetworkRequest,
+    /// Interfaces that the guest could have, and has not. Each is told of once.
+    pub came: Vec<Interface>,
+    /// Those that are in the namespace no more.
+    pub went: Vec<Known>,
+}
 
 /// A namespace that is watched.
 #[derive(Debug)]
 pub struct Followed {
     watch: Watch,
     socket: Socket,
-    /// The number of each interface that is joined with a tap, and what the guest calls it. Another
-    /// that comes with its name is not joined.
-    interfaces: Vec<(i32, String)>,
+    known: Vec<Known>,
+    /// The numbers of those that came and are not joined.
+    left: BTreeSet<i32>,
 }
 
 impl Followed {
@@ -27,12 +52,13 @@ impl Followed {
         joints: &[Joint],
     ) -> Result<Self, NetworkError> {
         let listed = Listed::read(&mut socket)?;
-        let interfaces = joints.iter().filter_map(|joint| {
-            let link = listed.links.iter().find(|link| link.name == joint.interface)?;
-            Some((link.index, link.name.clone()))
+        let known = joints.iter().map(|joint| Known {
+            joint: joint.clone(),
+            index: index(&listed.links, &joint.interface).ok(),
+            device: None,
         });
-        let interfaces = interfaces.collect();
-        Ok(Self { watch, socket, interfaces })
+        let known = known.collect();
+        Ok(Self { watch, socket, known, left: BTreeSet::new() })
     }
 
     /// Takes what was told of changes up to now. Returns whether it is worth to look.
@@ -43,20 +69,86 @@ impl Followed {
         self.watch.drain().map_err(kernel("watch for changes"))
     }
 
-    /// What the guest is to have of the interfaces that it has.
+    /// Looks at the namespace.
     ///
     /// # Errors
     /// [`NetworkError`].
-    pub fn look(&mut self) -> Result<ConfigureNetworkRequest, NetworkError> {
+    pub fn look(&mut self) -> Result<Looked, NetworkError> {
         let listed = Listed::read(&mut self.socket)?;
+        let is_there = |index: i32| listed.links.iter().any(|link| link.index == index);
         let links: Vec<Link> = listed.links.iter().filter_map(|link| self.joined(link)).collect();
-        listed.describe(&links.iter().collect::<Vec<_>>())
+        let now = listed.describe(&links.iter().collect::<Vec<_>>())?;
+        let mut looked = Looked { now, ..Looked::default() };
+        for known in &mut self.known {
+            if known.index.take_if(|index| !is_there(*index)).is_some() {
+                looked.went.push(known.clone());
+            }
+        }
+        self.left.retain(|index| is_there(*index));
+        let new: Vec<&Link> = listed.links.iter().filter(|link| self.is_new(link)).collect();
+        for link in new {
+            self.left.insert(link.index);
+            match listed.describe(&[link]) {
+                Ok(described) => looked.came.extend(described.interfaces),
+                Err(error) => tracing::warn!("the guest does not get {}: {error}", link.name),
+            }
+        }
+        Ok(looked)
     }
 
     /// The interface as the guest calls it, if the guest has it.
     fn joined(&self, link: &Link) -> Option<Link> {
-        let (_, name) = self.interfaces.iter().find(|(index, _)| *index == link.index)?;
-        is_for_guests(link).then(|| Link { name: name.clone(), ..link.clone() })
+        let known = self.known.iter().find(|known| known.index == Some(link.index))?;
+        let name = known.joint.interface.clone();
+        is_for_guests(link).then(|| Link { name, ..link.clone() })
+    }
+
+    fn is_new(&self, link: &Link) -> bool {
+        is_for_guests(link)
+            && !self.left.contains(&link.index)
+            && self
+                .known
+                .iter()
+                .all(|known| known.index != Some(link.index) && known.joint.tap != link.name)
+    }
+
+    /// The interface of that name, which is in the namespace no more.
+    pub fn absent(&self, name: &str) -> Option<&Known> {
+        let is = |known: &&Known| known.joint.interface == name && known.index.is_none();
+        self.known.iter().find(is)
+    }
+
+    /// A joint for an interface of that name, with a tap that none has.
+    pub fn draw_joint(&self, name: &str) -> Joint {
+        let is_free = |tap: &String| self.known.iter().all(|known| known.joint.tap != *tap);
+        // There are more numbers than interfaces.
+        let tap = (0..).map(|n| format!("vtap{n}")).find(is_free).unwrap_or_default();
+        Joint { interface: name.into(), tap }
+    }
+
+    /// How many interfaces the guest has of the namespace, or had.
+    pub fn count(&self) -> usize {
+        self.known.len()
+    }
+
+    /// An interface is joined now, and the guest has it, by the device of that number if it came
+    /// while the VM ran.
+    ///
+    /// # Errors
+    /// [`NetworkError`]: it has gone meanwhile.
+    pub fn add(&mut self, joint: Joint, device: Option<u8>) -> Result<(), NetworkError> {
+        let index = index(&Listed::read(&mut self.socket)?.links, &joint.interface)?;
+        match self.known.iter_mut().find(|known| known.joint == joint) {
+            Some(known) => known.index = Some(index),
+            None => self.known.push(Known { joint, index: Some(index), device }),
+        }
+        self.left.remove(&index);
+        Ok(())
+    }
+
+    /// The guest has an interface no more.
+    pub fn remove(&mut self, joint: &Joint) {
+        self.known.retain(|known| known.joint != *joint);
     }
 }
 

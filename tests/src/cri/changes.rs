@@ -12,6 +12,7 @@ use super::network::{addresses, ask, server};
 use super::pod::{Container, Pod, eventually, idle, same};
 use super::wire::*;
 use crate::suite::bed::{Bed, Runtime, run};
+use crate::suite::faults::{kill, process};
 
 /// What a container sees of its network, without what every kernel makes by itself.
 const LOOK: &str = "cat /sys/class/net/eth0/mtu; \
@@ -262,4 +263,111 @@ pub(crate) fn pod_whose_network_is_taken_away_runs_on_and_goes(bed: &Bed) -> Res
         bed.nothing_left()?;
         Ok(told)
     })
+}
+
+/// A cable from the host to the pod, until dropped. It has the network `10.77.n.0/24`.
+struct Cable(String);
+
+impl Cable {
+    fn new(namespace: &Namespace, n: u32) -> Result<Self> {
+        let host = |line: &str| -> Result<()> {
+            let mut command = Command::new("ip");
+            run(command.args(line.split_whitespace()))?
+                .expect(0)
+                .with_context(|| line.to_owned())?;
+            Ok(())
+        };
+        let name = format!("vialc{n}");
+        host(&format!(
+            "link add {name} mtu 1400 type veth peer name net{n} mtu 1400 netns {}",
+            namespace.0
+        ))?;
+        let cable = Self(name);
+        host(&format!("address add 10.77.{n}.1/24 dev {}", cable.0))?;
+        host(&format!("link set {} up", cable.0))?;
+        namespace.ip(&format!("address add 10.77.{n}.2/24 dev net{n}"))?;
+        namespace.ip(&format!("link set net{n} up"))?;
+        namespace.ip(&format!("route add 10.78.{n}.0/24 via 10.77.{n}.1"))?;
+        Ok(cable)
+    }
+}
+
+impl Drop for Cable {
+    fn drop(&mut self) {
+        // What stays is found by the next look at the host; its other end may have taken it along.
+        let _ = run(Command::new("ip").args(["link", "delete", &self.0]));
+    }
+}
+
+/// The pod's interfaces but its first, with what they have.
+const MORE: &str = "for i in $(ls /sys/class/net | grep -v -e lo -e eth0 -e bonding); do \
+         echo $i $(cat /sys/class/net/$i/mtu); \
+         ip -o -4 address show dev $i | awk '{print $3, $4}'; done; ip route | grep net; true";
+
+fn has_more(container: &Container, wanted: &[&str], gone: &[&str]) -> Result<String> {
+    eventually(|| {
+        let seen = container.exec(MORE)?;
+        ensure!(wanted.iter().all(|one| seen.contains(one)), "not all of {wanted:?} in {seen:?}");
+        ensure!(!gone.iter().any(|one| seen.contains(one)), "one of {gone:?} in {seen:?}");
+        Ok(seen + "\n")
+    })
+}
+
+pub(crate) fn interfaces_of_a_network_come_and_go(bed: &Bed) -> Result<()> {
+    same(|runtime| {
+        let pod = Pod::new(runtime)?;
+        let own = addresses(&pod)?;
+        let namespace = Namespace::of_the_only_pod()?;
+        let server = server(&pod, "from-the-pod")?;
+        let answers = |ip: String| -> Result<()> {
+            let text = eventually(|| ask(SocketAddr::new(ip.parse()?, 80)))?;
+            ensure!(text == "from-the-pod\n", "{ip} says {text:?}");
+            Ok(())
+        };
+        let mut told = String::new();
+        // The second time under a name that was there already.
+        for _ in 0..2 {
+            let cables = [Cable::new(&namespace, 1)?, Cable::new(&namespace, 2)?];
+            let there = ["net1 1400", "net2 1400", "10.77.2.2/24", "10.78.1.0/24", "10.78.2.0/24"];
+            told += &has_more(&server, &there, &[])?;
+            answers("10.77.1.2".into())?;
+            answers("10.77.2.2".into())?;
+            namespace.ip("link set net1 mtu 1300")?;
+            told += &has_more(&server, &["net1 1300"], &[])?;
+            drop(cables);
+            told += &has_more(&server, &[], &["net1", "net2"])?;
+        }
+        answers(own[0].to_string())?;
+        if runtime == Runtime::Vial {
+            beyond_the_bound(&namespace, &server)?;
+            answers(own[0].to_string())?;
+            // What is there when the shim dies is cleaned up after.
+            let _cable = Cable::new(&namespace, 3)?;
+            has_more(&server, &["10.78.3.0/24"], &[])?;
+            kill(process("containerd-shim", "vial")?)?;
+            server.reaches(ContainerState::Exited)?;
+        }
+        pod.end()?;
+        bed.nothing_left()?;
+        Ok(told)
+    })
+}
+
+/// A guest has eight interfaces at most; those that go make room.
+fn beyond_the_bound(namespace: &Namespace, container: &Container) -> Result<()> {
+    let mut cables = (1..=9).map(|n| Cable::new(namespace, n)).collect::<Result<Vec<_>>>()?;
+    let count = || -> Result<usize> {
+        Ok(container.exec("ls -d /sys/class/net/net* | wc -l")?.trim().parse()?)
+    };
+    eventually(|| {
+        let count = count()?;
+        ensure!(count == 7, "{count} interfaces have come, not 7");
+        Ok(())
+    })?;
+    // Those beyond are not taken in by and by.
+    std::thread::sleep(Duration::from_secs(1));
+    ensure!(count()? == 7, "more than the bound have come");
+    cables.clear();
+    has_more(container, &[], &["net"])?;
+    Ok(())
 }

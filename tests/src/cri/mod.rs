@@ -67,6 +67,7 @@ pub(crate) fn cases() -> Vec<Case> {
         network::pods_reach_each_other_and_the_host,
         network::names_and_rules_are_those_of_the_pod,
         changes::changes_of_a_network_are_seen_as_with_runc,
+        changes::interfaces_of_a_network_come_and_go,
         changes::bursts_of_changes_of_a_network_arrive,
         changes::pod_whose_network_is_taken_away_runs_on_and_goes,
         volumes::volumes_are_the_same_as_with_runc,

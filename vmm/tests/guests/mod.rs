@@ -3,6 +3,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::path::Path;
 
 use vial_vmm_api::{API_VERSION, Placement, VmConfig};
@@ -72,4 +73,18 @@ pub(crate) fn request(kernel: File) -> Request {
 
 pub(crate) fn start() -> Vmm {
     Vmm::start(Path::new(env!("CARGO_BIN_EXE_vial-vmm")))
+}
+
+/// A tap of the host's, as the shim makes one, until it is closed.
+#[allow(unsafe_code)]
+pub(crate) fn tap() -> File {
+    let tap = File::options().read(true).write(true).open("/dev/net/tun").expect("load tun");
+    // SAFETY: zeros are a valid `ifreq`; without a name the kernel picks one.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
+    // SAFETY: TUNSETIFF reads and writes one `ifreq`, which `request` is.
+    let made = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
+    assert_eq!(made, 0, "run the tests as root: {}", std::io::Error::last_os_error());
+    tap
 }
