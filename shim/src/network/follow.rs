@@ -168,3 +168,85 @@ pub fn of_joints(described: &ConfigureNetworkRequest, joints: &[Joint]) -> Confi
     own.neighbours.retain(|neighbour| joined(&neighbour.device));
     own
 }
+
+#[cfg(test)]
+mod tests {
+    use vial_netlink::{Message, NLM_F_CREATE, network};
+
+    use super::{super::steer::tests::in_a_namespace, *};
+
+    /// rtnetlink(7), linux/if_link.h.
+    const RTM_NEWLINK: u16 = 16;
+    const RTM_DELLINK: u16 = 17;
+    const IFLA_IFNAME: u16 = 3;
+    const IFLA_LINKINFO: u16 = 18;
+    const IFLA_INFO_KIND: u16 = 1;
+
+    /// Makes an interface, whose other end stays down, and brings it up.
+    fn make(socket: &mut Socket, name: &str) {
+        let pair = Message::new(RTM_NEWLINK, NLM_F_CREATE, &network::link_header(0, 0, 0))
+            .with_text(IFLA_IFNAME, name)
+            .with_nested(IFLA_LINKINFO, |info| info.with_text(IFLA_INFO_KIND, "veth"));
+        socket.change(pair).unwrap();
+        let links = network::links(socket).unwrap();
+        socket.change(network::up(index(&links, name).unwrap())).unwrap();
+    }
+
+    fn delete(socket: &mut Socket, name: &str) {
+        let index = index(&network::links(socket).unwrap(), name).unwrap();
+        let fixed = network::link_header(index, 0, 0);
+        socket.change(Message::new(RTM_DELLINK, 0, &fixed)).unwrap();
+    }
+
+    fn names(interfaces: &[Interface]) -> Vec<&str> {
+        interfaces.iter().map(|interface| interface.name.as_str()).collect()
+    }
+
+    #[test]
+    fn interfaces_that_come_are_told_once_and_those_that_go_are_too() {
+        in_a_namespace(|_| {
+            let mut socket = Socket::open().unwrap();
+            let joint = Joint { interface: "eth0".into(), tap: "vtap0".into() };
+            for name in ["eth0", "vtap0"] {
+                make(&mut socket, name);
+            }
+            let own = [joint.clone()];
+            let watch = Watch::open().unwrap();
+            let mut followed = Followed::new(watch, Socket::open().unwrap(), &own).unwrap();
+            assert!(!followed.drain().unwrap());
+            let looked = followed.look().unwrap();
+            assert_eq!(names(&looked.now.interfaces), ["eth0"]);
+            assert!(looked.came.is_empty() && looked.went.is_empty());
+
+            make(&mut socket, "net1");
+            assert!(followed.drain().unwrap());
+            assert_eq!(names(&followed.look().unwrap().came), ["net1"]);
+            let looked = followed.look().unwrap();
+            assert!(looked.came.is_empty() && looked.now.interfaces.len() == 1);
+            let late = followed.draw_joint("net1");
+            assert_eq!(late.tap, "vtap1");
+            followed.add(late.clone(), Some(7)).unwrap();
+            assert_eq!(names(&followed.look().unwrap().now.interfaces), ["eth0", "net1"]);
+
+            for name in ["eth0", "net1"] {
+                delete(&mut socket, name);
+            }
+            let looked = followed.look().unwrap();
+            assert!(looked.now.interfaces.is_empty());
+            let went: Vec<_> =
+                looked.went.iter().map(|known| (&known.joint, known.device)).collect();
+            assert_eq!(went, [(&joint, None), (&late, Some(7))]);
+            assert!(followed.look().unwrap().went.is_empty());
+            followed.remove(&late);
+
+            // What the guest has begun with is known when it comes again.
+            make(&mut socket, "eth0");
+            assert_eq!(names(&followed.look().unwrap().came), ["eth0"]);
+            assert_eq!(followed.absent("eth0").unwrap().joint, joint);
+            assert!(followed.absent("net1").is_none());
+            followed.add(joint, None).unwrap();
+            assert_eq!((followed.count(), followed.absent("eth0").is_none()), (1, true));
+            assert_eq!(names(&followed.look().unwrap().now.interfaces), ["eth0"]);
+        });
+    }
+}

@@ -231,7 +231,7 @@ fn load(map: BorrowedFd<'_>) -> io::Result<OwnedFd> {
 const NAME: &[u8] = b"vial_loopback";
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use std::{
         fs::File,
@@ -241,7 +241,7 @@ mod tests {
     use vial_netlink::Socket;
 
     /// Does `work` in a network namespace of its own, whose loopback is up.
-    fn in_a_namespace(work: impl FnOnce(BorrowedFd<'_>) + Send) {
+    pub(in crate::network) fn in_a_namespace(work: impl FnOnce(BorrowedFd<'_>) + Send) {
         let inside = || {
             // SAFETY: no pointers; the thread ends in the namespace.
             assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNET) }, 0, "run the tests as root");

@@ -3,7 +3,7 @@
 //! Needs containerd's CRI plugin with the runtime handlers `runc`, `vial` and `vial-sandbox`,
 //! a CNI configuration, and the images of `tests/images`, as `tests/host/containerd` has it.
 
-mod changes;
+pub(crate) mod changes;
 mod client;
 mod configs;
 mod disks;

@@ -32,7 +32,7 @@ use bed::Bed;
 use record::Record;
 use vial_tests::node::Configuration;
 
-use crate::cri;
+use crate::cri::{self, changes};
 
 /// A case: a name, and what has to hold.
 pub(crate) struct Case {
@@ -100,6 +100,7 @@ pub(crate) fn cases() -> Vec<Case> {
         growth::cri_vm_of_its_own_kernel_keeps_its_size_and_says_so,
         reporting::memory_that_a_guest_frees_is_the_hosts_again,
         reporting::memory_that_a_guest_of_a_template_frees_is_the_hosts_again,
+        changes::cri_interfaces_that_came_are_let_go_when_something_is_killed,
         vhost_user::vhost_disk_holds_every_byte_though_its_backend_is_killed,
         vhost_user::vhost_device_that_cannot_be_had_is_refused,
         vhost_user::vhost_file_system_is_the_hosts_directory,
