@@ -165,7 +165,8 @@ pub struct Tap {
     pub descriptor: OwnedFd,
     /// The guest's address.
     pub mac: [u8; 6],
-    /// In bytes.
+    /// The largest that the guest's driver allows, in bytes: the agent sets what the interface has, and
+    /// that may be raised.
     pub mtu: u16,
 }
 
@@ -343,7 +344,6 @@ fn join(
 ) -> Result<Tap, NetworkError> {
     let wrong = || NetworkError::Interface(interface.name.clone());
     let mac = interface.mac.as_slice().try_into().map_err(|_| wrong())?;
-    let mtu = u16::try_from(interface.mtu).map_err(|_| wrong())?;
     let descriptor = tap::make(&joint.tap).map_err(NetworkError::Tap)?;
     let links = network::links(socket).map_err(kernel("list the interfaces"))?;
     let (outside, tap) = (index(&links, &joint.interface)?, index(&links, &joint.tap)?);
@@ -359,7 +359,7 @@ fn join(
         .and_then(|()| socket.change(network::up(tap)))
         .map_err(set)?;
     redirect(socket, joint, (outside, tap))?;
-    Ok(Tap { descriptor, mac, mtu })
+    Ok(Tap { descriptor, mac, mtu: u16::MAX })
 }
 
 /// Lets what comes in at an interface or its tap go out at the other.

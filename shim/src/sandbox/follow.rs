@@ -39,6 +39,9 @@ const PATIENCE: Duration = Duration::from_millis(300);
 /// How many times as long as a look took there is none: what changes without end costs a bounded part
 /// of the time.
 const PAUSE_TIMES: u32 = 8;
+/// After how long the guest is told again what it did not answer to, and how often.
+const TRY_AGAIN_AFTER: Duration = Duration::from_secs(5);
+const MOST_TRIES: u32 = 5;
 /// How long the VMM may take to add a device, or to take one.
 const DEVICE_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -66,7 +69,7 @@ pub(super) async fn run(follower: Follower, given: ConfigureNetworkRequest) {
         Err(error) => return tracing::error!("the pod's network is not followed: {error}"),
     };
     if let Err(error) = follower.follow(followed, &mut told).await {
-        tracing::warn!("the pod's network is followed no more: {error}");
+        tracing::error!("the pod's network is followed no more: {error}");
     }
 }
 
@@ -76,6 +79,7 @@ impl Follower {
         mut followed: Followed,
         told: &mut ConfigureNetworkRequest,
     ) -> io::Result<()> {
+        let mut failures = 0;
         loop {
             let began = Instant::now();
             // Somebody else may hold what the kernel locks for its answer.
@@ -84,11 +88,18 @@ impl Follower {
             followed = same;
             let took = began.elapsed();
             match looked {
-                Ok(looked) => {
-                    if self.apply(&mut followed, told, looked).await? {
-                        continue;
+                Ok(looked) => match self.apply(&mut followed, told, looked).await {
+                    Ok(true) => continue,
+                    Ok(false) => failures = 0,
+                    Err(error) => {
+                        tracing::warn!("the guest's network: {error}");
+                        failures += 1;
+                        if failures < MOST_TRIES {
+                            sleep(TRY_AGAIN_AFTER).await;
+                            continue;
+                        }
                     }
-                }
+                },
                 // What has become too much; the guest keeps what it has.
                 Err(error) => {
                     tracing::warn!("the guest is not told of its network's change: {error}");
@@ -100,14 +111,15 @@ impl Follower {
     }
 
     /// Brings the guest from what it was told to what is now. Returns whether there is more to be
-    /// told, of interfaces that it has got.
+    /// told, of interfaces that it has got. After an error nobody knows what the guest has done; what
+    /// it has done already it takes for done when it is told again.
     async fn apply(
         &self,
         followed: &mut Followed,
         told: &mut ConfigureNetworkRequest,
         looked: Looked,
-    ) -> io::Result<bool> {
-        self.tell(told, looked.now).await?;
+    ) -> Result<bool, AgentError> {
+        let answered = self.tell(told, looked.now).await;
         for known in looked.went {
             tracing::info!("{} has gone from the pod's network", known.joint.interface);
             if let Known { joint, device: Some(device), .. } = known {
@@ -125,14 +137,14 @@ impl Follower {
                 Err(error) => tracing::warn!("the guest does not get {}: {error}", interface.name),
             }
         }
-        Ok(more)
+        answered.map(|()| more)
     }
 
     async fn tell(
         &self,
         told: &mut ConfigureNetworkRequest,
         now: ConfigureNetworkRequest,
-    ) -> io::Result<()> {
+    ) -> Result<(), AgentError> {
         let Some(change) = network::difference(told, &now) else { return Ok(()) };
         tracing::info!(
             "the pod's network has changed: {} interfaces, {} routes and {} neighbours",
@@ -146,7 +158,7 @@ impl Follower {
             Err(AgentError::Status(status)) => {
                 tracing::warn!("the guest's network: {}", status.message());
             }
-            Err(error) => return Err(io::Error::other(error)),
+            Err(error) => return Err(error),
         }
         *told = now;
         Ok(())

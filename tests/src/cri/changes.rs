@@ -169,7 +169,8 @@ fn change_links(namespace: &Namespace, container: &Container) -> Result<String> 
             Ok(seen)
         })
     };
-    let mut told = mtu("1300")? + &mtu("1500")?;
+    // Beyond what it began with, too.
+    let mut told = mtu("1300")? + &mtu("9000")? + &mtu("1500")?;
     namespace.ip("link set eth0 down")?;
     let up = |up: bool| {
         eventually(|| {
