@@ -183,9 +183,9 @@ fn change_links(namespace: &Namespace, container: &Container) -> Result<String> 
     up(false)?;
     namespace.ip("link set eth0 up")?;
     up(true)?;
-    // The kernel has forgotten all but the IPv4 address.
+    // The kernel has forgotten the routes through gateways.
     namespace.ip("route add default via 10.88.0.1")?;
-    told += &sees(container, &["default via 10.88.0.1"], &["fd88::1"])?;
+    told += &sees(container, &["default via 10.88.0.1"], &["default via fd88::1"])?;
     Ok(told)
 }
 
