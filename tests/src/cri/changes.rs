@@ -17,7 +17,7 @@ use crate::suite::faults::{kill, process};
 /// What a container sees of its network, without what every kernel makes by itself.
 const LOOK: &str = "cat /sys/class/net/eth0/mtu; \
      ip -o address show dev eth0 | grep -v fe80 | awk '{print $3, $4}' | sort; \
-     ip route | sort; ip -6 route | grep -v fe80 | sort; \
+     ip route | sort; ip -6 route | grep -v -e fe80 -e multicast | sort; \
      ip neigh | grep PERMANENT | sed 's, used .*,,' | sort";
 
 /// A neighbour's hardware's address, as `ip` has it.
