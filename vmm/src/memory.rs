@@ -16,7 +16,7 @@ use vm_memory::{
     FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap, GuestRegionMmap, MmapRegion,
 };
 
-pub use self::huge::gather;
+pub use self::huge::{HUGE_PAGE_BYTES, gather};
 use crate::arch::layout::{HIGH_RAM_START, LOW_RAM_END};
 use crate::devices::mem::Room;
 use crate::numa::{self, NumaError};
@@ -116,6 +116,9 @@ pub fn map_shared(bytes: u64, placement: &Placement, file: File) -> Result<Guest
 /// as the guest's memory, or longer, and has to stay so. What is present of `room`, or may come to
 /// be, `most` bytes of it, comes on top, and is as empty as that of [`map_ram`].
 ///
+/// With the file come the numbers of its huge pages that are `empty`. They are not mapped from it: a page that a guest writes
+/// there would be one of the file's as well, which in memory stays when the guest has gone.
+///
 /// What is not present yet is in no slot of KVM's, so no vCPU reaches it. A driver that names it to a
 /// device has it written: what that takes counts for the VMM's cgroup, as all of its memory does.
 ///
@@ -123,11 +126,14 @@ pub fn map_shared(bytes: u64, placement: &Placement, file: File) -> Result<Guest
 /// The file is too short, or the host refuses the mapping.
 pub fn map_saved_ram(
     bytes: u64,
-    file: File,
+    (file, empty): (File, &[u32]),
     room: Room,
     most: u64,
 ) -> Result<GuestRam, MemoryError> {
     let mut regions = map(bytes, &Backing::Saved(long_enough(bytes, file)?), None)?;
+    let in_file = ram_ranges(bytes).into_iter().zip(&regions);
+    huge::leave_empty(in_file.map(|((_, length), region)| (length, region.as_ptr())), empty)
+        .map_err(|error| MemoryError::Map { bytes, reason: error.to_string() })?;
     let most = most.min(room.bytes).max(room.present);
     if most > 0 {
         let range = (GuestAddress(room.start), most);
@@ -350,7 +356,7 @@ mod tests {
         file.set_len(32 << 20).unwrap();
         std::os::unix::fs::FileExt::write_all_at(&file, b"base", PAGE).unwrap();
         let none = Room { start: HIGH_RAM_START, bytes: 1 << 30, present: 2 << 20 };
-        let ram = map_saved_ram(32 << 20, file, none, 0).unwrap();
+        let ram = map_saved_ram(32 << 20, (file, &[]), none, 0).unwrap();
         let grown = HIGH_RAM_START / PAGE;
         for page in [1, grown] {
             write(&ram, page, b"mine");

@@ -27,7 +27,7 @@ use crate::virtio::pci::DeviceState;
 const MAGIC: [u8; 8] = *b"VIALVMST";
 /// Of the header, and of the shape of [`Snapshot`]. Whatever changes how a machine is built
 /// changes it too: what the guest has seen once stays.
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 const HEADER_BYTES: usize = 28;
 /// The largest state: 64 vCPUs have less than a MiB.
 pub const MAX_STATE_BYTES: usize = 4 << 20;
@@ -49,6 +49,8 @@ pub struct Snapshot {
     pub vm: VmState,
     /// Its devices, in their order on the bus.
     pub devices: Vec<DeviceState>,
+    /// Of the file of its memory, the huge pages of [`HUGE_PAGE_BYTES`] that hold nothing but zeros, by their numbers.
+    pub empty: Vec<u32>,
 }
 
 /// Why a state cannot be written, or is not used.

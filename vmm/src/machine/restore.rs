@@ -118,7 +118,8 @@ impl Machine {
         let room = super::room(snapshot.memory_mib, config.memory_mib);
         let most_mib = Growing::most_mib(config.memory_mib, config.max_memory_mib);
         let most = super::room(snapshot.memory_mib, most_mib).present;
-        let ram = map_saved_ram(u64::from(snapshot.memory_mib) << 20, memory, room, most)?;
+        let saved = (memory, snapshot.empty.as_slice());
+        let ram = map_saved_ram(u64::from(snapshot.memory_mib) << 20, saved, room, most)?;
         vm.set_memory(&ram, room.start + room.present)?;
         mark("vm created");
 

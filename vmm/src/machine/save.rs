@@ -15,7 +15,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN};
 use crate::arch::vcpu_state::{VcpuState, VcpuStateError};
 use crate::devices::vsock::VsockConnector;
 use crate::kvm::{KvmError, Vm};
-use crate::memory::{self, GuestRam};
+use crate::memory::{self, GuestRam, HUGE_PAGE_BYTES};
 use crate::pci::bus::lock;
 use crate::snapshot::{RELEASE, Snapshot, SnapshotError};
 use crate::vcpu::Parking;
@@ -101,6 +101,8 @@ impl Saving {
             .iter()
             .map(|(index, vcpu)| VcpuState::of(vcpu, *index, &self.registers))
             .collect::<Result<_, _>>()?;
+        let empty = write_memory(&self.ram, memory).map_err(SaveError::Memory)?;
+        memory::gather(memory).map_err(SaveError::Memory)?;
         let snapshot = Snapshot {
             vmm: RELEASE.into(),
             memory_mib: self.memory_mib,
@@ -109,9 +111,8 @@ impl Saving {
             vcpus,
             vm: vm.state()?,
             devices,
+            empty,
         };
-        write_memory(&self.ram, memory).map_err(SaveError::Memory)?;
-        memory::gather(memory).map_err(SaveError::Memory)?;
         Ok(snapshot.write(&mut state)?)
     }
 
@@ -137,11 +138,13 @@ impl Saving {
     }
 }
 
-/// Writes the guest's memory, range behind range, and leaves holes for pages of zeros.
-fn write_memory(ram: &GuestRam, file: &File) -> std::io::Result<()> {
+/// Writes the guest's memory, range behind range, and leaves holes for pages of zeros. Returns the numbers of the huge pages
+/// of the file in which there is nothing else.
+fn write_memory(ram: &GuestRam, file: &File) -> std::io::Result<Vec<u32>> {
     let length = ram.iter().map(GuestMemoryRegion::len).sum();
     file.set_len(length)?;
     let mut page = [0; PAGE_BYTES];
+    let mut empty: Vec<bool> = vec![true; (length / HUGE_PAGE_BYTES) as usize];
     let mut offset = 0;
     for region in ram.iter() {
         for at in (0..region.len()).step_by(PAGE_BYTES) {
@@ -149,11 +152,14 @@ fn write_memory(ram: &GuestRam, file: &File) -> std::io::Result<()> {
                 .map_err(std::io::Error::other)?;
             if page != [0; PAGE_BYTES] {
                 file.write_all_at(&page, offset + at)?;
+                // What is behind the last whole one has no number.
+                let huge = empty.get_mut(((offset + at) / HUGE_PAGE_BYTES) as usize);
+                huge.into_iter().for_each(|huge| *huge = false);
             }
         }
         offset += region.len();
     }
-    Ok(())
+    Ok((0..).zip(empty).filter_map(|(number, empty)| empty.then_some(number)).collect())
 }
 
 #[cfg(test)]
@@ -172,7 +178,8 @@ mod tests {
         ram.write_slice(b"end", GuestAddress((32 << 20) - 3)).unwrap();
         ram.write_slice(b"middle", GuestAddress(5 << 20)).unwrap();
         let file = tempfile::tempfile().unwrap();
-        write_memory(&ram, &file).unwrap();
+        let empty = write_memory(&ram, &file).unwrap();
+        assert_eq!(empty, (0..15).filter(|number| *number != 2).collect::<Vec<_>>());
         let metadata = file.metadata().unwrap();
         assert_eq!(metadata.len(), 32 << 20);
         assert!(metadata.blocks() * 512 <= 64 << 10, "{} blocks", metadata.blocks());
@@ -183,9 +190,9 @@ mod tests {
             text
         };
         let none = Room { start: 4 << 30, bytes: 1 << 30, present: 0 };
-        let first = map_saved_ram(32 << 20, file.try_clone().unwrap(), none, 0).unwrap();
+        let first = map_saved_ram(32 << 20, (file.try_clone().unwrap(), &empty), none, 0).unwrap();
         let more = Room { present: 6 << 20, ..none };
-        let second = map_saved_ram(32 << 20, file.try_clone().unwrap(), more, 0).unwrap();
+        let second = map_saved_ram(32 << 20, (file.try_clone().unwrap(), &empty), more, 0).unwrap();
         assert_eq!(text(&second, (4 << 30) + (6 << 20) - 6), [0; 6]);
         assert_eq!((first.num_regions(), second.num_regions()), (1, 2));
         assert_eq!(second.last_addr().0, (4 << 30) + (6 << 20) - 1);
@@ -193,6 +200,12 @@ mod tests {
         assert_eq!(&text(&first, 5 << 20), b"secret");
         assert_eq!(&text(&second, 5 << 20), b"middle");
         assert_eq!(&text(&second, (32 << 20) - 6), b"\0\0\0end");
-        assert!(map_saved_ram(33 << 20, file, none, 0).is_err());
+        // What was empty is no page of the file's when a guest writes it.
+        first.write_slice(b"secret", GuestAddress(20 << 20)).unwrap();
+        assert_eq!((&text(&first, 20 << 20), &text(&second, 20 << 20)), (b"secret", &[0; 6]));
+        assert_eq!(file.metadata().unwrap().blocks(), metadata.blocks());
+        let beyond = map_saved_ram(32 << 20, (file.try_clone().unwrap(), &[16]), none, 0);
+        assert!(beyond.is_err());
+        assert!(map_saved_ram(33 << 20, (file, &empty), none, 0).is_err());
     }
 }

@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::ptr::null_mut;
 
 /// Bytes of a huge page, as a table of the processor's maps it.
-const HUGE_PAGE_BYTES: u64 = 2 << 20;
+pub const HUGE_PAGE_BYTES: u64 = 2 << 20;
 const PAGE_BYTES: usize = 4096;
 /// A huge page is worth its memory when so many of its pages are more than zeros.
 const GATHERED_FROM: usize = HUGE_PAGE_BYTES as usize / PAGE_BYTES * 3 / 4;
@@ -50,6 +50,54 @@ fn used_pages(file: &File, at: u64) -> io::Result<usize> {
         used += usize::from(page != [0; PAGE_BYTES]);
     }
     Ok(used)
+}
+
+/// Maps nothing but zeros in place of huge pages of a file, by their numbers, in the mappings of the file, one behind the
+/// other: how long each is, and where. They are taken in pages of the usual size, since a guest writes few of them.
+///
+/// # Errors
+/// There is no such page in one mapping, or the host refuses.
+pub(super) fn leave_empty(
+    mappings: impl Iterator<Item = (u64, *mut u8)>,
+    empty: &[u32],
+) -> io::Result<()> {
+    let mut numbers = empty.iter().copied().map(u64::from).peekable();
+    let mut offset = 0;
+    for (length, start) in mappings {
+        while let Some(first) =
+            numbers.next_if(|number| (number + 1) * HUGE_PAGE_BYTES <= offset + length)
+        {
+            let mut last = first;
+            while let Some(next) = numbers.next_if(|number| {
+                *number == last + 1 && (number + 1) * HUGE_PAGE_BYTES <= offset + length
+            }) {
+                last = next;
+            }
+            let at = (first * HUGE_PAGE_BYTES).checked_sub(offset);
+            let at = at.ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))?;
+            map_zeros(start, at, (last + 1 - first) * HUGE_PAGE_BYTES)?;
+        }
+        offset += length;
+    }
+    match numbers.next() {
+        None => Ok(()),
+        Some(_) => Err(io::Error::from_raw_os_error(libc::EINVAL)),
+    }
+}
+
+/// Maps zeros over a part of the mapping that begins at `start`, which has it.
+fn map_zeros(start: *mut u8, at: u64, bytes: u64) -> io::Result<()> {
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
+    // SAFETY: the caller's mapping has the range, and holds there what is replaced by the same: zeros.
+    let result = unsafe {
+        let place = start.add(at as usize).cast();
+        match libc::mmap(place, bytes as usize, protection, flags, -1, 0) {
+            libc::MAP_FAILED => -1,
+            _ => libc::madvise(place, bytes as usize, libc::MADV_NOHUGEPAGE),
+        }
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Maps a part of a file where `offset` and the address are the same distance behind a multiple of a huge page.
@@ -113,7 +161,7 @@ mod tests {
         let gathered = gather(&file).unwrap();
         assert!(gathered <= 1, "{gathered}");
         let none = Room { start: 4 << 30, bytes: 1 << 30, present: 0 };
-        let ram = map_saved_ram(7 << 20, file.try_clone().unwrap(), none, 0).unwrap();
+        let ram = map_saved_ram(7 << 20, (file.try_clone().unwrap(), &[2]), none, 0).unwrap();
         let at = ram.get_host_address(GuestAddress(0)).unwrap() as u64;
         assert!(at.is_multiple_of(HUGE_PAGE_BYTES), "{at:#x}");
         ram.write_slice(b"own", GuestAddress(0x20_0000)).unwrap();
