@@ -21,7 +21,7 @@ macro_rules! bodies {
     };
 }
 
-bodies![agent_reply, block, bus, fs, mem, net, oci_spec, rng, snapshot, vmm_api, vsock];
+bodies![agent_reply, balloon, block, bus, fs, mem, net, oci_spec, rng, snapshot, vmm_api, vsock];
 
 static BODY: OnceLock<fn(&[u8])> = OnceLock::new();
 

@@ -129,4 +129,7 @@ fn every_target_is_replayed() {
         .collect();
     targets.sort();
     assert_eq!(targets, TARGETS);
+    // The program that has all of them.
+    let all = fs::read_to_string(fuzz("all.rs")).expect("the program");
+    assert!(all.contains(&format!("bodies![{}];", targets.join(", "))), "{targets:?}");
 }
