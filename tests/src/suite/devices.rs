@@ -324,6 +324,32 @@ pub(crate) fn function_that_cannot_be_given_is_refused_and_left_alone(bed: &Bed)
     Ok(())
 }
 
+pub(crate) fn function_that_cannot_be_reset_is_refused_and_left_alone(bed: &Bed) -> Result<()> {
+    let found = functions(|name| {
+        let at = Path::new(FUNCTIONS).join(name);
+        let alone = fs::read_dir(at.join("iommu_group/devices")).map_or(0, Iterator::count) == 1;
+        // What no driver of the host's has, nobody misses if it is taken after all.
+        Ok(alone && !at.join("reset").exists() && driver(name).is_none())
+    })?;
+    let function = found.first().context("all functions can be reset")?;
+    let _configuration = listed(&[function])?;
+    let words = [function.as_str(), "cannot be reset", "virtual functions"];
+    refused(bed, &["--annotation", &annotation(&[function])], &words)?;
+    ensure!(driver(function).is_none(), "{function} has a driver now");
+    Ok(())
+}
+
+/// On a host without an IOMMU.
+pub(crate) fn function_behind_no_iommu_is_refused_and_left_alone(bed: &Bed) -> Result<()> {
+    let found = functions(|name| Ok(group(name).is_err() && driver(name).is_none()))?;
+    let function = found.first().context("all functions are behind an IOMMU, or in use")?;
+    let _configuration = listed(&[function])?;
+    let words = [function.as_str(), "behind no IOMMU", "amd_iommu=on"];
+    refused(bed, &["--annotation", &annotation(&[function])], &words)?;
+    ensure!(driver(function).is_none(), "{function} has a driver now");
+    Ok(())
+}
+
 pub(crate) fn group_with_a_function_of_another_driver_is_refused(bed: &Bed) -> Result<()> {
     let members = {
         let group = group(&with_class(CLASS_ISA)?)?;

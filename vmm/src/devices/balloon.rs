@@ -72,6 +72,10 @@ impl VirtioDevice for Balloon {
         &CONFIG
     }
 
+    fn has_constant_config(&self) -> bool {
+        true
+    }
+
     fn activate(&mut self, mut activation: Activation) -> Result<Box<dyn Worker>, ActivateError> {
         let unread = [INFLATE, DEFLATE].map(|index| activation.take_queue(DEVICE, index));
         let [inflate, deflate] = unread;

@@ -45,6 +45,10 @@ impl VirtioDevice for Rng {
         &[]
     }
 
+    fn has_constant_config(&self) -> bool {
+        true
+    }
+
     fn activate(&mut self, mut activation: Activation) -> Result<Box<dyn Worker>, ActivateError> {
         let queue = activation.take_queue(DEVICE, 0)?;
         let source = Source { ram: activation.ram };

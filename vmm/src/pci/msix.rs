@@ -148,9 +148,8 @@ impl MsixTable {
         MsixState { control: self.control, vectors }
     }
 
-    /// Takes over what a guest had written to a table of the same size. Each vector is triggered
-    /// once: an interrupt that was under way when the state was taken is not in it, and drivers
-    /// bear one that has no reason.
+    /// Takes over what a guest had written to a table of the same size. An interrupt that was under
+    /// way when the state was taken is not in it.
     ///
     /// Returns false when the table is of another size.
     pub fn restore(&mut self, state: &MsixState) -> bool {
@@ -161,9 +160,6 @@ impl MsixTable {
             (vector.message, vector.masked) = (*message, *masked);
         }
         self.set_control(state.control);
-        for vector in &self.vectors {
-            let _ = vector.line.event.write(1); // Full means pending.
-        }
         true
     }
 
@@ -282,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn state_wires_the_same_vectors_of_another_table_and_triggers_them() {
+    fn state_wires_the_same_vectors_of_another_table() {
         let (_, mut first) = table(2);
         program(&mut first, 1);
         first.set_control(CONTROL_ENABLE);
@@ -290,7 +286,6 @@ mod tests {
         assert!(second.restore(&first.state()));
         assert_eq!(*recorder.0.lock().unwrap(), [(24, Some(MESSAGE))]);
         assert_eq!(second.state(), first.state());
-        assert_eq!(second.event(1).unwrap().read().unwrap(), 1);
         let (recorder, mut third) = table(3);
         assert!(!third.restore(&first.state()));
         assert!(recorder.0.lock().unwrap().is_empty());

@@ -58,6 +58,12 @@ pub trait VirtioDevice: Send {
         read_at(self.config(), offset, data);
     }
 
+    /// Whether the configuration space is the same for as long as the device lives, and in each
+    /// machine that goes on from a saved one.
+    fn has_constant_config(&self) -> bool {
+        false
+    }
+
     /// The thread that the worker runs on.
     fn worker_thread(&self) -> WorkerThread {
         WorkerThread::Io

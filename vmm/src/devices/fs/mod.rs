@@ -191,6 +191,10 @@ impl VirtioDevice for Fs {
         &self.config
     }
 
+    fn has_constant_config(&self) -> bool {
+        true
+    }
+
     fn worker_thread(&self) -> WorkerThread {
         WorkerThread::FileServer
     }

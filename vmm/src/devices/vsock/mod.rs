@@ -176,6 +176,10 @@ impl VirtioDevice for Vsock {
         &self.config
     }
 
+    fn has_constant_config(&self) -> bool {
+        true
+    }
+
     fn activate(&mut self, mut activation: Activation) -> Result<Box<dyn Worker>, ActivateError> {
         let receive = activation.take_queue(DEVICE, 0)?;
         let transmit = activation.take_queue(DEVICE, 1)?;

@@ -1,12 +1,16 @@
 //! A device's registers, taken out of one machine and put into another.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 
 use serde::{Deserialize, Serialize};
+use vm_memory::{Bytes, GuestAddress};
 
-use super::{Registers, VirtioPci};
+use super::{QueueRegisters, Registers, VirtioPci};
 use crate::event_loop::EventLoopError;
+use crate::memory::GuestRam;
 use crate::pci::msix::MsixState;
+use crate::virtio::FEATURE_EVENT_IDX;
 
 /// What the guest has made of a device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -102,12 +106,64 @@ impl VirtioPci {
         if !self.msix.restore(&state.msix) {
             return Err(wrong("MSI-X vectors"));
         }
+        self.interrupt_what_is_due(&state.positions);
         if self.registers.is_active() {
             self.activate();
         }
         match self.needs_reset.load(Ordering::Acquire) {
             true => Err(RestoreError::Queues(id)),
             false => Ok(()),
+        }
+    }
+
+    /// Interrupts once by each vector by which the guest may be owed an interrupt: one that was under
+    /// way when the state was taken is not in it, and drivers bear one that has no reason. But each
+    /// costs a guest that has just begun to go on some of its time, and most of its pages are to come.
+    fn interrupt_what_is_due(&self, positions: &[(u16, u16)]) {
+        let events = self.registers.features() & FEATURE_EVENT_IDX != 0;
+        let queues = self.registers.queues().iter().zip(positions);
+        let due = queues.filter(|(queue, (_, used))| {
+            queue.enabled && !(events && is_up_to_date(&self.ram, queue, *used))
+        });
+        let config = (!self.device.has_constant_config()).then(|| self.registers.config_vector());
+        let vectors: BTreeSet<u16> = due.map(|(queue, _)| queue.vector).chain(config).collect();
+        vectors.into_iter().for_each(|vector| self.interrupt(vector).trigger());
+    }
+}
+
+/// Whether the driver has taken all that the device has used of a queue, `used` in all: it has said that it wants to know
+/// of what comes behind that (virtio 1.3, 2.7.7.1, `used_event`, which follows the available ring's entries).
+fn is_up_to_date(ram: &GuestRam, queue: &QueueRegisters, used: u16) -> bool {
+    let offset = 4 + 2 * u64::from(queue.size);
+    let event = queue.driver.checked_add(offset).map(|at| ram.read_obj::<u16>(GuestAddress(at)));
+    matches!(event, Some(Ok(event)) if u16::from_le(event) == used)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::map_ram;
+
+    #[test]
+    fn driver_that_waits_for_more_is_owed_nothing() {
+        let ram = map_ram(32 << 20).unwrap();
+        let queue = QueueRegisters {
+            max_size: 64,
+            size: 16,
+            vector: 1,
+            enabled: true,
+            descriptors: 0x1000,
+            driver: 0x2000,
+            device: 0x3000,
+        };
+        ram.write_obj(7u16.to_le(), GuestAddress(0x2000 + 4 + 32)).unwrap();
+        let cases = [(7, true), (8, false), (6, false), (0, false), (u16::MAX, false)];
+        for (used, up_to_date) in cases {
+            assert_eq!(is_up_to_date(&ram, &queue, used), up_to_date, "{used}");
+        }
+        // Where there is no ring, nothing is known.
+        for driver in [u64::MAX - 1, 1 << 40, (32 << 20) - 36] {
+            assert!(!is_up_to_date(&ram, &QueueRegisters { driver, ..queue }, 0), "{driver:#x}");
         }
     }
 }
