@@ -101,8 +101,8 @@ impl Saving {
             .iter()
             .map(|(index, vcpu)| VcpuState::of(vcpu, *index, &self.registers))
             .collect::<Result<_, _>>()?;
-        let empty = write_memory(&self.ram, memory).map_err(SaveError::Memory)?;
-        memory::gather(memory).map_err(SaveError::Memory)?;
+        let used = write_memory(&self.ram, memory).map_err(SaveError::Memory)?;
+        memory::gather(memory, &used).map_err(SaveError::Memory)?;
         let snapshot = Snapshot {
             vmm: RELEASE.into(),
             memory_mib: self.memory_mib,
@@ -111,7 +111,7 @@ impl Saving {
             vcpus,
             vm: vm.state()?,
             devices,
-            empty,
+            empty: empty(&used),
         };
         Ok(snapshot.write(&mut state)?)
     }
@@ -138,13 +138,13 @@ impl Saving {
     }
 }
 
-/// Writes the guest's memory, range behind range, and leaves holes for pages of zeros. Returns the numbers of the huge pages
-/// of the file in which there is nothing else.
-fn write_memory(ram: &GuestRam, file: &File) -> std::io::Result<Vec<u32>> {
+/// Writes the guest's memory, range behind range, and leaves holes for pages of zeros. Returns for each huge page of the file,
+/// in order, how many of its pages are more than that.
+fn write_memory(ram: &GuestRam, file: &File) -> std::io::Result<Vec<u16>> {
     let length = ram.iter().map(GuestMemoryRegion::len).sum();
     file.set_len(length)?;
     let mut page = [0; PAGE_BYTES];
-    let mut empty: Vec<bool> = vec![true; (length / HUGE_PAGE_BYTES) as usize];
+    let mut used = vec![0; (length / HUGE_PAGE_BYTES) as usize];
     let mut offset = 0;
     for region in ram.iter() {
         for at in (0..region.len()).step_by(PAGE_BYTES) {
@@ -153,13 +153,18 @@ fn write_memory(ram: &GuestRam, file: &File) -> std::io::Result<Vec<u32>> {
             if page != [0; PAGE_BYTES] {
                 file.write_all_at(&page, offset + at)?;
                 // What is behind the last whole one has no number.
-                let huge = empty.get_mut(((offset + at) / HUGE_PAGE_BYTES) as usize);
-                huge.into_iter().for_each(|huge| *huge = false);
+                let huge = used.get_mut(((offset + at) / HUGE_PAGE_BYTES) as usize);
+                huge.into_iter().for_each(|pages| *pages += 1);
             }
         }
         offset += region.len();
     }
-    Ok((0..).zip(empty).filter_map(|(number, empty)| empty.then_some(number)).collect())
+    Ok(used)
+}
+
+/// The numbers of the huge pages in which there is nothing but zeros.
+fn empty(used: &[u16]) -> Vec<u32> {
+    (0..).zip(used).filter_map(|(number, pages)| (*pages == 0).then_some(number)).collect()
 }
 
 #[cfg(test)]
@@ -178,7 +183,9 @@ mod tests {
         ram.write_slice(b"end", GuestAddress((32 << 20) - 3)).unwrap();
         ram.write_slice(b"middle", GuestAddress(5 << 20)).unwrap();
         let file = tempfile::tempfile().unwrap();
-        let empty = write_memory(&ram, &file).unwrap();
+        let used = write_memory(&ram, &file).unwrap();
+        assert_eq!((used.len(), used[2], used[15]), (16, 1, 1));
+        let empty = empty(&used);
         assert_eq!(empty, (0..15).filter(|number| *number != 2).collect::<Vec<_>>());
         let metadata = file.metadata().unwrap();
         assert_eq!(metadata.len(), 32 << 20);

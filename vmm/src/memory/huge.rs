@@ -3,35 +3,32 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::FileExt;
 use std::ptr::null_mut;
 
 /// Bytes of a huge page, as a table of the processor's maps it.
 pub const HUGE_PAGE_BYTES: u64 = 2 << 20;
 const PAGE_BYTES: usize = 4096;
 /// A huge page is worth its memory when so many of its pages are more than zeros.
-const GATHERED_FROM: usize = HUGE_PAGE_BYTES as usize / PAGE_BYTES * 3 / 4;
+const GATHERED_FROM: u16 = (HUGE_PAGE_BYTES as usize / PAGE_BYTES * 3 / 4) as u16;
 
-/// Asks the kernel to keep a file of saved memory in huge pages, where most of one is more than zeros. What a guest only
-/// reads, its kernel's code above all, then takes it one fault for 512 pages. Returns for how many the kernel did it: none
-/// on a file system that cannot (a tmpfs can, and others with CONFIG_READ_ONLY_THP_FOR_FS).
+/// Asks the kernel to keep a file of saved memory in huge pages, where most of one is more than zeros: `used` tells of each, in
+/// order, how many of its pages are. What a guest only reads, its kernel's code above all, then takes it one fault for 512
+/// pages. Returns for how many the kernel did it: none on a file system that cannot (a tmpfs can, and others with
+/// CONFIG_READ_ONLY_THP_FOR_FS).
 ///
 /// # Errors
-/// The file cannot be read or mapped.
-pub fn gather(file: &File) -> io::Result<u32> {
-    let bytes = file.metadata()?.len() / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
+/// The file cannot be mapped.
+pub fn gather(file: &File, used: &[u16]) -> io::Result<u32> {
+    let bytes = used.len() as u64 * HUGE_PAGE_BYTES;
     if bytes == 0 {
         return Ok(0);
     }
     let start = map(file, 0, bytes, libc::PROT_READ, libc::MAP_SHARED)?;
     let mut gathered = 0;
-    for at in (0..bytes).step_by(HUGE_PAGE_BYTES as usize) {
-        if used_pages(file, at)? < GATHERED_FROM {
-            continue;
-        }
+    for (number, _) in used.iter().enumerate().filter(|(_, pages)| **pages >= GATHERED_FROM) {
         // SAFETY: the range is of the mapping above, which nothing else knows.
         let result = unsafe {
-            let page = start.add(at as usize).cast();
+            let page = start.add(number * HUGE_PAGE_BYTES as usize).cast();
             libc::madvise(page, HUGE_PAGE_BYTES as usize, libc::MADV_COLLAPSE)
         };
         gathered += u32::from(result == 0);
@@ -39,17 +36,6 @@ pub fn gather(file: &File) -> io::Result<u32> {
     // SAFETY: as above; nothing points into it any more.
     unsafe { libc::munmap(start.cast(), bytes as usize) };
     Ok(gathered)
-}
-
-/// How many pages of a huge page are more than zeros.
-fn used_pages(file: &File, at: u64) -> io::Result<usize> {
-    let mut used = 0;
-    let mut page = [0; PAGE_BYTES];
-    for offset in (at..at + HUGE_PAGE_BYTES).step_by(PAGE_BYTES) {
-        file.read_exact_at(&mut page, offset)?;
-        used += usize::from(page != [0; PAGE_BYTES]);
-    }
-    Ok(used)
 }
 
 /// Maps nothing but zeros in place of huge pages of a file, by their numbers, in the mappings of the file, one behind the
@@ -140,6 +126,8 @@ pub(super) fn map(
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
     use vm_memory::{Bytes, GuestAddress, GuestMemory};
 
     use super::*;
@@ -156,9 +144,7 @@ mod tests {
         }
         file.write_all_at(b"little", 4096).unwrap();
         file.write_all_at(b"end", (7 << 20) - 3).unwrap();
-        assert_eq!(used_pages(&file, 0).unwrap(), 1);
-        assert_eq!(used_pages(&file, 2 << 20).unwrap(), 512);
-        let gathered = gather(&file).unwrap();
+        let gathered = gather(&file, &[1, 512, 0]).unwrap();
         assert!(gathered <= 1, "{gathered}");
         let none = Room { start: 4 << 30, bytes: 1 << 30, present: 0 };
         let ram = map_saved_ram(7 << 20, (file.try_clone().unwrap(), &[2]), none, 0).unwrap();
@@ -174,6 +160,6 @@ mod tests {
         assert_eq!(&page[..3], b"end");
         file.read_exact_at(&mut page, 0x20_0000).unwrap();
         assert_eq!(u64::from_le_bytes(page), 512, "a guest's write has reached the template");
-        assert_eq!(gather(&tempfile::tempfile().unwrap()).unwrap(), 0);
+        assert_eq!(gather(&tempfile::tempfile().unwrap(), &[]).unwrap(), 0);
     }
 }

@@ -315,10 +315,7 @@ const SAVER: &[Call] = &[
             ],
         ),
     ),
-    (libc::SYS_fstat, Any),
-    (libc::SYS_statx, Any),
     (libc::SYS_ftruncate, Any),
-    (libc::SYS_pread64, Any),
     (libc::SYS_pwrite64, Any),
 ];
 

@@ -120,15 +120,26 @@ impl VirtioPci {
     /// way when the state was taken is not in it, and drivers bear one that has no reason. But each
     /// costs a guest that has just begun to go on some of its time, and most of its pages are to come.
     fn interrupt_what_is_due(&self, positions: &[(u16, u16)]) {
-        let events = self.registers.features() & FEATURE_EVENT_IDX != 0;
-        let queues = self.registers.queues().iter().zip(positions);
-        let due = queues.filter(|(queue, (_, used))| {
-            queue.enabled && !(events && is_up_to_date(&self.ram, queue, *used))
-        });
         let config = (!self.device.has_constant_config()).then(|| self.registers.config_vector());
-        let vectors: BTreeSet<u16> = due.map(|(queue, _)| queue.vector).chain(config).collect();
-        vectors.into_iter().for_each(|vector| self.interrupt(vector).trigger());
+        let events = self.registers.features() & FEATURE_EVENT_IDX != 0;
+        let queues = self.registers.queues().iter().zip(positions.iter().map(|(_, used)| *used));
+        let mut due = vectors_due(&self.ram, events, queues);
+        due.extend(config);
+        due.into_iter().for_each(|vector| self.interrupt(vector).trigger());
     }
+}
+
+/// The vectors of queues, each with how much of it was used, of which the driver may not have taken all. Only one that has
+/// negotiated `events` (`VIRTIO_F_EVENT_IDX`) tells.
+fn vectors_due<'a>(
+    ram: &GuestRam,
+    events: bool,
+    queues: impl Iterator<Item = (&'a QueueRegisters, u16)>,
+) -> BTreeSet<u16> {
+    queues
+        .filter(|(queue, used)| queue.enabled && !(events && is_up_to_date(ram, queue, *used)))
+        .map(|(queue, _)| queue.vector)
+        .collect()
 }
 
 /// Whether the driver has taken all that the device has used of a queue, `used` in all: it has said that it wants to know
@@ -165,5 +176,31 @@ mod tests {
         for driver in [u64::MAX - 1, 1 << 40, (32 << 20) - 36] {
             assert!(!is_up_to_date(&ram, &QueueRegisters { driver, ..queue }, 0), "{driver:#x}");
         }
+    }
+
+    #[test]
+    fn driver_that_may_have_missed_something_is_interrupted() {
+        let ram = map_ram(32 << 20).unwrap();
+        let queue = |vector: u16, enabled| QueueRegisters {
+            max_size: 16,
+            size: 16,
+            vector,
+            enabled,
+            descriptors: 0,
+            driver: u64::from(vector) << 12,
+            device: 0,
+        };
+        let queues = [queue(1, true), queue(2, true), queue(3, false)];
+        for queue in &queues {
+            ram.write_obj(7u16.to_le(), GuestAddress(queue.driver + 4 + 32)).unwrap();
+        }
+        let due = |events, used: [u16; 3]| {
+            Vec::from_iter(vectors_due(&ram, events, queues.iter().zip(used)))
+        };
+        // The last is none that a driver has.
+        assert!(due(true, [7, 7, 8]).is_empty());
+        assert_eq!(due(true, [7, 8, 8]), [2]);
+        assert_eq!(due(true, [8, 6, 8]), [1, 2]);
+        assert_eq!(due(false, [7, 7, 7]), [1, 2]);
     }
 }
