@@ -2,6 +2,7 @@
 
 use std::{
     io::Read,
+    os::fd::AsFd,
     path::Path,
     process::{Command, Stdio},
     time::{Duration, Instant},
@@ -86,6 +87,7 @@ pub fn run() -> Vec<Finding> {
             findings.push(kvm(usable.then_some(config.vmm.as_path())));
             findings.push(jail(&config));
             findings.push(templates(&config));
+            findings.push(rings(&config));
         }
         Err(error) => {
             findings.push(finding("configuration", Verdict::Broken, error.to_string()));
@@ -127,6 +129,29 @@ fn templates(config: &Config) -> Finding {
             Finding { text: format!("{}; the last try failed: {failure}", found.text), ..found }
         }
         _ => found,
+    }
+}
+
+/// Whether requests to block devices are given to the kernel together.
+fn rings(config: &Config) -> Finding {
+    let optional =
+        |verdict, text: String| Finding { required: false, ..finding("io_uring", verdict, text) };
+    let without = "requests to block devices are done one after the other";
+    if !config.io_uring {
+        return optional(Verdict::Missing, format!("off (`io_uring = false`): {without}"));
+    }
+    if !config.jail {
+        return optional(Verdict::Missing, format!("{without}, since VMMs have no jail"));
+    }
+    // Any file will do.
+    let made = std::fs::File::open("/dev/null")
+        .map_err(|error| error.to_string())
+        .and_then(|file| vial_ring::make(file.as_fd(), false).map_err(|error| error.to_string()));
+    match made {
+        Ok(_) => {
+            optional(Verdict::Ok, "requests to block devices go to the kernel together".into())
+        }
+        Err(error) => optional(Verdict::Broken, format!("{without}: {error}")),
     }
 }
 

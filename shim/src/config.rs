@@ -6,6 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::devices::{DeviceError, address::Address};
+use crate::disks::cache::Cache;
 use crate::jail::user_ids::Range;
 use crate::vhost_user::listed::{Entry, Listed};
 use serde::Deserialize;
@@ -94,6 +95,10 @@ pub struct File {
     pub network_functions: Option<Vec<String>>,
     /// Whether each VMM has its cores to itself.
     pub core_scheduling: Option<bool>,
+    /// How block devices of pods are cached.
+    pub disk_cache: Option<Cache>,
+    /// Whether their requests are given to the kernel together.
+    pub io_uring: Option<bool>,
     /// Devices of other processes that pods may name.
     pub vhost_user: Option<Vec<Entry>>,
 }
@@ -146,6 +151,10 @@ pub struct Config {
     pub network_functions: Vec<String>,
     /// Whether each VMM has the cores to itself on which it runs, see [`crate::core_scheduling`].
     pub core_scheduling: bool,
+    /// How block devices of pods are cached, see [`crate::disks`].
+    pub disk_cache: Cache,
+    /// Whether VMMs get rings of io_uring for them, see [`crate::jail::rings`].
+    pub io_uring: bool,
     /// Devices of other processes that pods may name, see [`crate::vhost_user`].
     pub vhost_user: Vec<Listed>,
 }
@@ -281,6 +290,8 @@ impl Config {
             hot_plug_devices: file.hot_plug_devices.unwrap_or(true),
             network_functions: drivers(path, file.network_functions)?,
             core_scheduling: file.core_scheduling.unwrap_or(false),
+            disk_cache: file.disk_cache.unwrap_or_default(),
+            io_uring: file.io_uring.unwrap_or(true),
             vhost_user: listed_devices(path, file.vhost_user.unwrap_or_default())?,
         })
     }

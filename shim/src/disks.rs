@@ -4,6 +4,9 @@
 //! A block volume (Kubernetes' `volumeDevices`) is an entry of a spec's `linux.devices`, with the numbers that the host has
 //! for it. The VM gets a disk for it when the first container comes, and loses it when the last one that has it goes.
 
+pub mod cache;
+pub mod limits;
+
 use std::{collections::BTreeSet, path::PathBuf};
 
 use serde::Deserialize;
@@ -85,6 +88,12 @@ pub enum DiskError {
         /// What went wrong.
         error: std::io::Error,
     },
+    /// The annotation says something else.
+    #[error(
+        "the annotation {annotation} is '{0}'; it can be direct or writeback",
+        annotation = cache::ANNOTATION
+    )]
+    Annotation(String),
     /// It cannot be opened.
     #[error(
         "cannot open the block device {path:?} of the host: {error}; does something else hold it?"

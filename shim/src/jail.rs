@@ -7,6 +7,7 @@
 //! - [`cgroup`]: where the VMM and all that it costs is accounted for, and its limits.
 //! - [`descriptors`]: what it is handed cannot lead it out, nor be used to change what it shows.
 //! - [`system_calls`]: the base filter, below the filters that the VMM puts on its own threads.
+//! - [`rings`]: how it comes to rings of io_uring for its disks, and to no others.
 //! - [`child`]: new namespaces, the shared tree as root, capabilities, the exec.
 //!
 //! `docs/threat-model.md` says what each of them buys.
@@ -14,6 +15,7 @@
 pub mod cgroup;
 mod child;
 pub mod descriptors;
+pub mod rings;
 mod step;
 pub mod system_calls;
 pub mod user_ids;

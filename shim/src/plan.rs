@@ -23,6 +23,7 @@ use crate::{
     config::Config,
     core_scheduling::{self, CoreSchedulingError},
     devices::wanted::Wanted,
+    disks::cache::{self, Cache},
     numa::{self, NumaError, claim::Claim},
     pod_files::PodFiles,
     sandbox::Plan,
@@ -84,6 +85,7 @@ struct Asked {
     numa: numa::Wanted,
     template: bool,
     own_cores: bool,
+    disk_cache: Option<Cache>,
 }
 
 impl Asked {
@@ -93,6 +95,7 @@ impl Asked {
             numa: numa::Wanted::new(annotations)?,
             template: template::allowed(annotations)?,
             own_cores: core_scheduling::wanted(annotations)?,
+            disk_cache: cache::wanted(annotations).map_err(SpecError::from)?,
         })
     }
 }
@@ -164,10 +167,11 @@ impl Place {
         limits: Limits,
         network_namespace: Option<PathBuf>,
         pod: ConfigurePodRequest,
-        Asked { served, numa, template, own_cores }: Asked,
+        Asked { served, numa, template, own_cores, disk_cache }: Asked,
     ) -> Result<Plan, PlanError> {
         let mut config = self.config.clone().map_err(PlanError::Config)?;
         config.core_scheduling |= own_cores;
+        config.disk_cache = disk_cache.unwrap_or(config.disk_cache);
         let own = Size { vcpus: config.vcpus, memory_mib: config.memory_mib };
         (config.vcpus, config.memory_mib) = size::of_vm(limits, config.vcpus, config.memory_mib);
         // The most memory is a multiple of both sizes of pages.

@@ -25,13 +25,14 @@ const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
 /// How annotations begin that are for Vial.
 const OURS: &str = "io.vial/";
 /// Those that there are.
-const ANNOTATIONS: [&str; 6] = [
+const ANNOTATIONS: [&str; 7] = [
     devices::ANNOTATION,
     vhost_user::ANNOTATION,
     numa::ANNOTATION,
     numa::HUGE_PAGES,
     template::ANNOTATION,
     core_scheduling::ANNOTATION,
+    disks::cache::ANNOTATION,
 ];
 const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 /// Where a container has memory to share, and where CRI gives it the pod's.

@@ -20,7 +20,7 @@ use tokio::{
 };
 use vial_vmm_api::ExitReason;
 
-use crate::jail::{self, Confinement, JailError};
+use crate::jail::{self, Confinement, JailError, rings::Rings};
 
 /// Memory that a VMM with functions of the host may lock beside its guest's, in MiB.
 const OTHER_LOCKED_MIB: u64 = 16;
@@ -69,6 +69,7 @@ pub struct VmmProcess {
     pidfd: OwnedFd,
     ended: watch::Receiver<Option<ExitStatus>>,
     lines: Arc<Mutex<VecDeque<String>>>,
+    rings: Option<Rings>,
 }
 
 impl VmmProcess {
@@ -87,12 +88,15 @@ impl VmmProcess {
     ) -> Result<Self, VmmProcessError> {
         let pipe = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC);
         let (said, output) = pipe.map_err(process("make a pipe for"))?;
-        let (pid, pidfd) = match jail {
+        let (pid, pidfd, rings) = match jail {
             Some(jail) => {
                 let jailed = jail::spawn(program, socket, output, &jail).await?;
-                (jailed.pid, jailed.pidfd)
+                (jailed.pid, jailed.pidfd, jailed.rings)
             }
-            None => spawn_unjailed(program, socket, output)?,
+            None => {
+                let (pid, pidfd) = spawn_unjailed(program, socket, output)?;
+                (pid, pidfd, None)
+            }
         };
         let lines = Arc::new(Mutex::new(VecDeque::new()));
         let said =
@@ -108,7 +112,12 @@ impl VmmProcess {
                 Err(error) => tracing::error!("cannot wait for the VMM: {error}"),
             }
         });
-        Ok(Self { pid, pidfd, ended, lines })
+        Ok(Self { pid, pidfd, ended, lines, rings })
+    }
+
+    /// By which it gets rings for disks, if it can.
+    pub fn rings(&self) -> Option<&Rings> {
+        self.rings.as_ref()
     }
 
     /// Its process number.

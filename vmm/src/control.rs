@@ -198,9 +198,9 @@ impl Control {
                     PassError::is_invalid_request,
                 )
                 .map(|()| Reply::Done),
-            Action::AddDisk { file, read_only, serial } => {
+            Action::AddDisk { file, read_only, serial, shape, ring } => {
                 let add = |machine: &mut RunningMachine| {
-                    machine.add_disk(file, read_only, &serial, descriptors)
+                    machine.add_disk(file, read_only, &serial, (&shape, ring), descriptors)
                 };
                 self.change(VmEvent::Pass, add, DiskError::is_invalid_request)
                     .map(|device| Reply::DiskAdded { device })

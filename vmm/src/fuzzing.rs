@@ -4,12 +4,14 @@
 //! numbers, little endian, from those behind it; the script ends where it has too few. Every run of
 //! bytes is a script, so a mutated one is, too.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, OnceLock};
 
+use vial_vmm_api::DiskShape;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::layout::ECAM_SIZE;
+use crate::devices::block::Block;
 use crate::devices::net::on_socket::OnSocket;
 use crate::devices::testing::{BUFFERS, Bench, NEXT, WRITE, ram};
 use crate::event_loop::EventLoop;
@@ -99,6 +101,21 @@ fn step(bench: &mut Bench, script: &mut Script<'_>) -> Option<()> {
         _ => bench.kick(queue),
     }
     Some(())
+}
+
+/// A disk with that data: with three queues by a ring of io_uring, where the kernel makes one, or with one queue.
+///
+/// # Panics
+/// When it can be no disk.
+#[allow(unsafe_code)]
+pub fn disk(data: OwnedFd, read_only: bool, by_ring: bool) -> Block {
+    let made = by_ring.then(|| vial_ring::make(data.as_fd(), !read_only).ok()).flatten();
+    let ring = made.map(|(ring, layout)| {
+        // SAFETY: they are of one ring.
+        unsafe { vial_ring::Ring::adopt(ring, layout).expect("its memory") }
+    });
+    let shape = DiskShape { queues: if by_ring { 3 } else { 1 }, ..DiskShape::default() };
+    Block::new(data, read_only, "fuzzed", &shape, ring).expect("a disk")
 }
 
 /// Offers a queue of the device `count` buffers that the device may write to, before any script.

@@ -21,8 +21,8 @@ use std::sync::{Arc, Mutex};
 
 use kvm_ioctls::VcpuFd;
 use vial_vmm_api::{
-    API_VERSION, AddedFunctions, BootReport, Descriptor, DeviceConfig, MAX_COMMAND_LINE_BYTES,
-    MAX_DEVICES, MAX_PASSED_FUNCTIONS, MEMORY_MIB, VCPUS, VmConfig, VmSize,
+    API_VERSION, AddedFunctions, BootReport, Descriptor, DeviceConfig, DiskShape,
+    MAX_COMMAND_LINE_BYTES, MAX_DEVICES, MAX_PASSED_FUNCTIONS, MEMORY_MIB, VCPUS, VmConfig, VmSize,
 };
 use vmm_sys_util::eventfd::EventFd;
 
@@ -502,9 +502,12 @@ impl RunningMachine {
         file: Descriptor,
         read_only: bool,
         serial: &str,
+        (shape, ring): (&DiskShape, Option<vial_ring::Layout>),
         mut descriptors: Descriptors,
     ) -> Result<u8, DiskError> {
-        self.disks.add(descriptors.take(file, "the disk")?, read_only, serial)
+        let file = descriptors.take(file, "the disk")?;
+        let ring = ring.and_then(disks::take_ring);
+        self.disks.add(file, read_only, serial, shape, ring)
     }
 
     /// Takes a disk that was added.

@@ -60,6 +60,8 @@ enum Check {
     Without(u8, u64),
     /// It has all of them.
     With(u8, u64),
+    /// All of these arguments are these.
+    Is(&'static [(u8, u64)]),
 }
 
 impl Check {
@@ -71,6 +73,10 @@ impl Check {
             }
             Self::Without(argument, bits) => {
                 vec![vec![Condition::masked(argument, bits as u32, 0)]]
+            }
+            Self::Is(all) => {
+                let is = |(argument, value): &(u8, u64)| Condition::is(*argument, *value as u32);
+                vec![all.iter().map(is).collect()]
             }
             Self::With(argument, bits) => {
                 vec![vec![Condition::masked(argument, bits as u32, bits as u32)]]

@@ -11,8 +11,8 @@ use std::io::{Read, Seek};
 use client::{Attachments, Vmm};
 use guests::{POWER_OFF, Request, file, kernel, out, request, start, tap};
 use vial_vmm_api::{
-    Action, Descriptor, DeviceConfig, Event, ExitReason, Failure, FailureKind, MAX_LATE_DISKS,
-    MAX_LATE_INTERFACES, MAX_PASSED_FUNCTIONS, Reply, VmState,
+    Action, Descriptor, DeviceConfig, DiskShape, Event, ExitReason, Failure, FailureKind,
+    MAX_LATE_DISKS, MAX_LATE_INTERFACES, MAX_PASSED_FUNCTIONS, Reply, VmState,
 };
 
 /// `mov eax, [address]; mov dx, 0x3f8; out dx, al; shr eax, 8; …` for all four bytes.
@@ -187,7 +187,9 @@ fn functions_that_cannot_be_added_are_refused_and_the_vm_runs_on() {
 fn add_disk(vmm: &mut Vmm, file: File, read_only: bool) -> Result<Reply, Failure> {
     let mut files = Attachments::default();
     let file = files.add(file);
-    vmm.ask(Action::AddDisk { file, read_only, serial: "late".into() }, &files.all())
+    let (shape, ring) = (DiskShape::default(), None);
+    let action = Action::AddDisk { file, read_only, serial: "late".into(), shape, ring };
+    vmm.ask(action, &files.all())
 }
 
 #[test]

@@ -21,8 +21,9 @@ pub const ROOT: &str = "/sys/fs/cgroup";
 const CONTROLLERS: [&str; 2] = ["memory", "pids"];
 /// What a place on the host needs, besides.
 const CPUSET: [&str; 1] = ["cpuset"];
-/// Threads of a VMM besides its vCPUs, and those that KVM starts for it, with room.
-const OTHER_TASKS: u64 = 32;
+/// Threads of a VMM besides its vCPUs, those that KVM starts for it, and those of disks' rings ([`vial_ring::WORKERS`]), with
+/// room.
+const OTHER_TASKS: u64 = 32 + vial_ring::WORKERS as u64;
 /// How long a cgroup may stay busy after its processes were killed.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -345,7 +346,7 @@ mod tests {
     #[test]
     fn limits_leave_room_for_a_healthy_vm() {
         let limits = Limits { vcpus: 64, memory_mib: 65536, overhead_mib: 128 };
-        assert_eq!(limits.pids_max(), 96);
+        assert_eq!(limits.pids_max(), 100);
         let pages = u64::from(limits.memory_mib) << 8;
         assert!(limits.memory_max() >= ((65536 + 128) << 20) + pages * 24 * 2);
     }

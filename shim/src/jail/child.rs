@@ -20,12 +20,15 @@ use rustix::{
 use seccompiler::BpfProgram;
 use tokio::io::AsyncReadExt;
 
+use super::rings::{self, Rings};
 use super::step::{REPORT_BYTES, Step};
 use super::system_calls::{self, PROGRAM_FD};
 
 /// The descriptor under which the VMM finds its socket.
 pub(super) const API_FD: RawFd = 3;
 const REPORT_FD: RawFd = 5;
+/// Where the listener for its requests for rings goes to the shim.
+const RINGS_FD: RawFd = 6;
 /// Descriptors are moved above those that the child gives away.
 const FIRST_FREE_FD: RawFd = 16;
 
@@ -115,6 +118,8 @@ pub struct Jailed {
     pub pidfd: OwnedFd,
     /// Whether it has a user namespace. The host's configuration may not allow any.
     pub user_namespace: bool,
+    /// What it waits at for rings; none where the kernel has no such thing.
+    pub rings: Option<Rings>,
 }
 
 /// All that the child needs, made before it is.
@@ -125,9 +130,11 @@ struct Prepared {
     input: OwnedFd,
     output: OwnedFd,
     report: OwnedFd,
+    rings: OwnedFd,
     go: Go,
     user_id: u32,
     open_files: libc::rlimit,
+    rings_filter: BpfProgram,
     filters: [BpfProgram; 2],
 }
 
@@ -153,8 +160,10 @@ pub async fn spawn(
     let (reports, report) = pipe()?;
     let (go, release) = pipe()?;
     let go = Go { word: go, release: release.as_raw_fd() };
-    let prepared = Prepared::new(program, socket, output, report, go, confinement)?;
-    let jailed = start(&prepared, confinement.cgroup)?;
+    let (way, rings) = rings::way().map_err(prepare("make a socket"))?;
+    let theirs = [socket, output, report, rings];
+    let prepared = Prepared::new(program, theirs, go, confinement)?;
+    let mut jailed = start(&prepared, confinement.cgroup)?;
     // Its own copies are what the child has; the pipe's end has to show.
     drop(prepared);
     let entered = async {
@@ -163,7 +172,10 @@ pub async fn spawn(
         hear(reports).await
     };
     match entered.await {
-        Ok(()) => Ok(jailed),
+        Ok(()) => {
+            jailed.rings = rings::take(&way).map_err(prepare("listen to requests for rings"))?;
+            Ok(jailed)
+        }
         Err(error) => {
             let kill = rustix::process::Signal::KILL;
             let _ = rustix::process::pidfd_send_signal(&jailed.pidfd, kill);
@@ -228,9 +240,7 @@ fn refuses_user_namespaces(error: &io::Error) -> bool {
 impl Prepared {
     fn new(
         program: &Path,
-        socket: OwnedFd,
-        output: OwnedFd,
-        report: OwnedFd,
+        [socket, output, report, rings]: [OwnedFd; 4],
         go: Go,
         confinement: &Confinement<'_>,
     ) -> Result<Self, JailError> {
@@ -256,9 +266,11 @@ impl Prepared {
             input: up(input)?,
             output: up(output)?,
             report: up(report)?,
+            rings: up(rings)?,
             go: Go { word: up(go.word)?, release: go.release },
             user_id: confinement.user_id,
             open_files: libc::rlimit { rlim_cur: files, rlim_max: files },
+            rings_filter: rings::filter(),
             filters: system_calls::filters()?,
         })
     }
@@ -295,7 +307,7 @@ fn clone(prepared: &Prepared, cgroup: BorrowedFd<'_>, user_namespace: bool) -> i
         Ok(pid) => {
             // SAFETY: the kernel has just made the descriptor, for us alone.
             let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
-            Ok(Jailed { pid, pidfd, user_namespace })
+            Ok(Jailed { pid, pidfd, user_namespace, rings: None })
         }
         Err(_) => Err(error),
     }
@@ -371,6 +383,8 @@ fn steps(prepared: &Prepared) -> Result<(), Step> {
     reset_signals()?;
     // SAFETY: no pointers.
     done(Step::NoNewPrivileges, unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) })?;
+    // Below the base filter, which lets no other listener in.
+    rings::install(&prepared.rings_filter, RINGS_FD);
     for filter in &prepared.filters {
         let program = libc::sock_fprog {
             len: filter.len() as u16,
@@ -445,6 +459,7 @@ fn keep_descriptors(prepared: &Prepared) -> Result<(), Step> {
         (prepared.socket.as_raw_fd(), API_FD, 0),
         (prepared.program.as_raw_fd(), PROGRAM_FD, libc::O_CLOEXEC),
         (prepared.report.as_raw_fd(), REPORT_FD, libc::O_CLOEXEC),
+        (prepared.rings.as_raw_fd(), RINGS_FD, libc::O_CLOEXEC),
     ];
     for (from, to, flags) in moves {
         // SAFETY: no pointers. What had those numbers is the shim's, and not used here.
@@ -452,7 +467,7 @@ fn keep_descriptors(prepared: &Prepared) -> Result<(), Step> {
     }
     // SAFETY: no pointers; nothing above is used from here on.
     let closed =
-        unsafe { libc::syscall(libc::SYS_close_range, REPORT_FD + 1, libc::c_uint::MAX, 0) };
+        unsafe { libc::syscall(libc::SYS_close_range, RINGS_FD + 1, libc::c_uint::MAX, 0) };
     done(Step::Descriptors, closed)
 }
 

@@ -76,13 +76,15 @@ pub fn open_device(path: &Path) -> io::Result<File> {
 }
 
 /// Opens a block device for reading, or for reading and writing; nobody can change its node by what is returned, nor open
-/// it again, to write what is only to be read.
+/// it again, to write what is only to be read. `direct` is without the host's page cache.
 ///
 /// # Errors
 /// The device is absent or refuses, or the caller may not mount.
-pub fn open_disk(path: &Path, read_only: bool) -> io::Result<File> {
+pub fn open_disk(path: &Path, read_only: bool, direct: bool) -> io::Result<File> {
     let tree = detached(path, SHUT)?;
-    let file = reopen(&tree, if read_only { OFlags::RDONLY } else { OFlags::RDWR })?;
+    let access = if read_only { OFlags::RDONLY } else { OFlags::RDWR };
+    let cache = if direct { OFlags::DIRECT } else { OFlags::empty() };
+    let file = reopen(&tree, access | cache)?;
     set(&tree, libc::MOUNT_ATTR_NODEV)?;
     Ok(file)
 }

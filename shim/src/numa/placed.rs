@@ -109,6 +109,11 @@ impl Placed {
         self.now.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
+    /// How large the VM is now.
+    pub fn size(&self) -> Size {
+        self.lock().size
+    }
+
     /// Pins the threads of the VMM, whose vCPUs run.
     ///
     /// # Errors

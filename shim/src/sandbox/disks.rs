@@ -5,18 +5,24 @@
 use std::{
     fs::{self, File},
     io,
-    os::{linux::fs::MetadataExt, unix::fs::FileTypeExt},
+    os::{
+        fd::{AsFd, OwnedFd},
+        linux::fs::MetadataExt,
+        unix::fs::FileTypeExt,
+    },
     path::{Path, PathBuf},
+    sync::Once,
     time::Duration,
 };
 
 use tokio::time::timeout;
 use vial_agent_protocol::agent::ServedDevice;
-use vial_vmm_api::{Action, Reply};
+use vial_ring::Layout;
+use vial_vmm_api::{Action, DiskCache, DiskShape, Reply};
 
 use super::{Given, Sandbox, vmm};
 use crate::{
-    disks::{Disk, DiskError, Wanted},
+    disks::{Disk, DiskError, Wanted, cache::Cache, limits::Limits},
     error::ServiceError,
     jail::descriptors,
     vmm_client::VmmError,
@@ -60,18 +66,20 @@ impl Sandbox {
         if let Some(device) = disks.join(disk, container) {
             return Ok(device);
         }
-        let file = open(disk)?;
+        let (file, shape) = open(disk, self.disk_cache, self.placed.size().vcpus)?;
         let (major, minor) = disk.numbers;
+        let ring = self.ring(&file, disk);
         let mut handed = Given::default();
         let action = Action::AddDisk {
             file: handed.add(&file),
             read_only: disk.read_only,
             // What the guest tells it by, besides its place.
             serial: format!("{major}:{minor}"),
+            shape,
+            ring: ring.as_ref().map(|(_, layout)| *layout),
         };
-        let asked = timeout(PATIENCE, self.vmm.request(action, &handed.0)).await;
         let failed = vmm("give a disk to the VM");
-        let device = match asked.unwrap_or(Err(VmmError::Late(PATIENCE))) {
+        let device = match self.ask_for_disk(action, &handed, ring).await {
             Ok(Reply::DiskAdded { device }) => device,
             Ok(_) => return Err(failed(VmmError::Answer)),
             Err(error) => return Err(failed(error)),
@@ -82,6 +90,51 @@ impl Sandbox {
         self.agent.add_functions(vec![device.into()]).await?;
         tracing::info!("the VM has the block device {major}:{minor} of the host");
         Ok(device)
+    }
+
+    /// A ring for a disk, unless there is to be none, or the host has none: then its requests are done one after the other.
+    fn ring(&self, file: &File, disk: Disk) -> Option<(OwnedFd, Layout)> {
+        if !self.io_uring {
+            return None;
+        }
+        let made = match self.process.rings() {
+            Some(_) => vial_ring::make(file.as_fd(), !disk.read_only).map_err(|e| e.to_string()),
+            None => Err("the VMM has no jail, or the kernel no listener for its filter".into()),
+        };
+        // A shim has one VM.
+        static TOLD: Once = Once::new();
+        made.inspect_err(|error| {
+            TOLD.call_once(|| {
+                tracing::warn!("requests to the VM's disks are done one after the other: {error}");
+            });
+        })
+        .ok()
+    }
+
+    /// Asks the VMM to add a disk, and gives it the ring that it waits for before it answers.
+    async fn ask_for_disk(
+        &self,
+        action: Action,
+        handed: &Given<'_>,
+        ring: Option<(OwnedFd, Layout)>,
+    ) -> Result<Reply, VmmError> {
+        let answer = async {
+            let asked = timeout(PATIENCE, self.vmm.request(action, &handed.0)).await;
+            asked.unwrap_or(Err(VmmError::Late(PATIENCE)))
+        };
+        let hand_over = async {
+            if let (Some(rings), Some((ring, _))) = (self.process.rings(), ring)
+                && let Err(error) = rings.hand_over(ring.as_fd()).await
+            {
+                tracing::warn!("the VM's disk does not get its ring: {error}");
+            }
+            // The VMM's answer ends this.
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            reply = answer => reply,
+            () = hand_over => Err(VmmError::Answer),
+        }
     }
 
     /// A container has gone, or does not come: takes the disks from the VM that nobody else uses. What cannot be taken
@@ -105,19 +158,36 @@ impl Sandbox {
     }
 }
 
-/// Opens a block device by its numbers.
-fn open(disk: Disk) -> Result<File, DiskError> {
+/// Opens a block device by its numbers, and says what the guest is to be told of it.
+fn open(disk: Disk, cache: Cache, vcpus: u8) -> Result<(File, DiskShape), DiskError> {
     let numbers = disk.numbers;
-    let path = node(Path::new(BY_NUMBERS), numbers)
-        .map_err(|error| DiskError::Absent { numbers, error })?;
+    let absent = |error| DiskError::Absent { numbers, error };
+    let path = node(Path::new(BY_NUMBERS), numbers).map_err(absent)?;
+    let (major, minor) = numbers;
+    let limits = Limits::read(&Path::new(BY_NUMBERS).join(format!("{major}:{minor}")));
+    let mut shape = limits.map_err(absent)?.shape(cache, vcpus);
     let failed = |error| DiskError::Open { path: path.clone(), error };
-    let file = descriptors::open_disk(&path, disk.read_only).map_err(failed)?;
+    let direct = shape.cache != DiskCache::Writeback;
+    let opened = match descriptors::open_disk(&path, disk.read_only, direct) {
+        // Its driver has no such thing.
+        Err(error) if direct && error.raw_os_error() == Some(libc::EINVAL) => {
+            shape.cache = DiskCache::Writeback;
+            descriptors::open_disk(&path, disk.read_only, false)
+        }
+        opened => opened,
+    };
+    let file = opened.map_err(failed)?;
+    if cache == Cache::Direct && shape.cache == DiskCache::Writeback {
+        tracing::warn!(
+            "the block device {path:?} is in the host's page cache: it is not to be had without"
+        );
+    }
     let found = file.metadata().map_err(failed)?;
     let is = |(major, minor)| rustix::fs::makedev(major, minor) == found.st_rdev();
     if !found.file_type().is_block_device() || !is(numbers) {
         return Err(failed(io::Error::other("the node there is of another device")));
     }
-    Ok(file)
+    Ok((file, shape))
 }
 
 /// The node of a block device, by what sysfs calls it (Documentation/admin-guide/sysfs-rules.rst).

@@ -228,6 +228,19 @@ fn kernel(tally: &mut Tally) {
     ] {
         tally.call(what, number, NONE);
     }
+    // Rings of one's own: any flags, and what a VMM asks its shim for, changed.
+    let mut words = [0u32; 30];
+    for entries in [1, 256, 1 << 32 | 8] {
+        let ring = [entries, words.as_mut_ptr() as c_long, 0, 0, 0, 0];
+        tally.call("a ring of io_uring", libc::SYS_io_uring_setup, ring);
+        let asked = [entries, 0x6469_736b, 0, 0, 0, 0];
+        tally.call("a ring of io_uring by the VMM's word", libc::SYS_io_uring_setup, asked);
+    }
+    for operation in [0, 2, 9, 11, 12] {
+        let register = [5, operation, 0, 0, 0, 0];
+        tally.call("change a ring of io_uring", libc::SYS_io_uring_register, register);
+    }
+    tally.call("poll a ring of io_uring", libc::SYS_io_uring_enter, [5, 1, 0, 2, 0, 0]);
     let listener = c_long::from(libc::SECCOMP_FILTER_FLAG_NEW_LISTENER as i32);
     tally.call("listen to a filter", libc::SYS_seccomp, [1, listener, 0, 0, 0, 0]);
     // The 32-bit variant of the 64-bit table.

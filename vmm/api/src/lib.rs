@@ -11,7 +11,7 @@
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// The version of these types. The first message names it; another version is refused.
-pub const API_VERSION: u32 = 8;
+pub const API_VERSION: u32 = 9;
 
 /// The largest encoded message, in bytes.
 pub const MAX_MESSAGE_BYTES: usize = 64 << 10;
@@ -41,6 +41,10 @@ pub const MAX_PASSED_FUNCTIONS: usize = 16;
 
 /// The most disks that can come to a VM that runs, at one time.
 pub const MAX_LATE_DISKS: usize = 8;
+/// How many queues such a disk can have.
+pub const DISK_QUEUES: std::ops::RangeInclusive<u8> = 1..=8;
+/// The logical blocks that a disk can have, in bytes.
+pub const LOGICAL_BLOCKS: std::ops::RangeInclusive<u32> = 512..=(64 << 10);
 /// The most network interfaces that come to a VM while it runs, at one time.
 pub const MAX_LATE_INTERFACES: usize = 8;
 
@@ -121,6 +125,12 @@ pub enum Action {
         read_only: bool,
         /// As in [`DeviceConfig::Block`].
         serial: String,
+        /// What the guest is told of it, and how it is cached.
+        shape: DiskShape,
+        /// With which memory a ring of io_uring for this disk is used (`struct io_uring_params`, as words). The ring itself
+        /// comes when the VMM asks for it, which it does before it answers (crate `vial-ring`). Without, its requests are
+        /// done one after the other.
+        ring: Option<[u32; 30]>,
     },
     /// Takes a disk that [`Action::AddDisk`] brought, whether the guest has let go of it or not: when this is answered,
     /// nothing is read from it or written to it any more.
@@ -248,6 +258,59 @@ pub enum VmState {
     Running,
     /// The guest has ended; the process is about to.
     Ended,
+}
+
+/// What a guest is told of a disk, and how the host caches it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskShape {
+    /// See [`DISK_QUEUES`].
+    pub queues: u8,
+    /// The smallest unit that can be addressed, in bytes: a power of two, see [`LOGICAL_BLOCKS`].
+    pub logical_block: u32,
+    /// The smallest unit that is written at once, in bytes: the logical block times a power of two.
+    pub physical_block: u32,
+    /// The smallest and the best size of a request, in bytes; 0 for none.
+    pub io_sizes: (u32, u32),
+    /// How it is cached.
+    pub cache: DiskCache,
+    /// What can be discarded, if anything.
+    pub discard: Option<DiscardLimits>,
+}
+
+impl Default for DiskShape {
+    /// As a file of the host's is.
+    fn default() -> Self {
+        Self {
+            queues: 1,
+            logical_block: 512,
+            physical_block: 512,
+            io_sizes: (0, 0),
+            cache: DiskCache::Writeback,
+            discard: Some(DiscardLimits { granularity: 4096, bytes: 1 << 30 }),
+        }
+    }
+}
+
+/// How the host caches a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DiskCache {
+    /// In its page cache.
+    Writeback,
+    /// Not at all: the file is open with `O_DIRECT`, which wants memory at multiples of this, in bytes, a power of two up to
+    /// the size of a page, and whole logical blocks.
+    Direct {
+        /// The alignment.
+        alignment: u32,
+    },
+}
+
+/// What of a disk can be discarded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiscardLimits {
+    /// In pieces of this size, in bytes.
+    pub granularity: u32,
+    /// So much at once, in bytes.
+    pub bytes: u64,
 }
 
 /// Why a request failed, as one sentence with its remedy, and as a kind to branch on.

@@ -269,55 +269,24 @@ impl Buffers {
         retry(|| unsafe { libc::readv(file.as_raw_fd(), vectors.as_ptr(), vectors.count()) })
     }
 
-    /// Writes a span to a file from `position` on, all of it.
-    pub(crate) fn write_all_at(
-        &self,
-        ram: &GuestRam,
-        file: BorrowedFd<'_>,
-        span: Span,
-        position: u64,
-    ) -> io::Result<()> {
-        // SAFETY: the vectors point at guest memory that `ram` keeps mapped while `transfer_at`
-        // runs.
-        self.transfer_at(ram, span, position, |vectors, position| unsafe {
-            libc::pwritev(file.as_raw_fd(), vectors.as_ptr(), vectors.count(), position)
-        })
-    }
-
-    /// Fills a span from a file from `position` on, all of it. What the file lost since it was
-    /// measured is an error.
-    pub(crate) fn read_all_at(
-        &self,
-        ram: &GuestRam,
-        file: BorrowedFd<'_>,
-        span: Span,
-        position: u64,
-    ) -> io::Result<()> {
-        // SAFETY: as in `write_all_at`; no Rust reference to guest memory exists.
-        self.transfer_at(ram, span, position, |vectors, position| unsafe {
-            libc::preadv(file.as_raw_fd(), vectors.as_ptr(), vectors.count(), position)
-        })
-    }
-
-    fn transfer_at(
+    /// The first pieces of a span, at most `most` of them, as the kernel wants them.
+    ///
+    /// # Errors
+    /// One of them is no guest memory.
+    pub(crate) fn kept_vectors(
         &self,
         ram: &GuestRam,
         span: Span,
-        position: u64,
-        call: impl Fn(&Vectors, i64) -> isize,
-    ) -> io::Result<()> {
-        let mut span = span;
-        let mut position = i64::try_from(position).map_err(io::Error::other)?;
-        while span.bytes > 0 {
-            let vectors = self.iovecs(ram, span)?;
-            let moved = retry(|| call(&vectors, position))?;
-            if moved == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            span = Span { offset: span.offset + moved, bytes: span.bytes - moved };
-            position += moved as i64;
-        }
-        Ok(())
+        most: usize,
+    ) -> io::Result<KeptVectors> {
+        let vectors = self.pieces(span).take(most).map(|(start, bytes)| {
+            let slice = ram.get_slice(start, bytes).map_err(io::Error::other)?;
+            Ok(libc::iovec {
+                iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+                iov_len: slice.len(),
+            })
+        });
+        Ok(KeptVectors { vectors: vectors.collect::<io::Result<_>>()?, _ram: ram.clone() })
     }
 
     /// Fills a span with random numbers from the kernel.
@@ -350,6 +319,55 @@ impl Buffers {
             vectors.used += 1;
         }
         Ok(vectors)
+    }
+}
+
+/// Pointers into guest memory, for a call whose end comes later. They keep the memory mapped: what they name is memory until
+/// they are dropped, whatever becomes of the guest.
+#[derive(Debug)]
+pub(crate) struct KeptVectors {
+    vectors: Vec<libc::iovec>,
+    /// All of the guest's memory. A page of it that goes back to the host is replaced by another.
+    _ram: GuestRam,
+}
+
+// SAFETY: the pointers are into memory that no Rust reference exists to, and that `_ram`, which can go to another thread,
+// keeps mapped.
+unsafe impl Send for KeptVectors {}
+
+impl KeptVectors {
+    /// The first of them.
+    pub(crate) fn as_ptr(&self) -> *const libc::iovec {
+        self.vectors.as_ptr()
+    }
+
+    /// How many they are.
+    pub(crate) fn count(&self) -> usize {
+        self.vectors.len()
+    }
+
+    /// How many bytes they name.
+    pub(crate) fn bytes(&self) -> usize {
+        self.vectors.iter().map(|vector| vector.iov_len).sum()
+    }
+
+    /// Reads into them from a position of a file on, or writes them there.
+    pub(crate) fn move_at(
+        &self,
+        file: BorrowedFd<'_>,
+        write: bool,
+        position: u64,
+    ) -> io::Result<usize> {
+        let position = i64::try_from(position).map_err(io::Error::other)?;
+        let (file, count) = (file.as_raw_fd(), self.count() as libc::c_int);
+        // SAFETY: the vectors point at guest memory that is mapped for as long as they live, to which no Rust reference
+        // exists.
+        retry(|| unsafe {
+            match write {
+                true => libc::pwritev(file, self.as_ptr(), count, position),
+                false => libc::preadv(file, self.as_ptr(), count, position),
+            }
+        })
     }
 }
 

@@ -230,6 +230,25 @@ impl Bench {
         })
     }
 
+    /// As [`Bench::request`], for a device that answers later. `None` when it is broken instead.
+    pub(crate) fn answer(&mut self, queue: usize, buffers: &[(u64, u32, u16)]) -> Option<u32> {
+        let head = self.queues[queue].offer(buffers);
+        self.kick(queue);
+        let late = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        loop {
+            if let Some((used, bytes)) = self.queues[queue].take_used() {
+                assert_eq!(used, head);
+                return Some(bytes);
+            }
+            if self.fault.is_reported() {
+                return None;
+            }
+            assert!(std::time::Instant::now() < late, "no answer");
+            std::thread::yield_now();
+            self.settle();
+        }
+    }
+
     /// Writes bytes into guest memory.
     pub(crate) fn write(&self, address: u64, bytes: &[u8]) {
         self.ram.write_slice(bytes, GuestAddress(address)).unwrap();

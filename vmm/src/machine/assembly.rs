@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use vial_vmm_api::{AddedFunctions, DeviceConfig, VhostUserKind};
+use vial_vmm_api::{AddedFunctions, DeviceConfig, DiskShape, VhostUserKind};
 
 use super::passed::{Given, Passed};
 use super::{Descriptors, GuestConnected, MachineError, Platform};
@@ -143,7 +143,9 @@ impl<'a> Assembly<'a> {
             }
             DeviceConfig::Block { file, read_only, serial } => {
                 let file = take(file, "the disk")?;
-                Box::new(block::Block::new(file, read_only, &serial).map_err(|e| text(&e))?)
+                let shape = DiskShape::default();
+                let disk = block::Block::new(file, read_only, &serial, &shape, None);
+                Box::new(disk.map_err(|error| text(&error))?)
             }
             DeviceConfig::VhostUser { kind, queues, socket } => {
                 let socket = take(socket, "the connection to the backend")?;

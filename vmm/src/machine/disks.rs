@@ -2,7 +2,8 @@
 
 use std::os::fd::OwnedFd;
 
-use vial_vmm_api::MAX_LATE_DISKS;
+use vial_ring::{Layout, Ring};
+use vial_vmm_api::{DiskShape, MAX_LATE_DISKS};
 
 use super::MachineError;
 use super::late::{Late, LateError};
@@ -45,6 +46,16 @@ impl From<MachineError> for DiskError {
     }
 }
 
+/// Asks for the ring of a disk that comes. Without one, its requests are done one after the other.
+#[allow(unsafe_code)]
+pub(super) fn take_ring(layout: Layout) -> Option<Ring> {
+    let taken = vial_ring::request().and_then(|ring| {
+        // SAFETY: the shim, which is trusted, answers with the ring that it has sent the layout of.
+        unsafe { Ring::adopt(ring, layout) }
+    });
+    taken.inspect_err(|error| tracing::warn!(%error, "the disk gets no ring of io_uring")).ok()
+}
+
 /// The disks that came to a machine after it had begun to run.
 pub(super) struct Disks(pub(super) Late);
 
@@ -58,11 +69,13 @@ impl Disks {
         file: OwnedFd,
         read_only: bool,
         serial: &str,
+        shape: &DiskShape,
+        ring: Option<Ring>,
     ) -> Result<u8, DiskError> {
         if self.0.count() == MAX_LATE_DISKS {
             return Err(DiskError::TooMany);
         }
-        Ok(self.0.add(Box::new(Block::new(file, read_only, serial)?))?)
+        Ok(self.0.add(Box::new(Block::new(file, read_only, serial, shape, ring)?))?)
     }
 
     /// Takes a disk off the bus. Nothing is written to its file any more when this returns.

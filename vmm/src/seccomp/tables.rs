@@ -6,7 +6,7 @@ use kvm_bindings::{
     kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 
-use super::Check::{self, Any, OneOf, With, Without};
+use super::Check::{self, Any, Is, OneOf, With, Without};
 use super::ThreadKind;
 
 type Call = (i64, Check);
@@ -94,6 +94,9 @@ const VCPU_WITH_FUNCTIONS: &[Call] = &[
 const EVENT_LOOP: &[Call] =
     &[(libc::SYS_epoll_ctl, Any), (libc::SYS_epoll_pwait, Any), (libc::SYS_epoll_wait, Any)];
 
+/// Of io_uring_enter(2): wait until operations are complete (linux/io_uring.h).
+const IORING_ENTER_GETEVENTS: u64 = 1 << 0;
+
 /// Taps, the host's ends of vsock connections, random numbers, what is typed at the console.
 const IO: &[Call] = &[
     (libc::SYS_readv, Any),
@@ -104,6 +107,8 @@ const IO: &[Call] = &[
     (libc::SYS_shutdown, Any),
     // A connection that the guest opens.
     (libc::SYS_socketpair, OneOf(0, &[libc::AF_UNIX as u64])),
+    // The rings of disks, which can do nothing but serve these; no flags but that of waiting for an end.
+    (libc::SYS_io_uring_enter, OneOf(3, &[0, IORING_ENTER_GETEVENTS])),
 ];
 
 /// The shared tree, below the root of the jail. Disks too: `preadv` and the like.
@@ -218,6 +223,11 @@ const CONTROL: &[Call] = &[
     (libc::SYS_ppoll, Any),
     (libc::SYS_recvmsg, Any),
     (libc::SYS_sendmsg, Any),
+    // Asks the shim for the ring of a disk. The kernel itself makes none of that.
+    (
+        libc::SYS_io_uring_setup,
+        Is(&[(0, vial_ring::REQUEST.0 as u64), (1, vial_ring::REQUEST.1 as u64)]),
+    ),
     // A file of a debugging console is flushed at the end.
     (libc::SYS_fsync, Any),
 ];

@@ -46,7 +46,10 @@ const NEVER: &[Attempt] = &[
     ("memfd", libc::SYS_memfd_create, [0; 4]),
     ("ptrace", libc::SYS_ptrace, [libc::PTRACE_TRACEME as i64, 0, 0, 0]),
     ("bpf", libc::SYS_bpf, [0; 4]),
-    ("io_uring", libc::SYS_io_uring_setup, [0; 4]),
+    ("a ring", libc::SYS_io_uring_setup, [8, 0, 0, 0]),
+    ("a ring without entries", libc::SYS_io_uring_setup, [0; 4]),
+    ("a changed ring", libc::SYS_io_uring_register, [CLOSED, 0, 0, 0]),
+    ("a ring that is polled", libc::SYS_io_uring_enter, [CLOSED, 1, 0, 1 << 1]),
     ("keyctl", libc::SYS_keyctl, [0; 4]),
     ("perf", libc::SYS_perf_event_open, [0; 4]),
     ("userfaultfd", libc::SYS_userfaultfd, [0; 4]),
@@ -93,37 +96,58 @@ fn table(kind: ThreadKind) -> (&'static [Attempt], &'static [Attempt]) {
     // VFIO_GROUP_GET_DEVICE_FD.
     const GROUP: Attempt = ("a function of a group", libc::SYS_ioctl, [CLOSED, 0x3b6a, 0, 0]);
     const READ_AT: Attempt = ("read at a place", libc::SYS_pread64, [CLOSED, 0, 0, 0]);
+    const USE_RING: Attempt = ("a ring's operations", libc::SYS_io_uring_enter, [CLOSED, 0, 0, 1]);
+    const ASK_FOR_RING: Attempt = (
+        "a ring of the shim's",
+        libc::SYS_io_uring_setup,
+        [vial_ring::REQUEST.0 as i64, vial_ring::REQUEST.1 as i64, 0, 0],
+    );
     // Answered, and nothing comes of it.
     const NO_CLONE3: Attempt = (CLONE3, libc::SYS_clone3, [0; 4]);
     match kind {
         ThreadKind::Vcpu => (
             &[RUN, DUPLICATE],
-            &[OPEN, PAIR, IDENTITY, POLL, EPOLL, RECEIVE, OWNER, PASSED_INTERRUPT, SLOT, READ_AT],
+            &[
+                OPEN,
+                PAIR,
+                IDENTITY,
+                POLL,
+                EPOLL,
+                RECEIVE,
+                OWNER,
+                PASSED_INTERRUPT,
+                SLOT,
+                READ_AT,
+                USE_RING,
+                ASK_FOR_RING,
+            ],
         ),
         ThreadKind::VcpuWithFunctions => (
             &[RUN, DUPLICATE, PASSED_INTERRUPT, SLOT, READ_AT],
             &[OPEN, PAIR, IDENTITY, POLL, EPOLL, RECEIVE, OWNER, PASSED_MEMORY],
         ),
-        ThreadKind::Io => {
-            (&[PAIR, EPOLL, RECEIVE], &[OPEN, INTERNET_PAIR, IDENTITY, RUN, DUPLICATE, POLL])
-        }
-        ThreadKind::FileServer => {
-            (&[OPEN, IDENTITY, EPOLL, DUPLICATE], &[PAIR, RUN, RECEIVE, OWNER, POLL])
-        }
+        ThreadKind::Io => (
+            &[PAIR, EPOLL, RECEIVE, USE_RING],
+            &[OPEN, INTERNET_PAIR, IDENTITY, RUN, DUPLICATE, POLL, ASK_FOR_RING],
+        ),
+        ThreadKind::FileServer => (
+            &[OPEN, IDENTITY, EPOLL, DUPLICATE],
+            &[PAIR, RUN, RECEIVE, OWNER, POLL, USE_RING, ASK_FOR_RING],
+        ),
         ThreadKind::VhostUser => (
             &[EPOLL, POLL, RECEIVE],
             &[OPEN, PAIR, IDENTITY, RUN, DUPLICATE, READ_AT, WRITE_AT, SLOT, EVENT, DOORBELL],
         ),
         ThreadKind::Control => (
-            &[POLL, RECEIVE, EVENT, DOORBELL],
-            &[OPEN, PAIR, IDENTITY, RUN, EPOLL, DUPLICATE, READ_OUT, WRITE_AT, SLOT, PASSED_MEMORY],
+            &[POLL, RECEIVE, EVENT, DOORBELL, ASK_FOR_RING],
+            &[OPEN, PAIR, IDENTITY, RUN, EPOLL, DUPLICATE, READ_OUT, WRITE_AT, SLOT, USE_RING],
         ),
         ThreadKind::ControlWithFunctions => (
             &[POLL, RECEIVE, SLOT, PASSED_MEMORY, PASSED_INTERRUPT, READ_AT, WRITE_AT, EVENT],
             &[OPEN, PAIR, IDENTITY, RUN, EPOLL, DUPLICATE, READ_OUT, WRITE_INTO, GROUP],
         ),
         ThreadKind::ControlThatGrows => (
-            &[POLL, RECEIVE, SLOT, RUN, DUPLICATE, READ_OUT, WRITE_INTO, NO_CLONE3],
+            &[POLL, RECEIVE, SLOT, RUN, DUPLICATE, READ_OUT, WRITE_INTO, NO_CLONE3, ASK_FOR_RING],
             &[OPEN, PAIR, IDENTITY, EPOLL, READ_AT, WRITE_AT, PASSED_MEMORY, PASSED_INTERRUPT],
         ),
         ThreadKind::Saver => (

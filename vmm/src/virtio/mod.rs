@@ -58,6 +58,9 @@ pub trait VirtioDevice: Send {
         read_at(self.config(), offset, data);
     }
 
+    /// The driver writes to it from `offset` on. Most devices have nothing that it can change.
+    fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
+
     /// Whether the configuration space is the same for as long as the device lives, and in each
     /// machine that goes on from a saved one.
     fn has_constant_config(&self) -> bool {

@@ -382,6 +382,7 @@ impl PciFunction for VirtioPci {
                 let action = self.registers.write(within, data);
                 self.perform(action);
             }
+            DEVICE_CONFIG => self.device.write_config(within as usize, data),
             // Only when the doorbell could not be watched.
             NOTIFY => {
                 let queue = (within / u64::from(NOTIFY_MULTIPLIER)) as usize;
