@@ -58,6 +58,9 @@ struct Cli {
     /// Runs no cases, but echoes what comes to this Unix socket, for ever; a case runs it in a container
     #[arg(long, hide = true, value_name = "PATH")]
     answer: Option<std::path::PathBuf>,
+    /// Runs no cases, but writes this disk for ever, and prints what is on it; a case runs it in a container
+    #[arg(long, hide = true, value_name = "DEVICE")]
+    load: Option<std::path::PathBuf>,
     /// Archives to import first, each for `ctr image import`
     #[arg(long, value_name = "FILE")]
     import: Vec<std::path::PathBuf>,
@@ -103,6 +106,9 @@ fn main() -> ExitCode {
     let helps = match (&cli.call, &cli.answer) {
         (Some(path), _) => Some(suite::calls::call(path)),
         (_, Some(path)) => Some(suite::calls::Server::run(path)),
+        _ if cli.load.is_some() => {
+            cli.load.as_ref().map(|disk| cri::disks::LOAD.write_for_ever(disk))
+        }
         _ if !cli.watch.is_empty() => Some(suite::watch::watch(&cli.watch)),
         _ => None,
     };

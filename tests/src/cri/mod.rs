@@ -6,7 +6,7 @@
 pub(crate) mod changes;
 mod client;
 mod configs;
-mod disks;
+pub(crate) mod disks;
 mod exec;
 pub(crate) mod faults;
 mod grpc;
@@ -75,6 +75,9 @@ pub(crate) fn cases() -> Vec<Case> {
         sockets::sockets_of_a_pod_whose_shim_is_killed_are_let_go,
         disks::block_volumes_are_the_same_as_with_runc,
         disks::block_volumes_come_and_go_and_are_free_when_the_vmm_is_killed,
+        disks::block_volume_is_written_by_several_cpus_and_holds_what_was_flushed_when_the_vmm_is_killed,
+        disks::block_volume_goes_while_it_is_written,
+        disks::block_volumes_are_cached_as_the_pod_says_and_go_without_io_uring,
         faults::pod_whose_vmm_is_killed_ends_and_goes,
         faults::pod_whose_shim_is_killed_ends_and_goes,
         faults::pod_killed_while_it_starts_leaves_nothing,

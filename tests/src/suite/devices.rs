@@ -384,6 +384,53 @@ pub(super) fn disk(function: &str) -> Result<PathBuf> {
     bail!("{function} has no disk after {PATIENCE:?}");
 }
 
+/// A partition of the host's own disk is a container's, past the host's cache, and what is beside it stays.
+pub(crate) fn partition_of_the_hosts_nvme_disk_is_a_block_volume(bed: &Bed) -> Result<()> {
+    let function = with_class(CLASS_NVME)?;
+    reaches_driver(&function, Some("nvme"))?;
+    let disk = disk(&function)?;
+    // A table with one entry (type 0x83): 4096 sectors from the 2048th on.
+    let mut table = [0u8; 512];
+    table[450] = 0x83;
+    table[454..458].copy_from_slice(&2048u32.to_le_bytes());
+    table[458..462].copy_from_slice(&4096u32.to_le_bytes());
+    table[510..].copy_from_slice(&[0x55, 0xaa]);
+    let whole = File::options().read(true).write(true).open(&disk)?;
+    whole.write_all_at(&[0x5a; 4 << 20], 0)?;
+    whole.write_all_at(&table, 0)?;
+    whole.sync_all()?;
+    drop(whole);
+    run(Command::new("blockdev").arg("--rereadpt").arg(&disk))?.expect(0)?;
+    let part = format!("{}p1", disk.display());
+    let start = Instant::now();
+    while !Path::new(&part).exists() {
+        ensure!(start.elapsed() < PATIENCE, "{part} is not there after {PATIENCE:?}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let script = format!(
+        "wc -c <{part}; head -c 2097152 /dev/urandom >/tmp/data; \
+         dd if=/tmp/data of={part} bs=64k conv=fsync 2>/dev/null; sha256sum </tmp/data; \
+         cat /sys/block/vda/queue/logical_block_size"
+    );
+    let told = bed.run(Runtime::Vial, &["--device", &part], &["sh", "-c", &script])?.expect(0)?;
+    let lines: Vec<&str> = told.stdout.lines().collect();
+    let sum = run(Command::new("sha256sum").arg(&part))?.expect(0)?.stdout;
+    let sum = sum.split(' ').next().unwrap_or_default();
+    ensure!(lines.first() == Some(&"2097152"), "the partition has {told:?}");
+    ensure!(lines.get(1).is_some_and(|line| line.starts_with(sum)), "{told:?}, and {sum} is there");
+    ensure!(lines.get(2) == Some(&"512"), "{told:?}");
+    let whole = File::open(&disk)?;
+    let mut beside = vec![0; 1 << 20];
+    whole.read_exact_at(&mut beside, 0)?;
+    ensure!(beside[..512] == table && beside[512..].iter().all(|b| *b == 0x5a), "before it");
+    whole.read_exact_at(&mut beside[..512 << 10], 3 << 20)?;
+    ensure!(beside[..512 << 10].iter().all(|byte| *byte == 0x5a), "what is behind it has changed");
+    // The disk is whole again for the cases that follow.
+    File::options().write(true).open(&disk)?.write_all_at(&[0; 512], 0)?;
+    run(Command::new("blockdev").arg("--rereadpt").arg(&disk))?.expect(0)?;
+    Ok(())
+}
+
 pub(crate) fn nvme_disk_holds_what_the_guest_wrote(bed: &Bed) -> Result<()> {
     let function = with_class(CLASS_NVME)?;
     reaches_driver(&function, Some("nvme"))?;

@@ -144,6 +144,7 @@ pub(crate) fn cases_of_devices() -> Vec<Case> {
         devices::virtual_function_of_a_device_plugin_works,
         devices::virtual_function_that_a_pod_names_works_and_is_given_back,
         devices::nvme_disk_holds_what_the_guest_wrote,
+        devices::partition_of_the_hosts_nvme_disk_is_a_block_volume,
         devices::function_is_given_back_when_vmm_or_shim_is_killed,
         devices::function_that_cannot_be_given_is_refused_and_left_alone,
         devices::function_that_cannot_be_reset_is_refused_and_left_alone,
