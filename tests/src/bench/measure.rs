@@ -281,7 +281,8 @@ impl Bench<'_> {
         })
     }
 
-    /// A block device of the host in the container: data out and in, and single blocks that are to be on the disk. Its file
+    /// A block device of the host in the container: data out and in, single blocks that are to be on the disk, and
+    /// blocks that 8 threads write past the kernel's cache, each its own. Its file
     /// is in memory, as that of files.
     fn disks(&mut self, subjects: &[Subject]) -> Result<()> {
         let steps = [
@@ -292,14 +293,20 @@ impl Bench<'_> {
                 "for n in $(seq 100); do \
                  dd if=/dev/zero of=$(echo /dev/loop*) bs=4k count=1 seek=$n conv=fsync || exit 1; done",
             ),
+            ("blk_write_512_blocks_by_8", "/bench/vial-bench load $(echo /dev/loop*)"),
         ];
         self.steps("disks", subjects, &steps, || {
             let file = tempfile::NamedTempFile::new_in(VOLUMES)
                 .with_context(|| format!("make a file in {VOLUMES}"))?;
             file.as_file().set_len(DISK_BYTES)?;
             let disk = LoopDevice::new(file.path())?;
-            let options = vec!["--device".into(), disk.path.clone()];
-            Ok(((disk, file), options))
+            let programs = tempfile::tempdir_in(VOLUMES)
+                .with_context(|| format!("make a directory in {VOLUMES}"))?;
+            fs::copy(std::env::current_exe()?, programs.path().join("vial-bench"))?;
+            let source = programs.path().display();
+            let mount = format!("type=bind,src={source},dst=/bench,options=rbind:ro");
+            let options = vec!["--device".into(), disk.path.clone(), "--mount".into(), mount];
+            Ok(((disk, file, programs), options))
         })
     }
 

@@ -14,6 +14,7 @@ use bench::measure::{Plan, measure};
 use bench::report::{Measured, Report, grown};
 use bench::subject::Subject;
 use clap::{Parser, Subcommand, ValueEnum};
+use vial_tests::disk_load::Load;
 
 /// Measures how fast pods start and what they cost, and reports it.
 #[derive(Debug, Parser)]
@@ -72,6 +73,12 @@ enum Action {
         /// Where the measurement listens
         address: std::net::SocketAddr,
     },
+    /// Take no measurement, but write a disk by 8 threads at once; a measurement runs it in a container
+    #[command(hide = true)]
+    Load {
+        /// The disk
+        disk: PathBuf,
+    },
     /// Compare counted instructions with a baseline; exit status 1 when something has grown
     Check {
         /// A report.json that was kept
@@ -106,6 +113,7 @@ fn run(action: Action) -> Result<()> {
             let plan = Plan { mode: mode.into(), rounds, image, peers: peer, only, not };
             write(&output, &serde_json::to_string_pretty(&measure(&plan)?)?)
         }
+        Action::Load { disk } => Load { threads: 8, blocks: 64 }.write(&disk, 1),
         Action::Exchange { address } => bench::network::exchange(address),
         Action::Report { output, measured } => report(&output, &read_all(&measured)?),
         Action::Check { baseline, limit, measured } => {
