@@ -9,8 +9,9 @@ use std::{
 };
 
 use crate::{
-    config::Config,
+    config::{Config, VhostNet},
     jail::user_ids::Range,
+    network::vhost,
     numa::{
         huge_pages, list,
         topology::{Node, Topology},
@@ -76,6 +77,7 @@ fn finding(subject: &'static str, verdict: Verdict, text: impl Into<String>) -> 
 /// Looks at everything.
 pub fn run() -> Vec<Finding> {
     let mut findings = Vec::new();
+    let mut vhost_net = VhostNet::default();
     match Config::load() {
         Ok(config) => {
             findings.push(finding("configuration", Verdict::Ok, "read"));
@@ -88,6 +90,7 @@ pub fn run() -> Vec<Finding> {
             findings.push(jail(&config));
             findings.push(templates(&config));
             findings.push(rings(&config));
+            vhost_net = config.vhost_net;
         }
         Err(error) => {
             findings.push(finding("configuration", Verdict::Broken, error.to_string()));
@@ -99,12 +102,35 @@ pub fn run() -> Vec<Finding> {
     findings.push(numa());
     findings.push(huge_pages());
     findings.push(optional("tun", "/dev/net/tun", "`modprobe tun`; pods need it for networks"));
-    findings.push(optional(
-        "vhost-net",
-        "/dev/vhost-net",
-        "`modprobe vhost_net`; networks are slower without it",
-    ));
+    findings.push(carrier(vhost_net, Path::new(vhost::PATH)));
     findings
+}
+
+/// What carries the packets between the taps of pods and their guests.
+fn carrier(wanted: VhostNet, path: &Path) -> Finding {
+    let subject = "vhost-net";
+    let found = match wanted {
+        VhostNet::Off => finding(
+            subject,
+            Verdict::Missing,
+            "off (`vhost_net = \"off\"`): VMMs carry the packets of pods",
+        ),
+        VhostNet::Auto => match std::fs::File::options().read(true).write(true).open(path) {
+            Ok(_) => {
+                let text = format!("{}: the kernel carries the packets of pods", path.display());
+                finding(subject, Verdict::Ok, text)
+            }
+            Err(error) => {
+                let text = format!(
+                    "{}: {error}: VMMs carry the packets of pods, and take more time; \
+                     `modprobe vhost_net`",
+                    path.display()
+                );
+                finding(subject, Verdict::Missing, text)
+            }
+        },
+    };
+    Finding { required: false, ..found }
 }
 
 /// Whether pods start from a template.
@@ -328,6 +354,20 @@ mod tests {
         assert_eq!(absent.verdict, Verdict::Missing);
         assert!(absent.stands_in_the_way());
         assert!(!optional("tun", "/nowhere/tun", "load it").stands_in_the_way());
+    }
+
+    #[test]
+    fn who_carries_packets_is_told_and_does_not_stand_in_the_way() {
+        let (there, absent) = (Path::new("/dev/null"), Path::new("/nowhere/vhost-net"));
+        for (wanted, path, verdict, words) in [
+            (VhostNet::Auto, there, Verdict::Ok, "the kernel carries"),
+            (VhostNet::Auto, absent, Verdict::Missing, "modprobe vhost_net"),
+            (VhostNet::Off, there, Verdict::Missing, "vhost_net = \"off\""),
+        ] {
+            let found = carrier(wanted, path);
+            assert!(found.verdict == verdict && found.text.contains(words), "{found}");
+            assert!(!found.stands_in_the_way());
+        }
     }
 
     #[test]

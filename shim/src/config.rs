@@ -49,6 +49,17 @@ pub enum Templates {
     Off,
 }
 
+/// Whether the kernel's vhost-net carries the packets of pods ([`crate::network::vhost`]).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum VhostNet {
+    /// Where the host has it; else the VMM does.
+    #[default]
+    Auto,
+    /// Never: the VMM does.
+    Off,
+}
+
 /// The file, as it is written. Every key may be left out.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -93,6 +104,8 @@ pub struct File {
     pub hot_plug_devices: Option<bool>,
     /// Drivers whose virtual functions go to the guest when CNI has moved them.
     pub network_functions: Option<Vec<String>>,
+    /// Whether the kernel carries the packets of pods.
+    pub vhost_net: Option<VhostNet>,
     /// Whether each VMM has its cores to itself.
     pub core_scheduling: Option<bool>,
     /// How block devices of pods are cached.
@@ -149,6 +162,8 @@ pub struct Config {
     /// Drivers of the host whose virtual functions go to the guest when CNI has moved them into a
     /// pod's network namespace, see [`crate::network::functions`].
     pub network_functions: Vec<String>,
+    /// Whether the kernel carries the packets of pods.
+    pub vhost_net: VhostNet,
     /// Whether each VMM has the cores to itself on which it runs, see [`crate::core_scheduling`].
     pub core_scheduling: bool,
     /// How block devices of pods are cached, see [`crate::disks`].
@@ -289,6 +304,7 @@ impl Config {
             pci_devices,
             hot_plug_devices: file.hot_plug_devices.unwrap_or(true),
             network_functions: drivers(path, file.network_functions)?,
+            vhost_net: file.vhost_net.unwrap_or_default(),
             core_scheduling: file.core_scheduling.unwrap_or(false),
             disk_cache: file.disk_cache.unwrap_or_default(),
             io_uring: file.io_uring.unwrap_or(true),
@@ -439,6 +455,7 @@ mod tests {
             ("template_directory = \"templates\"", "absolute"),
             ("network_functions = [\"../igbvf\"]", "igbvf"),
             ("network_functions = [\"\"]", "at most 32"),
+            ("vhost_net = \"on\"", "expected `auto` or `off`"),
         ] {
             let error = parse(text).unwrap_err();
             assert!(error.contains(bounds), "{text}: {error}");

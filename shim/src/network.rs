@@ -17,6 +17,7 @@ pub mod functions;
 mod steer;
 mod tap;
 mod traffic;
+pub mod vhost;
 
 use std::{
     fs::File,
@@ -34,7 +35,10 @@ pub use self::{
     follow::{Followed, Known, Looked, of_joints},
     steer::Loopback,
 };
-use crate::devices::{DeviceError, address::Address, pci::Sysfs};
+use crate::{
+    config::VhostNet,
+    devices::{DeviceError, address::Address, pci::Sysfs},
+};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde::{Deserialize, Serialize};
 use vial_agent_protocol::{
@@ -163,6 +167,8 @@ pub struct Network {
 pub struct Tap {
     /// Made with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`.
     pub descriptor: OwnedFd,
+    /// What carries its packets; the VMM does without it.
+    pub vhost: Option<File>,
     /// The guest's address.
     pub mac: [u8; 6],
     /// The largest that the guest's driver allows, in bytes: the agent sets what the interface has, and
@@ -322,18 +328,18 @@ fn wire_route(device: &str, route: &network::Route) -> agent::Route {
 }
 
 /// Makes a tap for each interface of a network that goes to the guest without a function, and joins
-/// the two.
+/// the two. `vhost` says whether the kernel is to carry their packets.
 ///
 /// # Errors
 /// [`NetworkError`]. What was done stays, for [`detach`].
-pub fn attach(network: &Network) -> Result<Vec<Tap>, NetworkError> {
+pub fn attach(network: &Network, vhost: VhostNet) -> Result<Vec<Tap>, NetworkError> {
     let Attachment { namespace: path, joints, .. } = &network.attachment;
     let (namespace, _) = open(path)?;
     inside(path, &namespace, |socket| {
         let interfaces = &network.request.interfaces;
         let of = |joint: &Joint| interfaces.iter().find(|one| one.name == joint.interface);
         let made = joints.iter().filter_map(|joint| Some((joint, of(joint)?)));
-        made.map(|(joint, interface)| join(socket, joint, interface)).collect()
+        made.map(|(joint, interface)| join(socket, joint, interface, vhost)).collect()
     })
 }
 
@@ -341,6 +347,7 @@ fn join(
     socket: &mut Socket,
     joint: &Joint,
     interface: &agent::Interface,
+    vhost: VhostNet,
 ) -> Result<Tap, NetworkError> {
     let wrong = || NetworkError::Interface(interface.name.clone());
     let mac = interface.mac.as_slice().try_into().map_err(|_| wrong())?;
@@ -359,7 +366,7 @@ fn join(
         .and_then(|()| socket.change(network::up(tap)))
         .map_err(set)?;
     redirect(socket, joint, (outside, tap))?;
-    Ok(Tap { descriptor, mac, mtu: u16::MAX })
+    Ok(Tap { descriptor, vhost: vhost::open(vhost), mac, mtu: u16::MAX })
 }
 
 /// Lets what comes in at an interface or its tap go out at the other.
@@ -386,7 +393,7 @@ fn index(links: &[Link], name: &str) -> Result<i32, NetworkError> {
     link.map(|link| link.index).ok_or_else(absent)
 }
 
-/// Makes a tap for an interface that has come after [`attach`], and joins the two.
+/// Makes a tap for an interface that has come after [`attach`], and joins the two, as there.
 ///
 /// # Errors
 /// [`NetworkError`]. What was done stays, for [`detach`].
@@ -394,10 +401,11 @@ pub fn attach_late(
     attachment: &Attachment,
     joint: &Joint,
     interface: &agent::Interface,
+    vhost: VhostNet,
 ) -> Result<Tap, NetworkError> {
     inside_again(attachment, |socket| {
         free_of_ingress(socket, joint)?;
-        join(socket, joint, interface)
+        join(socket, joint, interface, vhost)
     })
 }
 

@@ -307,7 +307,8 @@ impl Sandbox {
         if let Some(attachment) = attachment {
             let (agent, vmm) = (agent.clone(), client.clone());
             let (functions, dir) = (functions.clone(), dir.clone());
-            let follower = Follower { agent, vmm, attachment, functions, dir };
+            let vhost_net = config.vhost_net;
+            let follower = Follower { agent, vmm, attachment, functions, dir, vhost_net };
             let following = tokio::spawn(follow::run(follower, network));
             undo.push("follow the pod's network", || async move {
                 following.abort();
@@ -463,7 +464,7 @@ fn attach_network(
         });
         detached.await.unwrap_or_else(|error| Err(error.to_string()))
     });
-    let taps = network::attach(&found)?;
+    let taps = network::attach(&found, plan.config.vhost_net)?;
     Ok((taps, found.request, Some(attachment)))
 }
 

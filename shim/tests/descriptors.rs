@@ -9,7 +9,7 @@ use std::{
     path::Path,
 };
 
-use vial_shim::jail::descriptors::{open_device, open_file, process_descriptors};
+use vial_shim::jail::descriptors::{open_device, open_device_once, open_file, process_descriptors};
 
 #[test]
 fn handed_file_can_be_read_and_nothing_else() {
@@ -32,6 +32,17 @@ fn handed_file_can_be_read_and_nothing_else() {
 fn handed_device_works_and_keeps_its_mode() {
     let mut null = open_device(Path::new("/dev/null")).unwrap();
     null.write_all(b"x").unwrap();
+    let error = null.set_permissions(Permissions::from_mode(0o600)).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::EROFS));
+}
+
+#[test]
+fn device_that_is_opened_once_is_not_opened_again() {
+    let mut null = open_device_once(Path::new("/dev/null")).unwrap();
+    null.write_all(b"x").unwrap();
+    let again = format!("/proc/self/fd/{}", null.as_raw_fd());
+    let error = File::options().read(true).open(again).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::EACCES));
     let error = null.set_permissions(Permissions::from_mode(0o600)).unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::EROFS));
 }

@@ -134,7 +134,7 @@ fn offer_room(bench: &mut Bench, queue: usize, count: u64, bytes: u32) {
 /// As [`drive`].
 pub fn drive_net(tap: OwnedFd, network: &OwnedFd, script: &[u8]) {
     let mut script = Script(script);
-    let mut device = OnSocket { tap, payload: 1500 };
+    let mut device = OnSocket::new(tap, 1500);
     let mut bench = Bench::activate(&mut device, &ram());
     offer_room(&mut bench, 0, 8, 2048);
     let packets = script.byte().unwrap_or_default() % 4;

@@ -518,18 +518,21 @@ impl RunningMachine {
         self.disks.remove(device)
     }
 
-    /// Adds an interface, and returns its number on the bus.
+    /// Adds an interface of a tap and what carries its packets, if that is not this process, and
+    /// returns its number on the bus.
     ///
     /// # Errors
     /// [`InterfaceError`]; it is not there then.
     pub fn add_interface(
         &mut self,
-        tap: Descriptor,
+        (tap, vhost): (Descriptor, Option<Descriptor>),
         mac: [u8; 6],
         mtu: u16,
         mut descriptors: Descriptors,
     ) -> Result<u8, InterfaceError> {
-        self.interfaces.add(descriptors.take(tap, "the tap")?, mac, mtu)
+        let tap = descriptors.take(tap, "the tap")?;
+        let vhost = vhost.map(|which| descriptors.take(which, "/dev/vhost-net")).transpose()?;
+        self.interfaces.add((tap, vhost), mac, mtu)
     }
 
     /// Takes an interface that was added.

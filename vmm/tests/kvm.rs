@@ -233,7 +233,7 @@ fn disks_come_to_a_vm_that_runs_and_go_and_wrong_ones_are_refused() {
 fn add_interface(vmm: &mut Vmm, tap: File, mac: [u8; 6]) -> Result<Reply, Failure> {
     let mut files = Attachments::default();
     let tap = files.add(tap);
-    vmm.ask(Action::AddInterface { tap, mac, mtu: 1500 }, &files.all())
+    vmm.ask(Action::AddInterface { tap, mac, mtu: 1500, vhost: None }, &files.all())
 }
 
 #[test]
@@ -268,6 +268,21 @@ fn interfaces_come_to_a_vm_that_runs_and_go_and_wrong_ones_are_refused() {
     assert_eq!(failure.kind, FailureKind::Invalid, "{failure:?}");
     let failure = add_interface(&mut vmm, file(&[7; 512]), mac(9)).unwrap_err();
     assert_eq!(failure.kind, FailureKind::Invalid, "{failure:?}");
+    // What is to carry its packets and is no vhost-net.
+    let mut files = Attachments::default();
+    let (tap, vhost) = (files.add(tap()), Some(files.add(file(&[7; 512]))));
+    let wrong = Action::AddInterface { tap, mac: mac(9), mtu: 1500, vhost };
+    let failure = vmm.ask(wrong, &files.all()).unwrap_err();
+    assert_eq!(failure.kind, FailureKind::Invalid, "{failure:?}");
+    assert!(failure.message.contains("vhost-net"), "{failure:?}");
+    let wrong = Action::AddInterface {
+        tap: Descriptor(0),
+        mac: mac(9),
+        mtu: 1500,
+        vhost: Some(Descriptor(0)),
+    };
+    let failure = vmm.ask(wrong, &files.all()).unwrap_err();
+    assert!(failure.message.contains("named twice"), "{failure:?}");
     assert_eq!(vmm.ask(Action::Status, &[]), Ok(Reply::Status(VmState::Running)));
 }
 

@@ -89,6 +89,14 @@ pub fn open_disk(path: &Path, read_only: bool, direct: bool) -> io::Result<File>
     Ok(file)
 }
 
+/// As [`open_device`], and nobody can open it again.
+///
+/// # Errors
+/// As there.
+pub fn open_device_once(path: &Path) -> io::Result<File> {
+    open_disk(path, false, false)
+}
+
 /// The directory in which a process finds its own descriptors, and nothing above it.
 ///
 /// # Errors

@@ -168,6 +168,22 @@ const VFIO_DMA: std::ops::RangeInclusive<u64> = 0x3b00 + 113..=0x3b00 + 114;
 
 /// Of io_uring_enter(2): wait until operations are complete (linux/io_uring.h).
 const IORING_ENTER_GETEVENTS: u64 = 1 << 0;
+/// What is asked of vhost-net (linux/vhost.h): its features, and those that the driver has; an
+/// owner; the guest's memory; size, addresses, position, kick, call and error of a ring; and the
+/// tap. Nothing that logs, polls or makes threads.
+const VHOST: &[u64] = &[
+    0x8008_af00,
+    0x4008_af00,
+    0xaf01,
+    0x4008_af03,
+    0x4008_af10,
+    0x4028_af11,
+    0x4008_af12,
+    0x4008_af20,
+    0x4008_af21,
+    0x4008_af22,
+    0x4008_af30,
+];
 
 /// How glibc starts a thread (pthread_create(3)).
 const THREAD_FLAGS: i32 = libc::CLONE_VM
@@ -197,7 +213,8 @@ fn rules() -> Rules {
     }
     rules.insert(libc::SYS_prctl, one_of(0, prctl));
     rules.insert(libc::SYS_fcntl, one_of(1, fcntl));
-    let mut ioctl = one_of(1, IOCTL.iter().copied().chain(VFIO).chain(VFIO_DMA));
+    let listed = IOCTL.iter().chain(VHOST).copied();
+    let mut ioctl = one_of(1, listed.chain(VFIO).chain(VFIO_DMA));
     ioctl.push(vec![Condition::masked(1, 0xff00, KVMIO)]);
     rules.insert(libc::SYS_ioctl, ioctl);
     rules.insert(libc::SYS_socketpair, one_of(0, [libc::AF_UNIX as u64]));

@@ -407,6 +407,8 @@ mod tests {
             ("vcpu", "3"),
             ("vcpu-1", "3"),
             ("io", "3"),
+            // The kernel's, for a network.
+            ("vhost-12", "3"),
         ] {
             assert_eq!(show(&thread(name).cpus(&pinned, &everywhere)), cpus, "{name}");
         }

@@ -171,8 +171,13 @@ pub(super) async fn boot(
     let frees = passed.is_none() && backends.is_none() && placement.huge_pages.is_none();
     let mut devices = base_devices(given.add(&root), given.add(&proc_fd), frees);
     let base = devices.len();
-    for Tap { descriptor, mac, mtu } in &taps {
-        devices.push(DeviceConfig::Net { tap: given.add(descriptor), mac: *mac, mtu: *mtu });
+    for Tap { descriptor, vhost, mac, mtu } in &taps {
+        devices.push(DeviceConfig::Net {
+            tap: given.add(descriptor),
+            mac: *mac,
+            mtu: *mtu,
+            vhost: vhost.as_ref().map(|vhost| given.add(vhost)),
+        });
     }
     if let Some(Handles { container, groups, functions }) = &passed {
         devices.push(DeviceConfig::Passthrough {

@@ -26,6 +26,7 @@ use vial_vmm_api::{Action, Reply};
 use super::{Given, functions::Functions, lock, vmm};
 use crate::{
     agent::{Agent, AgentError},
+    config::VhostNet,
     error::ServiceError,
     network::{self, Attachment, Followed, Joint, Known, Looked, NetworkError, Tap},
     state_dir::StateDir,
@@ -54,6 +55,8 @@ pub(super) struct Follower {
     /// With what is written down of the sandbox.
     pub(super) functions: Arc<tokio::sync::Mutex<Functions>>,
     pub(super) dir: StateDir,
+    /// Whether the kernel is to carry the packets of interfaces that come.
+    pub(super) vhost_net: VhostNet,
 }
 
 /// Tells the guest of changes until it is dropped, beginning with those since it was `given` what it
@@ -200,11 +203,13 @@ impl Follower {
     /// Makes a tap for an interface and a device of the VM for that. Returns the device's number.
     async fn give(&self, joint: &Joint, interface: &Interface) -> Result<u8, ServiceError> {
         let attachment = lock(&self.attachment).clone();
-        let (own, described) = (joint.clone(), interface.clone());
-        let made = blocking(move || network::attach_late(&attachment, &own, &described)).await?;
-        let Tap { descriptor, mac, mtu } = made;
+        let (own, described, vhost) = (joint.clone(), interface.clone(), self.vhost_net);
+        let attach = move || network::attach_late(&attachment, &own, &described, vhost);
+        let Tap { descriptor, vhost, mac, mtu } = blocking(attach).await?;
         let mut handed = Given::default();
-        let action = Action::AddInterface { tap: handed.add(&descriptor), mac, mtu };
+        let tap = handed.add(&descriptor);
+        let vhost = vhost.as_ref().map(|vhost| handed.add(vhost));
+        let action = Action::AddInterface { tap, mac, mtu, vhost };
         let asked = timeout(DEVICE_PATIENCE, self.vmm.request(action, &handed.0)).await;
         let failed = vmm("give a network interface to the VM");
         let device = match asked.unwrap_or(Err(VmmError::Late(DEVICE_PATIENCE))) {

@@ -146,6 +146,8 @@ pub enum Action {
         mac: [u8; 6],
         /// As in [`DeviceConfig::Net`].
         mtu: u16,
+        /// As in [`DeviceConfig::Net`].
+        vhost: Option<Descriptor>,
     },
     /// Takes an interface that [`Action::AddInterface`] brought, whether the guest has let go of it or not: when this is
     /// answered, its tap is closed.
@@ -557,6 +559,9 @@ pub enum DeviceConfig {
         mac: [u8; 6],
         /// The largest packet without its Ethernet header, 68 to 65535.
         mtu: u16,
+        /// `/dev/vhost-net`, opened for this interface alone: then the host's kernel carries its
+        /// packets, and else the VMM.
+        vhost: Option<Descriptor>,
     },
     /// A disk (virtio 1.2, 5.2): a regular file or a block device, never a disk format.
     Block {

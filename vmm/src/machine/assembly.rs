@@ -137,9 +137,10 @@ impl<'a> Assembly<'a> {
                 let proc_fd = proc_fd.map(|which| take(which, "/proc/<pid>/fd")).transpose()?;
                 Box::new(fs::Fs::new(&tag, root, proc_fd).map_err(|error| text(&error))?)
             }
-            DeviceConfig::Net { tap, mac, mtu } => {
+            DeviceConfig::Net { tap, mac, mtu, vhost } => {
                 let tap = take(tap, "the tap")?;
-                Box::new(net::Net::new(tap, mac, mtu).map_err(|error| text(&error))?)
+                let vhost = vhost.map(|which| take(which, "/dev/vhost-net")).transpose()?;
+                Box::new(net::Net::new(tap, mac, mtu, vhost).map_err(|error| text(&error))?)
             }
             DeviceConfig::Block { file, read_only, serial } => {
                 let file = take(file, "the disk")?;

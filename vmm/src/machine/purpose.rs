@@ -48,6 +48,8 @@ impl Purpose {
                     .into(),
             );
         }
+        // How far the queues of a network were served is the kernel's to know where it carries the
+        // packets, and what is in flight there is in no state.
         let kept = |device: &DeviceConfig| match device {
             DeviceConfig::Vsock { .. }
             | DeviceConfig::Fs { .. }
@@ -76,6 +78,8 @@ impl Purpose {
 
 #[cfg(test)]
 mod tests {
+    use vial_vmm_api::Descriptor;
+
     use super::*;
     use crate::machine::{self, tests::config};
 
@@ -86,6 +90,18 @@ mod tests {
         let template = Purpose::Template { max_vcpus: 1 };
         let error = template.check(&config).unwrap_err();
         assert!(error.to_string().contains("hot_plug"), "{error}");
+    }
+
+    #[test]
+    fn machine_with_a_network_is_no_template() {
+        for vhost in [None, Some(Descriptor(2))] {
+            let net =
+                DeviceConfig::Net { tap: Descriptor(1), mac: [2, 0, 0, 0, 0, 1], mtu: 1500, vhost };
+            let config = VmConfig { devices: vec![net], ..config() };
+            Purpose::Run.check(&config).unwrap();
+            let error = Purpose::Template { max_vcpus: 1 }.check(&config).unwrap_err();
+            assert!(error.to_string().contains("a net device cannot be saved"), "{error}");
+        }
     }
 
     #[test]

@@ -8,6 +8,7 @@ use kvm_bindings::{
 
 use super::Check::{self, Any, Is, OneOf, With, Without};
 use super::ThreadKind;
+use crate::devices::net::vhost::request as vhost;
 
 type Call = (i64, Check);
 
@@ -109,6 +110,27 @@ const IO: &[Call] = &[
     (libc::SYS_socketpair, OneOf(0, &[libc::AF_UNIX as u64])),
     // The rings of disks, which can do nothing but serve these; no flags but that of waiting for an end.
     (libc::SYS_io_uring_enter, OneOf(3, &[0, IORING_ENTER_GETEVENTS])),
+    // Handing a network's rings to the kernel, and taking them back, by descriptors that the shim
+    // has opened. Not those by which it would log what it writes, speak of addresses that are asked
+    // for, or change the thread that serves them.
+    (
+        libc::SYS_ioctl,
+        OneOf(
+            1,
+            &[
+                vhost::SET_OWNER,
+                vhost::SET_FEATURES,
+                vhost::SET_MEM_TABLE,
+                vhost::SET_VRING_NUM,
+                vhost::SET_VRING_ADDR,
+                vhost::SET_VRING_BASE,
+                vhost::SET_VRING_KICK,
+                vhost::SET_VRING_CALL,
+                vhost::SET_VRING_ERR,
+                vhost::NET_SET_BACKEND,
+            ],
+        ),
+    ),
 ];
 
 /// The shared tree, below the root of the jail. Disks too: `preadv` and the like.
@@ -200,7 +222,8 @@ const VHOST_USER: &[Call] = &[
 ];
 
 /// The shim's socket; and disks and taps that come and go, which the shim has opened: what they are is asked for, a tap is
-/// told how its packets begin, and the guest's doorbells and interrupts are theirs.
+/// told how its packets begin and vhost-net asked for what it knows, and the guest's doorbells and
+/// interrupts are theirs.
 const CONTROL: &[Call] = &[
     (libc::SYS_eventfd2, Any),
     (libc::SYS_fcntl, OneOf(1, &[libc::F_GETFL as u64, libc::F_SETFL as u64])),
@@ -215,6 +238,7 @@ const CONTROL: &[Call] = &[
                 KVM_IOEVENTFD,
                 libc::TUNGETIFF,
                 libc::TUNSETVNETHDRSZ,
+                vhost::GET_FEATURES,
             ],
         ),
     ),

@@ -95,6 +95,20 @@ fn table(kind: ThreadKind) -> (&'static [Attempt], &'static [Attempt]) {
     const DOORBELL: Attempt = ("a doorbell", libc::SYS_ioctl, [CLOSED, 0x4040_ae79, 0, 0]);
     // VFIO_GROUP_GET_DEVICE_FD.
     const GROUP: Attempt = ("a function of a group", libc::SYS_ioctl, [CLOSED, 0x3b6a, 0, 0]);
+    // Of vhost (linux/vhost.h): VHOST_GET_FEATURES, _SET_OWNER, _SET_MEM_TABLE, _SET_VRING_ADDR,
+    // _NET_SET_BACKEND; and not VHOST_SET_LOG_BASE, VHOST_SET_VRING_ENDIAN, VHOST_NEW_WORKER.
+    const VHOST_KNOWS: Attempt =
+        ("what vhost-net knows", libc::SYS_ioctl, [CLOSED, 0x8008_af00, 0, 0]);
+    const VHOST_OWNER: Attempt = ("vhost-net's owner", libc::SYS_ioctl, [CLOSED, 0xaf01, 0, 0]);
+    const VHOST_MEMORY: Attempt =
+        ("vhost-net's memory", libc::SYS_ioctl, [CLOSED, 0x4008_af03, 0, 0]);
+    const VHOST_RING: Attempt = ("vhost-net's ring", libc::SYS_ioctl, [CLOSED, 0x4028_af11, 0, 0]);
+    const VHOST_TAP: Attempt = ("vhost-net's tap", libc::SYS_ioctl, [CLOSED, 0x4008_af30, 0, 0]);
+    const VHOST_LOG: Attempt = ("vhost-net's log", libc::SYS_ioctl, [CLOSED, 0x4008_af04, 0, 0]);
+    const VHOST_ENDIAN: Attempt =
+        ("another byte order", libc::SYS_ioctl, [CLOSED, 0x4008_af13, 0, 0]);
+    const VHOST_THREAD: Attempt =
+        ("another thread of vhost-net", libc::SYS_ioctl, [CLOSED, 0x8004_af08, 0, 0]);
     const READ_AT: Attempt = ("read at a place", libc::SYS_pread64, [CLOSED, 0, 0, 0]);
     const USE_RING: Attempt = ("a ring's operations", libc::SYS_io_uring_enter, [CLOSED, 0, 0, 1]);
     const ASK_FOR_RING: Attempt = (
@@ -120,6 +134,9 @@ fn table(kind: ThreadKind) -> (&'static [Attempt], &'static [Attempt]) {
                 READ_AT,
                 USE_RING,
                 ASK_FOR_RING,
+                VHOST_KNOWS,
+                VHOST_OWNER,
+                VHOST_RING,
             ],
         ),
         ThreadKind::VcpuWithFunctions => (
@@ -127,8 +144,19 @@ fn table(kind: ThreadKind) -> (&'static [Attempt], &'static [Attempt]) {
             &[OPEN, PAIR, IDENTITY, POLL, EPOLL, RECEIVE, OWNER, PASSED_MEMORY],
         ),
         ThreadKind::Io => (
-            &[PAIR, EPOLL, RECEIVE, USE_RING],
-            &[OPEN, INTERNET_PAIR, IDENTITY, RUN, DUPLICATE, POLL, ASK_FOR_RING],
+            &[PAIR, EPOLL, RECEIVE, USE_RING, VHOST_OWNER, VHOST_MEMORY, VHOST_RING, VHOST_TAP],
+            &[
+                OPEN,
+                INTERNET_PAIR,
+                IDENTITY,
+                RUN,
+                DUPLICATE,
+                POLL,
+                ASK_FOR_RING,
+                VHOST_LOG,
+                VHOST_ENDIAN,
+                VHOST_THREAD,
+            ],
         ),
         ThreadKind::FileServer => (
             &[OPEN, IDENTITY, EPOLL, DUPLICATE],
@@ -139,8 +167,23 @@ fn table(kind: ThreadKind) -> (&'static [Attempt], &'static [Attempt]) {
             &[OPEN, PAIR, IDENTITY, RUN, DUPLICATE, READ_AT, WRITE_AT, SLOT, EVENT, DOORBELL],
         ),
         ThreadKind::Control => (
-            &[POLL, RECEIVE, EVENT, DOORBELL, ASK_FOR_RING],
-            &[OPEN, PAIR, IDENTITY, RUN, EPOLL, DUPLICATE, READ_OUT, WRITE_AT, SLOT, USE_RING],
+            &[POLL, RECEIVE, EVENT, DOORBELL, ASK_FOR_RING, VHOST_KNOWS],
+            &[
+                OPEN,
+                PAIR,
+                IDENTITY,
+                RUN,
+                EPOLL,
+                DUPLICATE,
+                READ_OUT,
+                WRITE_AT,
+                SLOT,
+                USE_RING,
+                PASSED_MEMORY,
+                VHOST_OWNER,
+                VHOST_MEMORY,
+                VHOST_TAP,
+            ],
         ),
         ThreadKind::ControlWithFunctions => (
             &[POLL, RECEIVE, SLOT, PASSED_MEMORY, PASSED_INTERRUPT, READ_AT, WRITE_AT, EVENT],

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use virtio_queue::{DescriptorChain, Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemory};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Interrupt;
@@ -190,6 +190,25 @@ impl ActiveQueue {
     /// Where its descriptors, its available and its used ring are in the guest's memory.
     pub fn addresses(&self) -> [u64; 3] {
         [self.queue.desc_table(), self.queue.avail_ring(), self.queue.used_ring()]
+    }
+
+    /// The addresses in this process of the same, for the host's kernel to serve them. Nothing
+    /// where one of them is not in one piece of the guest's memory.
+    pub fn host_addresses(&self) -> Option<[u64; 3]> {
+        let size = usize::from(self.size());
+        // Descriptors; flags, index, entries and event of either ring (virtio 1.2, 2.7).
+        let bytes = [16 * size, 6 + 2 * size, 6 + 8 * size];
+        let mut found = [0; 3];
+        for ((found, at), bytes) in found.iter_mut().zip(self.addresses()).zip(bytes) {
+            let piece = self.ram.get_slice(GuestAddress(at), bytes).ok()?;
+            *found = piece.ptr_guard_mut().as_ptr() as u64;
+        }
+        Some(found)
+    }
+
+    /// The next entry of the available ring, counted from the beginning.
+    pub fn next_available(&self) -> u16 {
+        self.queue.next_avail()
     }
 
     /// How many chains were given back, by the ring's own count: whoever serves it has written that.

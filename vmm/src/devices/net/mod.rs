@@ -4,17 +4,26 @@
 //! The header before each packet is the tap's own (`IFF_VNET_HDR`), so checksums and segmentation
 //! are left to whichever kernel the packet ends in. A packet with a header that makes no sense is
 //! refused by the host's kernel, and dropped.
+//!
+//! Where the host has vhost-net, its kernel carries the packets ([`kernel`]), and else a worker of
+//! this process.
 
+mod kernel;
 mod tap;
+pub(crate) mod vhost;
 
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
+use self::kernel::KernelWorker;
 use self::tap::Offloads;
+pub use self::vhost::VhostError;
+use self::vhost::VhostNet;
 use super::buffers::{Buffers, MAX_VECTORS, Span};
 use crate::memory::GuestRam;
 use crate::virtio::{
@@ -73,12 +82,17 @@ pub enum NetError {
         /// What the host said.
         source: io::Error,
     },
+    /// What was to carry the packets does not.
+    #[error("make the net device: {0}")]
+    Vhost(#[from] VhostError),
 }
 
 /// The device.
 #[derive(Debug)]
 pub struct Net {
     tap: OwnedFd,
+    /// What carries the packets; without it, this process does.
+    vhost: Option<Arc<VhostNet>>,
     /// `mac`, `status`, `max_virtqueue_pairs`, `mtu` (virtio 1.2, 5.1.4).
     config: [u8; 12],
     mtu: u16,
@@ -86,11 +100,17 @@ pub struct Net {
 
 impl Net {
     /// A device on a tap that was made with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, with the
-    /// guest's address and the largest packet without its Ethernet header, in bytes.
+    /// guest's address and the largest packet without its Ethernet header, in bytes. With
+    /// `/dev/vhost-net`, opened for it alone, the kernel carries its packets.
     ///
     /// # Errors
     /// [`NetError`].
-    pub fn new(tap: OwnedFd, mac: [u8; 6], mtu: u16) -> Result<Self, NetError> {
+    pub fn new(
+        tap: OwnedFd,
+        mac: [u8; 6],
+        mtu: u16,
+        vhost: Option<OwnedFd>,
+    ) -> Result<Self, NetError> {
         if mac == [0; 6] || mac[0] & 1 != 0 {
             return Err(NetError::Mac(mac));
         }
@@ -108,10 +128,11 @@ impl Net {
         fcntl_getfl(&tap)
             .and_then(|flags| fcntl_setfl(&tap, flags | OFlags::NONBLOCK))
             .map_err(|error| failed("make the tap non-blocking")(error.into()))?;
+        let vhost = vhost.map(VhostNet::new).transpose()?.map(Arc::new);
         let mut config = [0; 12];
         config[..6].copy_from_slice(&mac);
         config[10..].copy_from_slice(&mtu.to_le_bytes());
-        Ok(Self { tap, config, mtu })
+        Ok(Self { tap, vhost, config, mtu })
     }
 }
 
@@ -126,7 +147,8 @@ impl VirtioDevice for Net {
     }
 
     fn features(&self) -> u64 {
-        CSUM | GUEST_CSUM
+        let offered = CSUM
+            | GUEST_CSUM
             | MTU
             | MAC
             | GUEST_TSO4
@@ -135,7 +157,8 @@ impl VirtioDevice for Net {
             | HOST_TSO6
             | MRG_RXBUF
             | FEATURE_INDIRECT_DESC
-            | FEATURE_EVENT_IDX
+            | FEATURE_EVENT_IDX;
+        self.vhost.as_ref().map_or(offered, |vhost| vhost.limit(offered))
     }
 
     fn config(&self) -> &[u8] {
@@ -161,7 +184,12 @@ impl VirtioDevice for Net {
             Offloads { tcp4: false, tcp6: false, .. } => usize::from(self.mtu),
             _ => MAX_JOINED_BYTES,
         };
-        Ok(Box::new(NetWorker::new(tap, payload, activation)?))
+        let features = activation.features;
+        let worker = NetWorker::new(tap, payload, activation)?;
+        Ok(match &self.vhost {
+            Some(vhost) => Box::new(KernelWorker::new(vhost.clone(), features, worker)),
+            None => Box::new(worker),
+        })
     }
 }
 

@@ -1,10 +1,12 @@
 use std::fs::File;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use vm_memory::{GuestAddress, GuestMemory};
 
 use super::on_socket::OnSocket;
 use super::*;
 use crate::devices::testing::{BUFFERS, Bench, DriverQueue, RAM_BYTES, WRITE, drain, ram};
+use crate::virtio::FEATURE_VERSION_1;
 
 fn bench(features: u64, payload: usize) -> (Bench, OwnedFd) {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -12,7 +14,7 @@ fn bench(features: u64, payload: usize) -> (Bench, OwnedFd) {
         socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
     let ram = ram();
     let queues = (0..2).map(|index| DriverQueue::new(&ram, index, 64)).collect();
-    let mut device = OnSocket { tap, payload };
+    let mut device = OnSocket::new(tap, payload);
     (Bench::activate_with(&mut device, &ram, features, queues), network)
 }
 
@@ -31,12 +33,12 @@ fn address_and_mtu_beyond_their_bounds_are_refused() {
     let file = || OwnedFd::from(tempfile::tempfile().unwrap());
     let unicast = [2, 0, 0, 0, 0, 1];
     for mac in [[0; 6], [0xff; 6], [1, 0, 0x5e, 0, 0, 1]] {
-        assert!(matches!(Net::new(file(), mac, 1500), Err(NetError::Mac(_))));
+        assert!(matches!(Net::new(file(), mac, 1500, None), Err(NetError::Mac(_))));
     }
-    assert!(matches!(Net::new(file(), unicast, 67), Err(NetError::Mtu(67))));
-    assert!(matches!(Net::new(file(), unicast, 68), Err(NetError::Tap { .. })));
+    assert!(matches!(Net::new(file(), unicast, 67, None), Err(NetError::Mtu(67))));
+    assert!(matches!(Net::new(file(), unicast, 68, None), Err(NetError::Tap { .. })));
     let null = OwnedFd::from(File::open("/dev/null").unwrap());
-    assert!(matches!(Net::new(null, unicast, 1500), Err(NetError::Tap { .. })));
+    assert!(matches!(Net::new(null, unicast, 1500, None), Err(NetError::Tap { .. })));
 }
 
 #[test]
@@ -158,4 +160,111 @@ fn malformed_chains_break_the_device() {
         bench.kick(0);
         bench.kick(1);
     }
+}
+
+/// vhost-net as a device has it, on a descriptor that refuses each of its requests.
+fn refusing_vhost(features: u64) -> VhostNet {
+    let device = OwnedFd::from(File::open("/dev/null").unwrap());
+    VhostNet::with_features(device, features).unwrap()
+}
+
+#[test]
+fn descriptor_that_is_no_vhost_net_is_refused() {
+    let null = OwnedFd::from(File::open("/dev/null").unwrap());
+    let error = VhostNet::new(null).unwrap_err();
+    assert!(matches!(error, VhostError::Kernel { .. }), "{error}");
+    assert!(error.to_string().contains("ask for the features of vhost-net"), "{error}");
+}
+
+#[test]
+fn driver_is_offered_what_device_and_kernel_both_know() {
+    let offered = CSUM | MAC | HOST_TSO4 | MRG_RXBUF | FEATURE_INDIRECT_DESC | FEATURE_EVENT_IDX;
+    // VIRTIO_F_ANY_LAYOUT and what only vhost has are not the device's to offer.
+    let all = vhost::RING_FEATURES | 1 << 24 | 1 << 26 | 1 << 27;
+    for (known, lost) in [
+        (all, 0),
+        (all & !MRG_RXBUF, MRG_RXBUF),
+        (FEATURE_VERSION_1, MRG_RXBUF | FEATURE_INDIRECT_DESC | FEATURE_EVENT_IDX),
+    ] {
+        assert_eq!(refusing_vhost(known).limit(offered), offered & !lost, "{known:#x}");
+    }
+    let device = OwnedFd::from(File::open("/dev/null").unwrap());
+    let error = VhostNet::with_features(device, all & !FEATURE_VERSION_1).unwrap_err();
+    assert!(matches!(error, VhostError::Old(_)), "{error}");
+}
+
+#[test]
+fn packets_are_carried_by_the_worker_when_the_kernel_refuses() {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let (tap, network) =
+        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+    let ram = ram();
+    let queues = (0..2).map(|index| DriverQueue::new(&ram, index, 64)).collect();
+    let mut device = OnSocket::new(tap, 1500).with(refusing_vhost(vhost::RING_FEATURES));
+    let mut bench = Bench::activate_with(&mut device, &ram, MRG_RXBUF, queues);
+    let sent = packet(1400);
+    bench.write(BUFFERS, &sent);
+    assert_eq!(bench.request(1, &[(BUFFERS, sent.len() as u32, 0)]), Some(0));
+    assert_eq!(drain(&network).0, sent);
+    let head = bench.queues[0].offer(&[(BUFFERS, 2048, WRITE)]);
+    bench.kick(0);
+    send(&network, &sent);
+    bench.settle();
+    assert_eq!(bench.queues[0].take_used(), Some((head, sent.len() as u32)));
+    assert!(bench.queues[0].interrupted() && !bench.fault.is_reported());
+    // A broken queue is one of the worker's, whose kicks are taken all the same.
+    bench.queues[1].offer(&[(BUFFERS, 4, 0)]);
+    bench.kick(1);
+    assert!(bench.fault.is_reported());
+    bench.kick(1);
+    bench.reset();
+}
+
+#[test]
+fn ring_has_an_address_here_when_it_is_in_one_piece() {
+    use virtio_queue::{Queue, QueueT};
+    use vm_memory::{Bytes, GuestMemoryMmap};
+    const END: u64 = 0x10000;
+    // Two pieces, one behind the other for the guest.
+    let ranges = [(GuestAddress(0), END as usize), (GuestAddress(END), END as usize)];
+    let ram: GuestRam = GuestMemoryMmap::from_ranges(&ranges).unwrap();
+    let ring = |at: [u64; 3]| {
+        let mut queue = Queue::new(16).unwrap();
+        queue.set_size(16);
+        queue.set_desc_table_address(Some(at[0] as u32), Some(0));
+        queue.set_avail_ring_address(Some(at[1] as u32), Some(0));
+        queue.set_used_ring_address(Some(at[2] as u32), Some(0));
+        queue.set_ready(true);
+        let kick = Arc::new(vmm_sys_util::eventfd::EventFd::new(0).unwrap());
+        ActiveQueue::new(queue, ram.clone(), kick, crate::virtio::Interrupt::none())
+    };
+    // Of 16 entries: 256, 38 and 134 bytes. The second and the third are where one piece ends, and
+    // the other.
+    let at = [0x1000, END - 38, 2 * END - 136];
+    let found = ring(at).host_addresses().unwrap();
+    for (at, found) in at.into_iter().zip(found) {
+        ram.write_obj(at ^ 0x5a5a, GuestAddress(at)).unwrap();
+        let slice = ram.get_slice(GuestAddress(at), 8).unwrap();
+        assert_eq!(slice.ptr_guard().as_ptr() as u64, found, "{at:#x}");
+    }
+    for wrong in [
+        [END - 240, 0x2000, 0x3000],
+        [0x1000, END - 36, 0x3000],
+        [0x1000, 0x2000, END - 132],
+        [2 * END - 240, 0x2000, 0x3000],
+        [0x1000, 0x2000, 2 * END - 132],
+    ] {
+        assert!(ring(wrong).host_addresses().is_none(), "{wrong:x?}");
+    }
+}
+
+#[test]
+fn kernel_is_told_of_each_piece_of_memory() {
+    let ranges = [(GuestAddress(0), 0x2000), (GuestAddress(0x10_0000), 0x3000)];
+    let ram: GuestRam = vm_memory::GuestMemoryMmap::from_ranges(&ranges).unwrap();
+    let table = vhost::memory_table(&ram);
+    let here = |at: u64| ram.get_slice(GuestAddress(at), 1).unwrap().ptr_guard().as_ptr() as u64;
+    let first = [0, 0x2000, here(0), 0];
+    let second = [0x10_0000, 0x3000, here(0x10_0000), 0];
+    assert_eq!(table, [&[2][..], &first, &second].concat());
 }

@@ -268,6 +268,10 @@ impl VirtioPci {
         queue.set_used_ring_address(low, high);
         queue.set_event_idx(self.registers.features() & crate::virtio::FEATURE_EVENT_IDX != 0);
         queue.set_ready(true);
+        let taken = [queue.desc_table(), queue.avail_ring(), queue.used_ring()];
+        if taken != [registers.descriptors, registers.driver, registers.device] {
+            return Err(bad("its rings are not aligned".into()));
+        }
         if queue.is_valid(&self.ram) {
             Ok(queue)
         } else {
