@@ -57,6 +57,33 @@ pub(crate) fn try_all(tally: &mut Tally, handed: &[i32]) {
             tally.call("change a tap", libc::SYS_ioctl, set);
         }
     }
+    let mut found = handed.iter().filter(|descriptor| is_vhost_net(**descriptor));
+    match found.next() {
+        Some(vhost) => misuse_vhost_net(tally, *vhost),
+        None => tally.note("no vhost-net was handed over, so nothing was tried on it", true),
+    }
+}
+
+/// What of vhost-net's requests a VMM has no use for (linux/vhost.h). They are for who owns it.
+fn misuse_vhost_net(tally: &mut Tally, vhost: i32) {
+    let own = call(libc::SYS_ioctl, [vhost.into(), 0xaf01, 0, 0, 0, 0]);
+    tally.note("vhost-net has no owner, so nothing was tried on it", own != 0);
+    // A log at an address, and by an event; another byte order of a ring; another thread, and a
+    // ring for it; and how long a ring is looked at without a kick.
+    let mut argument = [0u64; 2];
+    for (what, request) in [
+        ("log at an address", 0x4008_af04),
+        ("log by an event", 0x4004_af07),
+        ("change a ring's byte order", 0x4008_af13),
+        ("make a thread", 0x8004_af08),
+        ("give a ring to a thread", 0x4008_af15),
+        ("look without a kick", 0x4008_af23),
+        ("speak of addresses by messages", 0x4008_af25),
+        ("leave the owner", 0xaf02),
+    ] {
+        let ask = [vhost.into(), request, argument.as_mut_ptr() as c_long, 0, 0, 0];
+        tally.call(&format!("{what} by vhost-net"), libc::SYS_ioctl, ask);
+    }
 }
 
 fn status(descriptor: i32) -> Option<libc::stat> {
@@ -69,6 +96,13 @@ fn status(descriptor: i32) -> Option<libc::stat> {
 fn is_of_a_path(descriptor: i32) -> bool {
     let kind = status(descriptor).map_or(0, |status| status.st_mode & libc::S_IFMT);
     matches!(kind, libc::S_IFREG | libc::S_IFDIR | libc::S_IFCHR | libc::S_IFBLK)
+}
+
+/// `/dev/vhost-net` (`VHOST_NET_MINOR`, linux/miscdevice.h).
+fn is_vhost_net(descriptor: i32) -> bool {
+    status(descriptor).is_some_and(|status| {
+        status.st_mode & libc::S_IFMT == libc::S_IFCHR && status.st_rdev == libc::makedev(10, 238)
+    })
 }
 
 /// `..` from a directory must stay there.
@@ -109,7 +143,9 @@ fn change(tally: &mut Tally, descriptor: i32) {
 
 /// Opens a descriptor again, for writing, by its name in a directory of descriptors.
 fn reopen(tally: &mut Tally, directory: i32, descriptor: i32) {
-    if status(descriptor).is_none_or(|status| status.st_mode & libc::S_IFMT != libc::S_IFREG) {
+    let is_file =
+        status(descriptor).is_some_and(|status| status.st_mode & libc::S_IFMT == libc::S_IFREG);
+    if !is_file && !is_vhost_net(descriptor) {
         return;
     }
     let Ok(name) = CString::new(descriptor.to_string()) else { return };

@@ -4,9 +4,14 @@
 //! It is started as the VMM is: `vial-adversary --api-fd NUMBER`. It takes the first request's
 //! descriptors, makes its attempts, says on standard error which of them succeeded, and ends with
 //! status 1 and a line that counts them. The suite's isolation cases run it.
+//!
+//! `vial-adversary --driver INTERFACE`, in a privileged container of a pod, is a hostile guest
+//! instead ([`driver`]): it ends with 0 when each of its attempts broke the device and nothing
+//! else.
 #![allow(unsafe_code)]
 
 mod attempts;
+mod driver;
 mod handed;
 
 use std::ffi::c_long;
@@ -52,6 +57,15 @@ pub(crate) fn text(string: &std::ffi::CStr) -> c_long {
 }
 
 fn main() {
+    if let Some(interface) = std::env::args().skip_while(|word| word != "--driver").nth(1) {
+        match driver::try_all(&interface) {
+            Ok(wrong) => std::process::exit(i32::from(!wrong.is_empty())),
+            Err(error) => {
+                eprintln!("the device of {interface} cannot be taken: {error}");
+                std::process::exit(2);
+            }
+        }
+    }
     let mut arguments = std::env::args().skip_while(|word| word != "--api-fd").skip(1);
     let socket = arguments.next().and_then(|number| number.parse().ok());
     let mut tally = Tally::default();

@@ -24,10 +24,10 @@ const LOOK: &str = "cat /sys/class/net/eth0/mtu; \
 const NEIGHBOUR: &str = "lladdr 02:00:00:00:00:09";
 
 /// The namespace of the only pod that has one.
-struct Namespace(String);
+pub(super) struct Namespace(String);
 
 impl Namespace {
-    fn of_the_only_pod() -> Result<Self> {
+    pub(super) fn of_the_only_pod() -> Result<Self> {
         let names: Vec<String> = fs::read_dir("/run/netns")?
             .flatten()
             .filter_map(|entry| entry.file_name().into_string().ok())
@@ -272,10 +272,10 @@ pub(crate) fn pod_whose_network_is_taken_away_runs_on_and_goes(bed: &Bed) -> Res
 }
 
 /// A cable from the host to the pod, until dropped. It has the network `10.77.n.0/24`.
-struct Cable(String);
+pub(super) struct Cable(String);
 
 impl Cable {
-    fn new(namespace: &Namespace, n: u32) -> Result<Self> {
+    pub(super) fn new(namespace: &Namespace, n: u32) -> Result<Self> {
         Self::named(namespace, n, &format!("net{n}"))
     }
 
@@ -315,7 +315,7 @@ const MORE: &str = "for i in $(ls /sys/class/net | grep -v -e lo -e eth0 -e bond
          echo $i $(cat /sys/class/net/$i/mtu); \
          ip -o -4 address show dev $i | awk '{print $3, $4}'; done; ip route | grep net; true";
 
-fn has_more(container: &Container, wanted: &[&str], gone: &[&str]) -> Result<String> {
+pub(super) fn has_more(container: &Container, wanted: &[&str], gone: &[&str]) -> Result<String> {
     eventually(|| {
         let seen = container.exec(MORE)?;
         ensure!(wanted.iter().all(|one| seen.contains(one)), "not all of {wanted:?} in {seen:?}");

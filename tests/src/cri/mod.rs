@@ -20,6 +20,7 @@ mod process;
 mod resources;
 mod sockets;
 mod streaming;
+pub(crate) mod vhost_net;
 mod volumes;
 pub(crate) mod wire;
 
@@ -70,6 +71,9 @@ pub(crate) fn cases() -> Vec<Case> {
         changes::interfaces_of_a_network_come_and_go,
         changes::bursts_of_changes_of_a_network_arrive,
         changes::pod_whose_network_is_taken_away_runs_on_and_goes,
+        vhost_net::vhost_net_carries_the_packets_of_a_pod,
+        vhost_net::pod_without_vhost_net_has_its_network_all_the_same,
+        vhost_net::hostile_driver_breaks_its_network_device_and_nothing_else,
         volumes::volumes_are_the_same_as_with_runc,
         sockets::sockets_are_the_same_as_with_runc,
         sockets::sockets_of_a_pod_whose_shim_is_killed_are_let_go,

@@ -14,7 +14,7 @@ use super::wire::*;
 use crate::suite::bed::Bed;
 
 /// The bridge's address in `tests/host/containerd/net.d`.
-const GATEWAY: &str = "10.88.0.1";
+pub(super) const GATEWAY: &str = "10.88.0.1";
 /// A port of the host that the suite gives to a pod.
 const HOST_PORT: u16 = 18080;
 

@@ -11,8 +11,9 @@ use vial_tests::node::Configuration;
 
 use super::bed::{Bed, Runtime};
 use super::faults::{process, processes};
+use super::network::Network;
 
-const ADVERSARY: &str = "/usr/local/bin/vial-adversary";
+pub(crate) const ADVERSARY: &str = "/usr/local/bin/vial-adversary";
 
 /// What the file server keeps (capabilities(7)): CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER,
 /// CAP_FSETID, CAP_SETGID, CAP_SETUID, CAP_SETFCAP.
@@ -150,14 +151,14 @@ fn descriptors_are_those_handed_over(vmm: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Starts a container with the configuration changed so.
-fn run_with(bed: &Bed, change: &str) -> Result<super::bed::Outcome> {
+/// Starts a container with the configuration changed so, and with options of `ctr run`.
+fn run_with(bed: &Bed, change: &str, options: &[&str]) -> Result<super::bed::Outcome> {
     let configuration = Configuration::keep();
     let key = change.split(' ').next().unwrap_or_default();
     let others = configuration.text().lines().filter(|line| line.split(' ').next() != Some(key));
     let lines: Vec<&str> = others.chain([change]).collect();
     configuration.write(&(lines.join("\n") + "\n"))?;
-    bed.run(Runtime::Vial, &[], &["true"])
+    bed.run(Runtime::Vial, options, &["true"])
 }
 
 /// With `vial-host run --cpus 2 --smt` there are cores of two threads; elsewhere there is nothing to keep off them. A
@@ -208,7 +209,8 @@ pub(crate) fn pod_has_its_cores_to_itself(bed: &Bed) -> Result<()> {
 
 pub(crate) fn hostile_program_in_place_of_the_vmm_gets_nowhere(bed: &Bed) -> Result<()> {
     ensure!(Path::new(ADVERSARY).exists(), "there is no {ADVERSARY}; `make payload` adds it");
-    let files = ["/payload/guest/vmlinux", "/dev/kvm", "/dev/null", "/dev/net/tun"];
+    let files =
+        ["/payload/guest/vmlinux", "/dev/kvm", "/dev/null", "/dev/net/tun", "/dev/vhost-net"];
     let look = || -> Result<Vec<_>> {
         use std::os::unix::fs::MetadataExt;
         let metadata = files.iter().map(|path| Ok(fs::metadata(path)?));
@@ -217,7 +219,10 @@ pub(crate) fn hostile_program_in_place_of_the_vmm_gets_nowhere(bed: &Bed) -> Res
     };
     let before = look()?;
     let log = bed.log_length();
-    let outcome = run_with(bed, &format!("vmm = \"{ADVERSARY}\""))?;
+    // With a tap and what carries its packets.
+    let network = Network::new()?;
+    let options = ["--with-ns", &network.option()];
+    let outcome = run_with(bed, &format!("vmm = \"{ADVERSARY}\""), &options)?;
     let holes: Vec<String> = bed.lines_since(log, "hole:");
     ensure!(holes.is_empty(), "the jail has holes: {}", holes.join("; "));
     ensure!(
@@ -228,6 +233,7 @@ pub(crate) fn hostile_program_in_place_of_the_vmm_gets_nowhere(bed: &Bed) -> Res
     let tried: u32 = tried.context("how much was tried")?.parse()?;
     ensure!(tried > 150, "only {tried} things were tried");
     ensure!(look()? == before, "what it was handed has changed");
+    drop(network);
     bed.clear();
     bed.nothing_left()
 }

@@ -9,15 +9,15 @@ pub(crate) mod faults;
 mod growth;
 mod hot_plug;
 mod input;
-mod isolation;
+pub(crate) mod isolation;
 mod lifecycle;
 mod machine;
 mod moved;
-mod network;
+pub(crate) mod network;
 pub(crate) mod placement;
 pub(crate) mod record;
 mod reporting;
-mod sizes;
+pub(crate) mod sizes;
 pub(crate) mod soak;
 mod streams;
 mod templates;
@@ -32,7 +32,7 @@ use bed::Bed;
 use record::Record;
 use vial_tests::node::Configuration;
 
-use crate::cri::{self, changes};
+use crate::cri::{self, changes, vhost_net};
 
 /// A case: a name, and what has to hold.
 pub(crate) struct Case {
@@ -102,6 +102,7 @@ pub(crate) fn cases() -> Vec<Case> {
         reporting::memory_that_a_guest_frees_is_the_hosts_again,
         reporting::memory_that_a_guest_of_a_template_frees_is_the_hosts_again,
         changes::cri_interfaces_that_came_are_let_go_when_something_is_killed,
+        vhost_net::cri_vhost_net_carries_the_packets_of_a_vm_that_boots,
         vhost_user::vhost_disk_holds_every_byte_though_its_backend_is_killed,
         vhost_user::vhost_device_that_cannot_be_had_is_refused,
         vhost_user::vhost_file_system_is_the_hosts_directory,

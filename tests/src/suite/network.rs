@@ -20,7 +20,7 @@ pub(super) struct Namespace {
 }
 
 /// The namespace and the bridge, until dropped.
-struct Network(Namespace);
+pub(super) struct Network(Namespace);
 
 pub(super) fn ip(line: &str) -> Result<String> {
     let words = line.split_whitespace();
@@ -56,7 +56,7 @@ impl Drop for Namespace {
 }
 
 impl Network {
-    fn new() -> Result<Self> {
+    pub(super) fn new() -> Result<Self> {
         let network = Self(Namespace::new()?);
         for line in [
             "link add vialbr0 type bridge",
@@ -94,7 +94,7 @@ impl Network {
         Ok(all.replace(" tentative", ""))
     }
 
-    fn option(&self) -> String {
+    pub(super) fn option(&self) -> String {
         self.0.option()
     }
 }
@@ -108,7 +108,10 @@ impl Drop for Network {
 }
 
 /// Answers that many connections, one after the other, with what came in, once all of it has.
-fn echo(listener: TcpListener, connections: u32) -> std::thread::JoinHandle<std::io::Result<()>> {
+pub(crate) fn echo(
+    listener: TcpListener,
+    connections: u32,
+) -> std::thread::JoinHandle<std::io::Result<()>> {
     std::thread::spawn(move || {
         for _ in 0..connections {
             let (mut stream, _) = listener.accept()?;

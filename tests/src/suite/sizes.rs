@@ -25,7 +25,7 @@ const BEYOND: Size = (9000, 64);
 const HAS: &str =
     "nproc; cat /sys/devices/system/cpu/online; awk '/MemTotal/ { print $2 }' /proc/meminfo";
 
-pub(super) fn limits((cpus, mib): Size) -> LinuxContainerResources {
+pub(crate) fn limits((cpus, mib): Size) -> LinuxContainerResources {
     LinuxContainerResources {
         cpu_period: 100_000,
         cpu_quota: cpus * 100,
