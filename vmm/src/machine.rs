@@ -3,13 +3,16 @@
 //! [`RunningMachine`] cannot be given another kernel.
 
 mod assembly;
+pub(crate) mod check;
 mod disks;
+mod error;
 mod growth;
 mod interfaces;
 mod late;
 mod passed;
 mod purpose;
 mod restore;
+mod running;
 mod save;
 mod vcpus;
 
@@ -20,145 +23,40 @@ use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex};
 
 use kvm_ioctls::VcpuFd;
-use vial_vmm_api::{
-    API_VERSION, AddedFunctions, BootReport, Descriptor, DeviceConfig, DiskShape,
-    MAX_COMMAND_LINE_BYTES, MAX_DEVICES, MAX_PASSED_FUNCTIONS, MEMORY_MIB, VCPUS, VmConfig, VmSize,
-};
+use vial_vmm_api::{BootReport, Descriptor, DeviceConfig, MEMORY_MIB, VmConfig};
 use vmm_sys_util::eventfd::EventFd;
 
 use self::assembly::Assembly;
+pub use self::check::check;
+use self::check::{check_common, is_of_backend, passed_functions};
 pub use self::disks::DiskError;
 use self::disks::Disks;
+pub use self::error::MachineError;
 use self::growth::Growing;
 pub use self::growth::ResizeError;
 pub use self::interfaces::InterfaceError;
 use self::interfaces::Interfaces;
 use self::late::Late;
 pub use self::passed::PassError;
-use self::passed::{Given, Passed};
+use self::passed::Passed;
 pub use self::purpose::Purpose;
+pub use self::running::RunningMachine;
 pub use self::save::SaveError;
 use self::save::Saving;
-use crate::arch::{acpi, boot, cpuid, generation, layout, registers, vcpu_state};
+use crate::arch::{acpi, boot, cpuid, generation, layout, registers};
 use crate::clock::monotonic_ns;
 use crate::devices::mem::Room;
-use crate::devices::vfio::Placed;
 use crate::devices::vhost_user::{BackendGone, Handover};
 use crate::devices::vsock;
-use crate::event_loop::{EventLoop, EventLoopError};
+use crate::event_loop::EventLoop;
 use crate::kvm::{self, Vm};
 use crate::memory::{GuestRam, map_placed, map_shared};
-use crate::numa;
 use crate::pci::PciBus;
 use crate::ports::{Console, Ports};
-use crate::privileges::{self, PrivilegeError};
-use crate::seccomp::{self, SeccompError, ThreadKind};
-use crate::snapshot::SnapshotError;
+use crate::privileges;
+use crate::seccomp::{self, ThreadKind};
 use crate::vcpu::{self, EndOfVm, Parking, Platform};
-use crate::virtio::pci::{RestoreError, TransportError, Workers};
-
-/// Why a machine could not be built.
-#[derive(Debug, thiserror::Error)]
-pub enum MachineError {
-    /// The configuration is wrong.
-    #[error("{0}")]
-    Config(String),
-    /// A device's descriptor is not what the device needs, or its settings are wrong.
-    #[error("device {number} ({kind}): {reason}")]
-    Device {
-        /// Its place in the configuration, from 0.
-        number: usize,
-        /// What it is.
-        kind: &'static str,
-        /// What is wrong.
-        reason: String,
-    },
-    /// The kernel or its parameters.
-    #[error(transparent)]
-    Boot(#[from] boot::BootError),
-    /// The guest's memory.
-    #[error(transparent)]
-    Memory(#[from] crate::memory::MemoryError),
-    /// KVM.
-    #[error(transparent)]
-    Kvm(#[from] kvm::KvmError),
-    /// A vCPU's registers.
-    #[error(transparent)]
-    Registers(#[from] registers::RegisterError),
-    /// The ACPI tables.
-    #[error(transparent)]
-    Acpi(#[from] acpi::AcpiError),
-    /// A vCPU's CPUID.
-    #[error("set CPUID of vCPU {0}: {1}")]
-    Cpuid(u8, String),
-    /// The VM generation identifier.
-    #[error(transparent)]
-    Generation(#[from] generation::GenerationError),
-    /// The saved machine.
-    #[error(transparent)]
-    Snapshot(#[from] SnapshotError),
-    /// A vCPU of the saved machine.
-    #[error(transparent)]
-    VcpuState(#[from] vcpu_state::VcpuStateError),
-    /// The saved machine had another processor.
-    #[error(
-        "the saved machine saw another processor, KVM or VMM (CPUID leaf {leaf:#x}, {subleaf}); \
-         make it again on this host"
-    )]
-    Processor {
-        /// The first leaf that differs.
-        leaf: u32,
-        /// Its sub-leaf.
-        subleaf: u32,
-    },
-    /// A device of the saved machine.
-    #[error("device {number} ({kind}) of the saved machine: {error}; make it again")]
-    Restore {
-        /// Its place in the configuration, from 0.
-        number: usize,
-        /// What it is.
-        kind: &'static str,
-        /// What is wrong.
-        error: RestoreError,
-    },
-    /// What takes vCPUs out of the guest.
-    #[error("prepare the machine to be saved: {0}")]
-    Signal(String),
-    /// A device's place on the bus.
-    #[error(transparent)]
-    Transport(#[from] TransportError),
-    /// A thread.
-    #[error(transparent)]
-    EventLoop(#[from] EventLoopError),
-    /// A vCPU's thread.
-    #[error("start the thread of vCPU {0}: {1}; check the pids limit of the pod's cgroup")]
-    Thread(u8, std::io::Error),
-    /// A thread's privileges.
-    #[error(transparent)]
-    Privileges(#[from] PrivilegeError),
-    /// A thread's system calls.
-    #[error(transparent)]
-    Seccomp(#[from] SeccompError),
-    /// An event descriptor.
-    #[error("make an event descriptor: {0}; raise the limit of open files")]
-    Event(std::io::Error),
-}
-
-impl MachineError {
-    /// Whether the request is at fault, rather than the host.
-    pub fn is_invalid_request(&self) -> bool {
-        matches!(
-            self,
-            Self::Config(_)
-                | Self::Device { .. }
-                | Self::Boot(_)
-                | Self::Snapshot(_)
-                | Self::Processor { .. }
-                | Self::Memory(crate::memory::MemoryError::Short { .. })
-                | Self::Restore { .. }
-        )
-    }
-}
+use crate::virtio::pci::Workers;
 
 /// The descriptors that came with a message, each to be taken once.
 #[derive(Debug, Default)]
@@ -184,103 +82,6 @@ impl Descriptors {
     }
 }
 
-/// Checks all that can be checked before anything is made.
-///
-/// # Errors
-/// [`MachineError::Config`].
-pub fn check(config: &VmConfig) -> Result<(), MachineError> {
-    check_common(config.version, config.vcpus, config.memory_mib, &config.devices)?;
-    numa::check(config).map_err(MachineError::Config)?;
-    let wrong = |text: String| Err(MachineError::Config(text));
-    if config.command_line.len() > MAX_COMMAND_LINE_BYTES {
-        return wrong(format!(
-            "the kernel command line has {} bytes: give at most {MAX_COMMAND_LINE_BYTES}",
-            config.command_line.len()
-        ));
-    }
-    let backends = config.devices.iter().any(is_of_backend);
-    if backends != config.shared_memory.is_some() {
-        return wrong(
-            "vhost-user backends and shared memory come together; give both, or none".into(),
-        );
-    }
-    if backends && config.devices.contains(&DeviceConfig::Memory) {
-        return wrong(
-            "vhost-user backends see no memory that comes later; leave the memory device out"
-                .into(),
-        );
-    }
-    let keeps = backends || config.placement.huge_pages.is_some();
-    if keeps && config.devices.contains(&DeviceConfig::Balloon) {
-        return wrong(
-            "memory that vhost-user backends share, or that is in huge pages, does not go back to \
-             the host by parts; leave the balloon device out"
-                .into(),
-        );
-    }
-    if config.command_line.contains(|c: char| c.is_control()) {
-        return wrong("the kernel command line holds control characters; take them out".into());
-    }
-    Ok(())
-}
-
-/// Checks what booted and restored machines have in common.
-fn check_common(
-    version: u32,
-    vcpus: u8,
-    memory_mib: u32,
-    devices: &[DeviceConfig],
-) -> Result<(), MachineError> {
-    let wrong = |text: String| Err(MachineError::Config(text));
-    if version != API_VERSION {
-        return wrong(format!(
-            "the request speaks version {version}, this VMM version {API_VERSION}; install shim \
-             and VMM of one release"
-        ));
-    }
-    if !VCPUS.contains(&vcpus) {
-        let (least, most) = (VCPUS.start(), VCPUS.end());
-        return wrong(format!("{vcpus} vCPUs: give {least} to {most}"));
-    }
-    if !MEMORY_MIB.contains(&memory_mib) {
-        let (least, most) = (MEMORY_MIB.start(), MEMORY_MIB.end());
-        return wrong(format!("{memory_mib} MiB of memory: give {least} to {most}"));
-    }
-    if devices.len() > MAX_DEVICES {
-        return wrong(format!("{} devices: give at most {MAX_DEVICES}", devices.len()));
-    }
-    let sockets = devices.iter().filter(|d| matches!(d, DeviceConfig::Vsock { .. }));
-    if sockets.count() > 1 {
-        return wrong("two vsock devices: give one".into());
-    }
-    for (device, name) in [(DeviceConfig::Memory, "memory"), (DeviceConfig::Balloon, "balloon")] {
-        if devices.iter().filter(|other| **other == device).count() > 1 {
-            return wrong(format!("two {name} devices: give one"));
-        }
-    }
-    let passed: Vec<usize> = devices.iter().filter_map(passed_functions).collect();
-    if passed.len() > 1 {
-        return wrong("two lists of passed functions: give one with all of them".into());
-    }
-    if passed.iter().any(|count| *count > MAX_PASSED_FUNCTIONS) {
-        return wrong(format!("more than {MAX_PASSED_FUNCTIONS} passed functions: give fewer"));
-    }
-    Ok(())
-}
-
-/// Whether a process of the host serves the device.
-fn is_of_backend(device: &DeviceConfig) -> bool {
-    matches!(device, DeviceConfig::VhostUser { .. })
-}
-
-/// How many functions of the host the entry passes, if it is one of those.
-fn passed_functions(device: &DeviceConfig) -> Option<usize> {
-    match device {
-        DeviceConfig::Passthrough { functions, .. } => Some(functions.len()),
-        _ => None,
-    }
-}
-
 /// What a guest connects by: called on a device thread with the host's port and the stream.
 pub type GuestConnected = Box<dyn Fn(u32, OwnedFd) + Send + Sync>;
 
@@ -298,22 +99,6 @@ pub struct Machine {
     report: BootReport,
     saving: Option<Saving>,
     growing: Option<Growing>,
-}
-
-/// A machine that runs.
-pub struct RunningMachine {
-    platform: Arc<Platform>,
-    vsock: Option<vsock::VsockConnector>,
-    /// Keeps KVM's side of the machine for as long as the guest's memory is mapped.
-    vm: Arc<Vm>,
-    passed: Passed,
-    disks: Disks,
-    interfaces: Interfaces,
-    backends: Vec<Handover>,
-    hot_plug: bool,
-    saving: Option<Saving>,
-    /// What it grows by, and what its vCPUs tell of their end.
-    growing: Option<(Growing, EndOfVm)>,
 }
 
 impl Machine {
@@ -454,137 +239,6 @@ impl Machine {
     }
 }
 
-impl RunningMachine {
-    /// Connects a stream to a port of the guest.
-    ///
-    /// # Errors
-    /// There is no vsock device, or it has too many connections waiting.
-    pub fn connect(&self, port: u32, socket: OwnedFd) -> Result<(), String> {
-        let vsock = self.vsock.as_ref().ok_or("the VM has no vsock device; configure one")?;
-        vsock.connect(port, socket).map_err(|error| error.to_string())
-    }
-
-    /// Adds functions of the host.
-    ///
-    /// # Errors
-    /// [`PassError`]; none of them is there then.
-    pub fn add_functions(
-        &mut self,
-        container: Descriptor,
-        groups: Vec<Descriptor>,
-        functions: Vec<Descriptor>,
-        mut descriptors: Descriptors,
-    ) -> Result<AddedFunctions, PassError> {
-        if !self.hot_plug {
-            return Err(PassError::NotHotPlug);
-        }
-        let given = Given { container, groups, functions };
-        self.passed.add(given, &mut descriptors, Placed::ByTheGuest)
-    }
-
-    /// Takes functions back that came together.
-    ///
-    /// # Errors
-    /// [`PassError::NoSet`] and [`PassError::NotHotPlug`].
-    pub fn remove_functions(&mut self, set: u32) -> Result<(), PassError> {
-        match self.hot_plug {
-            true => self.passed.remove(set),
-            false => Err(PassError::NotHotPlug),
-        }
-    }
-
-    /// Adds a disk, and returns its number on the bus.
-    ///
-    /// # Errors
-    /// [`DiskError`]; it is not there then.
-    pub fn add_disk(
-        &mut self,
-        file: Descriptor,
-        read_only: bool,
-        serial: &str,
-        (shape, ring): (&DiskShape, Option<vial_ring::Layout>),
-        mut descriptors: Descriptors,
-    ) -> Result<u8, DiskError> {
-        let file = descriptors.take(file, "the disk")?;
-        let ring = ring.and_then(disks::take_ring);
-        self.disks.add(file, read_only, serial, shape, ring)
-    }
-
-    /// Takes a disk that was added.
-    ///
-    /// # Errors
-    /// [`DiskError::None`].
-    pub fn remove_disk(&mut self, device: u8) -> Result<(), DiskError> {
-        self.disks.remove(device)
-    }
-
-    /// Adds an interface of a tap and what carries its packets, if that is not this process, and
-    /// returns its number on the bus.
-    ///
-    /// # Errors
-    /// [`InterfaceError`]; it is not there then.
-    pub fn add_interface(
-        &mut self,
-        (tap, vhost): (Descriptor, Option<Descriptor>),
-        mac: [u8; 6],
-        mtu: u16,
-        mut descriptors: Descriptors,
-    ) -> Result<u8, InterfaceError> {
-        let tap = descriptors.take(tap, "the tap")?;
-        let vhost = vhost.map(|which| descriptors.take(which, "/dev/vhost-net")).transpose()?;
-        self.interfaces.add((tap, vhost), mac, mtu)
-    }
-
-    /// Takes an interface that was added.
-    ///
-    /// # Errors
-    /// [`InterfaceError::None`].
-    pub fn remove_interface(&mut self, device: u8) -> Result<(), InterfaceError> {
-        self.interfaces.remove(device)
-    }
-
-    /// How large the machine is, if it can grow.
-    ///
-    /// # Errors
-    /// [`ResizeError::Fixed`].
-    pub fn size(&self) -> Result<VmSize, ResizeError> {
-        self.growing.as_ref().map(|(growing, _)| growing.size()).ok_or(ResizeError::Fixed)
-    }
-
-    /// Gives it vCPUs, and asks the guest to have so much memory.
-    ///
-    /// # Errors
-    /// [`ResizeError`]. It has what was made by then, and the guest is asked for what it was.
-    pub fn resize(&mut self, vcpus: u8, memory_mib: u32) -> Result<VmSize, ResizeError> {
-        let (growing, end) = self.growing.as_mut().ok_or(ResizeError::Fixed)?;
-        growing.resize((vcpus, memory_mib), &self.vm, &self.platform, end)
-    }
-
-    /// Gives a device another connection to its backend.
-    ///
-    /// # Errors
-    /// There is no such device.
-    pub fn reconnect(&self, backend: u8, socket: OwnedFd) -> Result<(), String> {
-        let handover = self.backends.get(usize::from(backend));
-        handover.ok_or_else(|| format!("the VM has no vhost-user device {backend}"))?.give(socket);
-        Ok(())
-    }
-
-    /// Stops the machine and writes it to two files, its memory and all else.
-    ///
-    /// # Errors
-    /// [`SaveError`]. The machine stands still then, unless the error is harmless.
-    pub fn save(&self, memory: &File, state: File) -> Result<(), SaveError> {
-        let saving = self.saving.as_ref().ok_or(SaveError::NotATemplate)?;
-        saving.save(&self.vm, self.vsock.as_ref(), memory, state)
-    }
-
-    /// Writes out what the guest's console still holds.
-    pub fn flush_console(&self) {
-        self.platform.ports.flush();
-    }
-}
-
 /// Where memory comes to a machine that began with `base_mib`, and has `memory_mib` now.
 fn room(base_mib: u32, memory_mib: u32) -> Room {
     let bytes = |mib: u32| u64::from(mib) << 20;
@@ -678,75 +332,8 @@ fn start_workers(
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
-    use vial_vmm_api::{HugePages, Placement};
-
+mod tests {
     use super::*;
-
-    /// A machine that can be.
-    pub(crate) fn config() -> VmConfig {
-        VmConfig {
-            version: API_VERSION,
-            kvm: Descriptor(0),
-            vcpus: 1,
-            memory_mib: 128,
-            kernel: Descriptor(1),
-            initrd: None,
-            command_line: String::new(),
-            console: None,
-            devices: Vec::new(),
-            hot_plug: false,
-            placement: Placement::default(),
-            shared_memory: None,
-        }
-    }
-
-    fn passed(functions: usize) -> DeviceConfig {
-        DeviceConfig::Passthrough {
-            container: Descriptor(2),
-            groups: Vec::new(),
-            functions: vec![Descriptor(3); functions],
-        }
-    }
-
-    #[test]
-    fn machine_beyond_a_bound_is_refused_by_name() {
-        type Change = fn(&mut VmConfig);
-        let cases: [(Change, &str); 14] = [
-            (|c| c.version += 1, "version"),
-            (|c| c.vcpus = 0, "vCPUs"),
-            (|c| c.vcpus = 65, "vCPUs"),
-            (|c| c.memory_mib = 31, "MiB"),
-            (|c| c.memory_mib = 65537, "MiB"),
-            (|c| c.command_line = "x".repeat(MAX_COMMAND_LINE_BYTES + 1), "command line"),
-            (|c| c.command_line = "a\nb".into(), "control characters"),
-            (|c| c.devices = vec![DeviceConfig::Rng; MAX_DEVICES + 1], "devices"),
-            (
-                |c| {
-                    c.devices = vec![DeviceConfig::Vsock { guest_cid: 3, host_ports: vec![] }; 2];
-                },
-                "vsock",
-            ),
-            (|c| c.shared_memory = Some(Descriptor(2)), "shared memory"),
-            (|c| c.devices = vec![DeviceConfig::Balloon; 2], "two balloon devices"),
-            (
-                |c| {
-                    c.devices = vec![DeviceConfig::Balloon];
-                    c.placement.huge_pages = Some(HugePages::Mib2);
-                },
-                "leave the balloon device out",
-            ),
-            (|c| c.devices = vec![passed(1), passed(1)], "two lists"),
-            (|c| c.devices = vec![passed(MAX_PASSED_FUNCTIONS + 1)], "passed functions"),
-        ];
-        check(&config()).unwrap();
-        for (change, word) in cases {
-            let mut config = config();
-            change(&mut config);
-            let text = check(&config).unwrap_err().to_string();
-            assert!(text.contains(word), "{text}");
-        }
-    }
 
     #[test]
     fn descriptor_is_taken_once() {

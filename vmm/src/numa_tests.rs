@@ -20,7 +20,7 @@ fn config() -> VmConfig {
             bus_node: Some(1),
             huge_pages: Some(HugePages::Mib2),
         },
-        ..crate::machine::tests::config()
+        ..crate::machine::check::tests::config()
     }
 }
 

@@ -81,7 +81,7 @@ mod tests {
     use vial_vmm_api::Descriptor;
 
     use super::*;
-    use crate::machine::{self, tests::config};
+    use crate::machine::{self, check::tests::config};
 
     #[test]
     fn machine_that_is_given_functions_later_is_no_template() {
