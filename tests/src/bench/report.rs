@@ -113,7 +113,11 @@ impl Report {
     }
 }
 
-/// What has grown past the baseline by more than `percent`, and rows of the baseline that are gone.
+/// By how much samples of one program may differ for no reason, in milliseconds: those of a start from a template do, from one
+/// boot of the host to the next, which is more than a few percent of so little.
+const NOISE_MS: f64 = 1.0;
+
+/// What has grown past the baseline by more than `percent` and [`NOISE_MS`], and rows of the baseline that are gone.
 ///
 /// Only rows of ours that count instructions are compared: wall time depends on the machine. The
 /// least sample of now is, with the baseline's median: containerd's threads make samples of one
@@ -135,7 +139,7 @@ pub(crate) fn grown(baseline: &Report, report: &Report, percent: f64) -> Vec<Str
             };
             let expected = old.median * host;
             let change = (new.min / expected - 1.0) * 100.0;
-            (change > percent).then(|| {
+            (change > percent && new.min - expected > NOISE_MS).then(|| {
                 format!(
                     "{} of {} takes {:.2} {} instead of {expected:.2}: {change:+.1} %",
                     old.id, old.subject, new.min, new.unit
@@ -195,6 +199,13 @@ mod tests {
         assert_eq!(growth(&[100.0, 180.0, 190.0], 80.0), [""; 0]);
         let gone = grown(&old, &Report::of(&[]), 5.0);
         assert!(gone[0].contains("not measured"), "{gone:?}");
+    }
+
+    #[test]
+    fn growth_that_is_noise_is_not_told() {
+        let old = counted(&[12.0], 80.0);
+        let growth = |ours: f64| grown(&old, &counted(&[ours], 80.0), 5.0);
+        assert_eq!((growth(12.9).len(), growth(13.1).len()), (0, 1));
     }
 
     #[test]
