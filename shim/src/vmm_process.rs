@@ -69,7 +69,7 @@ pub struct VmmProcess {
     pidfd: OwnedFd,
     ended: watch::Receiver<Option<ExitStatus>>,
     lines: Arc<Mutex<VecDeque<String>>>,
-    rings: Option<Rings>,
+    rings: Option<Arc<Rings>>,
 }
 
 impl VmmProcess {
@@ -91,7 +91,7 @@ impl VmmProcess {
         let (pid, pidfd, rings) = match jail {
             Some(jail) => {
                 let jailed = jail::spawn(program, socket, output, &jail).await?;
-                (jailed.pid, jailed.pidfd, jailed.rings)
+                (jailed.pid, jailed.pidfd, jailed.rings.map(Arc::new))
             }
             None => {
                 let (pid, pidfd) = spawn_unjailed(program, socket, output)?;
@@ -116,7 +116,7 @@ impl VmmProcess {
     }
 
     /// By which it gets rings for disks, if it can.
-    pub fn rings(&self) -> Option<&Rings> {
+    pub fn rings(&self) -> Option<&Arc<Rings>> {
         self.rings.as_ref()
     }
 

@@ -9,7 +9,11 @@
 
 use std::{
     io,
-    os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use rustix::event::{PollFd, PollFlags};
@@ -122,21 +126,79 @@ pub(super) fn take(way: &OwnedFd) -> io::Result<Option<Rings>> {
 
 /// What a VMM waits at for rings.
 #[derive(Debug)]
-pub struct Rings(AsyncFd<OwnedFd>);
+pub struct Rings {
+    listener: AsyncFd<OwnedFd>,
+    /// Whether a VMM that was promised a ring has not answered: it may ask for that one yet, and what it asks does not say
+    /// for which disk.
+    unanswered: AtomicBool,
+}
+
+/// A ring for the disk that the VMM is asked to add. Unless that was [`answered`](Promise::answered), the VMM gets this ring
+/// whenever it asks, and no other from then on.
+#[derive(Debug)]
+pub struct Promise {
+    rings: Arc<Rings>,
+    ring: Option<OwnedFd>,
+}
+
+impl Promise {
+    /// Gives the VMM the ring when it asks for it.
+    ///
+    /// # Errors
+    /// As [`Rings::hand_over`].
+    pub async fn keep(&self) -> io::Result<()> {
+        match &self.ring {
+            Some(ring) => self.rings.hand_over(ring.as_fd()).await,
+            None => Ok(()),
+        }
+    }
+
+    /// The VMM has answered, and does not ask any more.
+    pub fn answered(mut self) {
+        self.ring = None;
+    }
+}
+
+impl Drop for Promise {
+    fn drop(&mut self) {
+        let Some(ring) = self.ring.take() else { return };
+        self.rings.unanswered.store(true, Ordering::Relaxed);
+        // Without a runtime the shim ends, and the VMM with it.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            let rings = self.rings.clone();
+            runtime.spawn(async move {
+                if let Err(error) = rings.hand_over(ring.as_fd()).await {
+                    tracing::debug!("the VMM never asked for the ring of a disk: {error}");
+                }
+            });
+        }
+    }
+}
 
 impl Rings {
     fn new(listener: OwnedFd) -> io::Result<Self> {
         // SAFETY: the descriptor is open, and its owner moves into what watches it.
-        Ok(Self(unsafe { AsyncFd::register_with_interest(listener, Interest::READABLE)? }))
+        let listener = unsafe { AsyncFd::register_with_interest(listener, Interest::READABLE)? };
+        Ok(Self { listener, unanswered: AtomicBool::new(false) })
+    }
+
+    /// Whether a disk that comes can have a ring.
+    pub fn can_promise(&self) -> bool {
+        !self.unanswered.load(Ordering::Relaxed)
+    }
+
+    /// Promises a ring, before the VMM is asked to add its disk.
+    pub fn promise(self: &Arc<Self>, ring: OwnedFd) -> Promise {
+        Promise { rings: self.clone(), ring: Some(ring) }
     }
 
     /// Gives the VMM a ring when it asks for one.
     ///
     /// # Errors
     /// It has ended, or the kernel does not let it have the ring; then it knows.
-    pub async fn hand_over(&self, ring: BorrowedFd<'_>) -> io::Result<()> {
+    async fn hand_over(&self, ring: BorrowedFd<'_>) -> io::Result<()> {
         loop {
-            let mut ready = self.0.readable().await?;
+            let mut ready = self.listener.readable().await?;
             // What is readable no more is told only when it is asked for, and receiving would wait.
             if !self.is_asked()? {
                 ready.clear_ready();
@@ -152,7 +214,7 @@ impl Rings {
             };
             // SAFETY: the structure is live and of the size that the request says; the kernel only reads it.
             let result =
-                unsafe { libc::ioctl(self.0.as_raw_fd(), ADD_DESCRIPTOR, &raw const added) };
+                unsafe { libc::ioctl(self.listener.as_raw_fd(), ADD_DESCRIPTOR, &raw const added) };
             return match result {
                 0.. => Ok(()),
                 _ => {
@@ -166,7 +228,7 @@ impl Rings {
 
     /// Whether a request waits.
     fn is_asked(&self) -> io::Result<bool> {
-        let mut polled = [PollFd::new(&self.0, PollFlags::IN)];
+        let mut polled = [PollFd::new(&self.listener, PollFlags::IN)];
         rustix::event::poll(&mut polled, Some(&rustix::time::Timespec::default()))?;
         let found = polled[0].revents();
         match found.contains(PollFlags::IN) {
@@ -181,7 +243,7 @@ impl Rings {
         // SAFETY: all zeros are a valid structure, as the kernel wants it; it is live and of the size that the request says.
         let (result, asked) = unsafe {
             let mut asked: libc::seccomp_notif = std::mem::zeroed();
-            let result = libc::ioctl(self.0.as_raw_fd(), RECEIVE, &raw mut asked);
+            let result = libc::ioctl(self.listener.as_raw_fd(), RECEIVE, &raw mut asked);
             (result, asked)
         };
         let error = io::Error::last_os_error();
@@ -196,14 +258,13 @@ impl Rings {
     fn refuse(&self, asked: u64) {
         let answer = libc::seccomp_notif_resp { id: asked, val: 0, error: -libc::EPERM, flags: 0 };
         // SAFETY: the structure is live and of the size that the request says. Who is gone needs no answer.
-        unsafe { libc::ioctl(self.0.as_raw_fd(), SEND, &raw const answer) };
+        unsafe { libc::ioctl(self.listener.as_raw_fd(), SEND, &raw const answer) };
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::fd::AsFd;
 
     /// A child with the filter does what `act` says and ends with what that returns. System calls only.
     fn child(act: fn() -> i32) -> (Option<Rings>, rustix::process::Pid) {
@@ -294,6 +355,25 @@ mod tests {
         });
         drop(rings);
         assert_eq!(status(pid), 0);
+    }
+
+    /// A VMM that is late with one disk must not get the ring of the next for it.
+    #[tokio::test]
+    async fn ring_of_a_disk_that_was_not_answered_is_the_last() {
+        let (rings, pid) = child(|| match vial_ring::request() {
+            Ok(_) => 0,
+            Err(_) => 1,
+        });
+        let rings = Arc::new(rings.unwrap());
+        let disk = tempfile::tempfile().unwrap();
+        let ring = || vial_ring::make(disk.as_fd(), false).unwrap().0;
+        rings.promise(ring()).answered();
+        assert!(rings.can_promise());
+        drop(rings.promise(ring()));
+        assert!(!rings.can_promise());
+        // It is handed over all the same.
+        let ended = tokio::task::spawn_blocking(move || status(pid));
+        assert_eq!(ended.await.unwrap(), 0);
     }
 
     #[tokio::test]

@@ -24,7 +24,7 @@ use super::{Given, Sandbox, vmm};
 use crate::{
     disks::{Disk, DiskError, Wanted, cache::Cache, limits::Limits},
     error::ServiceError,
-    jail::descriptors,
+    jail::{descriptors, rings::Promise},
     vmm_client::VmmError,
 };
 
@@ -98,6 +98,9 @@ impl Sandbox {
             return None;
         }
         let made = match self.process.rings() {
+            Some(rings) if !rings.can_promise() => {
+                Err("the VMM has not answered to a disk before".into())
+            }
             Some(_) => vial_ring::make(file.as_fd(), !disk.read_only).map_err(|e| e.to_string()),
             None => Err("the VMM has no jail, or the kernel no listener for its filter".into()),
         };
@@ -118,23 +121,28 @@ impl Sandbox {
         handed: &Given<'_>,
         ring: Option<(OwnedFd, Layout)>,
     ) -> Result<Reply, VmmError> {
+        let promise = self.process.rings().zip(ring).map(|(rings, (ring, _))| rings.promise(ring));
         let answer = async {
             let asked = timeout(PATIENCE, self.vmm.request(action, &handed.0)).await;
             asked.unwrap_or(Err(VmmError::Late(PATIENCE)))
         };
         let hand_over = async {
-            if let (Some(rings), Some((ring, _))) = (self.process.rings(), ring)
-                && let Err(error) = rings.hand_over(ring.as_fd()).await
+            if let Some(promise) = &promise
+                && let Err(error) = promise.keep().await
             {
                 tracing::warn!("the VM's disk does not get its ring: {error}");
             }
             // The VMM's answer ends this.
             std::future::pending::<()>().await;
         };
-        tokio::select! {
+        let reply = tokio::select! {
             reply = answer => reply,
             () = hand_over => Err(VmmError::Answer),
+        };
+        if !matches!(reply, Err(VmmError::Late(_))) {
+            promise.into_iter().for_each(Promise::answered);
         }
+        reply
     }
 
     /// A container has gone, or does not come: takes the disks from the VM that nobody else uses. What cannot be taken
