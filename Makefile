@@ -38,7 +38,7 @@ kernel: deps ## the guest kernel, in the cache outside the checkout
 
 image: build ## the guest image, in target/guest/
 	@mkdir -p $(GUEST)
-	@$(RELEASE)/vial-mkimage --agent $(RELEASE)/vial-agent --output $(GUEST)/initrd.img
+	@$(RELEASE)/vial-mkimage --agent $(RELEASE)/vial-agent --output $(GUEST)/image.erofs
 
 images: deps ## the OCI images of demo and tests, made locally
 	@tests/images/build
@@ -49,7 +49,7 @@ host: deps ## the emulated host, in the cache outside the checkout
 payload: deps ## all that a host needs to run pods, in target/payload/
 	@$(MAKE) --no-print-directory -j2 image kernel >/dev/null
 	@kernel=$$(kernel-config/build) && images=$$(tests/images/build) && \
-		tests/host/payload $(RELEASE) "$$kernel" $(GUEST)/initrd.img "$$images" $(PAYLOAD)
+		tests/host/payload $(RELEASE) "$$kernel" $(GUEST)/image.erofs "$$images" $(PAYLOAD)
 
 shell: payload host ## a shell on the emulated host, with containerd and Vial
 	@$(PAYLOAD)/bin/vial-host shell --payload $(PAYLOAD)

@@ -1,17 +1,16 @@
 //! What PID 1 does before it serves: file systems, cgroups, the loopback interface, limits, the
 //! share.
 //!
-//! The kernel starts the agent from an initramfs that holds little besides it. pivot_root(2),
-//! which containers are started with, refuses such a root; so a tmpfs is moved over it first. On
-//! a real root file system (EROFS, say) that step falls away.
+//! The kernel starts the agent from a file system that holds little besides it, and that nobody can
+//! write: what the agent writes goes to what it mounts.
 
 use std::fs;
 use std::io;
 use std::path::Path;
 
-use rustix::fs::{CWD, Mode, mkdirat, statfs, symlink};
-use rustix::mount::{MountFlags, mount, mount_move};
-use rustix::process::{Resource, Rlimit, chdir, chroot, setrlimit};
+use rustix::fs::symlink;
+use rustix::mount::{MountFlags, mount};
+use rustix::process::{Resource, Rlimit, setrlimit};
 use vial_agent_protocol::{SHARE_TAG, TEMPLATE_WORD};
 
 use crate::cgroup;
@@ -22,9 +21,6 @@ pub(crate) const SHARE: &str = "/run/vial/share";
 /// Below it are the agent's own files.
 pub(crate) const BASE: &str = "/run/vial";
 
-/// statfs(2)'s `f_type` of the file systems that an initramfs can be.
-const RAMFS_MAGIC: u64 = 0x8584_58f6;
-const TMPFS_MAGIC: u64 = 0x0102_1994;
 /// As many descriptors as containerd gives to what it starts.
 const MAX_OPEN_FILES: u64 = 1 << 20;
 /// The largest number that Linux counts pids to on 64-bit machines; far apart, they recur late.
@@ -46,8 +42,6 @@ pub(crate) enum BootError {
     File { action: &'static str, path: String, source: io::Error },
     #[error("cannot bring up the loopback interface: {0}")]
     Loopback(io::Error),
-    #[error("cannot move to a root file system that containers can be started from: {0}")]
-    Root(io::Error),
 }
 
 /// Sets the guest up and answers when each part was done.
@@ -56,7 +50,6 @@ pub(crate) enum BootError {
 /// Anything that containers need is missing.
 pub(crate) fn set_up() -> Result<Vec<Mark>, BootError> {
     let mut marks = vec![Mark::now("init")];
-    leave_initramfs().map_err(|error| BootError::Root(error.into()))?;
     for entry in MOUNTS {
         entry.mount()?;
     }
@@ -76,25 +69,6 @@ pub(crate) fn set_up() -> Result<Vec<Mark>, BootError> {
 pub(crate) fn is_template() -> bool {
     let line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
     line.split_whitespace().any(|word| word == TEMPLATE_WORD)
-}
-
-/// Moves a tmpfs over an initramfs and goes there. The agent's file stays behind, out of every
-/// path but `/proc/self/exe`.
-fn leave_initramfs() -> rustix::io::Result<()> {
-    // The type's width differs between architectures.
-    #[allow(clippy::unnecessary_cast)]
-    let kind = statfs("/")?.f_type as u64;
-    if kind != RAMFS_MAGIC && kind != TMPFS_MAGIC {
-        return Ok(());
-    }
-    mount("vial-root", "/run", "tmpfs", MountFlags::empty(), c"mode=755")?;
-    chdir("/run")?;
-    for name in ["dev", "proc", "sys", "run", "tmp"] {
-        mkdirat(CWD, name, Mode::from_raw_mode(0o755))?;
-    }
-    mount_move(".", "/")?;
-    chroot(".")?;
-    chdir("/")
 }
 
 /// One line of what a container host mounts.
@@ -137,7 +111,7 @@ impl Entry {
             target: self.target.to_owned(),
             source,
         };
-        // On sysfs and a read-only root the directory is there already.
+        // In the image and on sysfs the directory is there already.
         if !Path::new(self.target).is_dir() {
             fs::create_dir_all(self.target).map_err(failed)?;
         }

@@ -1,3 +1,3 @@
 //! The format of the guest image, for the program that writes it and for tests that boot one of their own.
 
-pub mod cpio;
+pub mod erofs;

@@ -1,8 +1,8 @@
-//! `vial-mkimage`: writes the guest image, an uncompressed cpio archive that holds the agent and nothing that is not needed.
+//! `vial-mkimage`: writes the guest image, a read-only file system that holds the agent and nothing that is not needed.
 //!
-//! The same agent gives the same bytes: times, owners and inode numbers are fixed, entries are sorted. [`vial_rootfs::cpio`] writes
-//! the format, [`agent`] looks at the program before it goes in. The kernel unpacks the archive into its initramfs and
-//! starts `/init`; whatever else the guest needs, the agent mounts.
+//! The same agent gives the same bytes: times, owners and inode numbers are fixed, entries are sorted. [`vial_rootfs::erofs`] writes
+//! the format, [`agent`] looks at the program before it goes in. The VMM maps the image into guests, all of which share its
+//! pages; the kernel mounts it as the root and starts `/init`; whatever else the guest needs, the agent mounts.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -14,12 +14,12 @@ use clap::Parser;
 
 mod agent;
 
-use vial_rootfs::cpio::{self, Content, Entry};
+use vial_rootfs::erofs::{self, Content, Entry};
 
 /// An agent larger than this is a mistake: it should stay below 6 MB.
 const AGENT_LIMIT_BYTES: u64 = 64 * 1024 * 1024;
 
-/// Writes the guest image: an uncompressed newc cpio archive with the agent as /init, byte for byte the same each time.
+/// Writes the guest image: an EROFS file system with the agent as /init, byte for byte the same each time.
 #[derive(Debug, Parser)]
 #[command(name = "vial-mkimage")]
 struct Options {
@@ -48,7 +48,7 @@ fn main() -> ExitCode {
 /// Returns the image's size in bytes.
 fn make_image(options: &Options) -> Result<u64> {
     let program = read_agent(&options.agent)?;
-    let image = cpio::archive(&entries(program))?;
+    let image = erofs::image(&entries(program))?;
     replace(&options.output, &image)
         .with_context(|| format!("cannot write the image {}", options.output.display()))?;
     Ok(image.len() as u64)
@@ -75,8 +75,7 @@ fn read_agent(path: &Path) -> Result<Vec<u8>> {
     Ok(program)
 }
 
-/// What the image holds: the agent, mount points, the console that the kernel opens before it starts init, and the null
-/// device, which the agent's runtime opens before its first line where there is no console to be its standard streams.
+/// What the image holds: the agent, and mount points. In `dev` the kernel mounts its devices before it starts the agent.
 fn entries(program: Vec<u8>) -> Vec<Entry> {
     let directory = |path: &str, permissions| Entry {
         path: path.to_owned(),
@@ -89,16 +88,6 @@ fn entries(program: Vec<u8>) -> Vec<Entry> {
         directory("run", 0o755),
         directory("sys", 0o555),
         directory("tmp", 0o1777),
-        Entry {
-            path: "dev/console".to_owned(),
-            permissions: 0o600,
-            content: Content::CharacterDevice { major: 5, minor: 1 },
-        },
-        Entry {
-            path: "dev/null".to_owned(),
-            permissions: 0o666,
-            content: Content::CharacterDevice { major: 1, minor: 3 },
-        },
         Entry { path: "init".to_owned(), permissions: 0o755, content: Content::File(program) },
     ]
 }

@@ -82,7 +82,7 @@ pub fn run() -> Vec<Finding> {
         Ok(config) => {
             findings.push(finding("configuration", Verdict::Ok, "read"));
             findings.push(file("kernel", &config.kernel, "set `kernel` or install it there"));
-            findings.push(file("guest image", &config.initrd, "set `initrd` or install it there"));
+            findings.push(file("guest image", &config.image, "set `image` or install it there"));
             let vmm = file("VMM", &config.vmm, "set `vmm` or install it there");
             let usable = vmm.verdict == Verdict::Ok;
             findings.push(vmm);

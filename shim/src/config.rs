@@ -66,8 +66,8 @@ pub enum VhostNet {
 pub struct File {
     /// The guest's kernel, an uncompressed 64-bit ELF file.
     pub kernel: Option<PathBuf>,
-    /// The guest's initial RAM disk.
-    pub initrd: Option<PathBuf>,
+    /// The guest image: see `vial-mkimage`.
+    pub image: Option<PathBuf>,
     /// The `vial-vmm` program.
     pub vmm: Option<PathBuf>,
     /// The least vCPUs of a VM, see [`crate::size`].
@@ -121,8 +121,8 @@ pub struct File {
 pub struct Config {
     /// The guest's kernel.
     pub kernel: PathBuf,
-    /// The guest's initial RAM disk.
-    pub initrd: PathBuf,
+    /// The guest image: see `vial-mkimage`.
+    pub image: PathBuf,
     /// The `vial-vmm` program.
     pub vmm: PathBuf,
     /// See [`VCPUS`].
@@ -247,12 +247,12 @@ impl Config {
         let library = Path::new(LIBRARY_DIRECTORY);
         let defaults = [
             ("kernel", file.kernel, library.join("vmlinux")),
-            ("initrd", file.initrd, library.join("initrd.img")),
+            ("image", file.image, library.join("image.erofs")),
             ("vmm", file.vmm, default_vmm()),
             ("state_directory", file.state_directory, STATE_DIRECTORY.into()),
             ("template_directory", file.template_directory, TEMPLATE_DIRECTORY.into()),
         ];
-        let [kernel, initrd, vmm, state_directory, template_directory] =
+        let [kernel, image, vmm, state_directory, template_directory] =
             defaults.map(|(key, given, default)| absolute(path, key, given.unwrap_or(default)));
         let timeout = file.boot_timeout_seconds.unwrap_or(60);
         let (base, count) =
@@ -273,7 +273,7 @@ impl Config {
         }
         Ok(Self {
             kernel: kernel?,
-            initrd: initrd?,
+            image: image?,
             vmm: vmm?,
             vcpus: within(path, "vcpus", file.vcpus.unwrap_or(1), VCPUS)?,
             memory_mib: within(path, "memory_mib", file.memory_mib.unwrap_or(128), MEMORY_MIB)?,

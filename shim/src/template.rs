@@ -90,8 +90,8 @@ pub struct Manifest {
     pub release: String,
     /// The guest's kernel.
     pub kernel: Stamp,
-    /// The guest's initial RAM disk.
-    pub initrd: Stamp,
+    /// The guest image: see `vial-mkimage`.
+    pub image: Stamp,
     /// The VMM, which decides what the guest saw of its machine.
     pub vmm: Stamp,
     /// vCPUs of the VM, which a pod's has too.
@@ -329,7 +329,7 @@ impl Manifest {
     fn is_outdated(&self) -> bool {
         let gone = |stamp: &Stamp| !stamp.holds(&stamp.path).unwrap_or(false);
         self.release != env!("CARGO_PKG_VERSION")
-            || [&self.kernel, &self.initrd, &self.vmm].into_iter().any(gone)
+            || [&self.kernel, &self.image, &self.vmm].into_iter().any(gone)
     }
 
     /// Whether its VM is no larger than that of the configuration, so that it can become that.
@@ -346,7 +346,7 @@ impl Manifest {
     fn misfit(&self, config: &Config) -> io::Result<Option<&'static str>> {
         let files = [
             ("kernel", &self.kernel, &config.kernel),
-            ("guest image", &self.initrd, &config.initrd),
+            ("guest image", &self.image, &config.image),
             ("VMM", &self.vmm, &config.vmm),
         ];
         for (what, stamp, path) in files {

@@ -45,7 +45,7 @@ impl Node {
             "bin/vial",
             "bin/vial-vmm",
             "guest/vmlinux",
-            "guest/initrd.img",
+            "guest/image.erofs",
         ] {
             let path = from.join(file);
             fs::create_dir_all(path.parent().unwrap()).unwrap();

@@ -1,6 +1,6 @@
 //! Boots a kernel with its console on standard output: the shortest way to look at a guest.
 //!
-//!     boot VMM KERNEL [INITRD [COMMAND_LINE [VCPUS [MEMORY_MIB [SHARED_DIR]]]]]
+//!     boot VMM KERNEL [IMAGE [COMMAND_LINE [VCPUS [MEMORY_MIB [SHARED_DIR]]]]]
 
 #[path = "../tests/client/mod.rs"]
 mod client;
@@ -29,7 +29,7 @@ fn main() {
         vcpus: argument(4).map_or(1, |text| text.parse().expect("VCPUS")),
         memory_mib: argument(5).map_or(128, |text| text.parse().expect("MEMORY_MIB")),
         kernel: files.add(open(kernel)),
-        initrd: argument(2).map(|path| files.add(open(path))),
+        image: argument(2).map(|path| files.add(open(path))),
         command_line: argument(3).cloned().unwrap_or_else(|| "console=ttyS0 panic=-1".into()),
         console: Some(files.add(std::io::stdout().try_clone_to_owned())),
         devices,

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_DEV_VFIO_GROUP, KVM_DEV_VFIO_GROUP_ADD, KVM_DEV_VFIO_GROUP_DEL,
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_MAX_CPUID_ENTRIES,
-    KvmIrqRouting, kvm_clock_data, kvm_create_device, kvm_device_attr,
+    KVM_MEM_READONLY, KvmIrqRouting, kvm_clock_data, kvm_create_device, kvm_device_attr,
     kvm_device_type_KVM_DEV_TYPE_VFIO, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
     kvm_irq_routing_irqchip, kvm_irq_routing_msi, kvm_irq_routing_msi__bindgen_ty_1, kvm_irqchip,
     kvm_userspace_memory_region, kvm_xsave,
@@ -20,16 +20,17 @@ use kvm_ioctls::{Cap, DeviceFd, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vm_memory::{GuestAddress, GuestMemory, GuestMemoryRegion, GuestRegionMmap};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::arch::layout::{FIRST_MSI_GSI, KVM_IDENTITY_MAP_START, KVM_TSS_START};
+use crate::arch::layout::{FIRST_MSI_GSI, IMAGE_START, KVM_IDENTITY_MAP_START, KVM_TSS_START};
 use crate::devices::vfio::function::Windows;
 use crate::devices::vfio::requests::DeviceMemory;
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, Image};
 use crate::pci::bus::lock;
 use crate::pci::line::{MsiError, MsiMessage, MsiRouter};
 use crate::virtio::pci::{Doorbells, TransportError};
 use serde::{Deserialize, Serialize};
 
 /// The memory slots before it are those of guest memory.
+const IMAGE_SLOT: u32 = 63;
 const FIRST_WINDOW_SLOT: u32 = 64;
 /// The first slot of memory that comes while the machine runs: behind all windows. KVM has 32764.
 const FIRST_MORE_SLOT: u32 = 4096;
@@ -82,6 +83,7 @@ pub fn adopt(descriptor: OwnedFd) -> Result<Kvm, KvmError> {
         (Cap::Irqfd, "irqfd (KVM_CAP_IRQFD)"),
         (Cap::Ioeventfd, "ioeventfd (KVM_CAP_IOEVENTFD)"),
         (Cap::UserMemory, "memory slots (KVM_CAP_USER_MEMORY)"),
+        (Cap::ReadonlyMem, "memory that guests only read (KVM_CAP_READONLY_MEM)"),
         (Cap::ImmediateExit, "immediate exits (KVM_CAP_IMMEDIATE_EXIT)"),
         (Cap::ExtCpuid, "CPUID (KVM_CAP_EXT_CPUID)"),
     ];
@@ -250,6 +252,23 @@ impl Vm {
         // SAFETY: the range is within a mapping of guest memory, which `self` keeps mapped until
         // the machine's descriptor is closed (fields are dropped in order).
         unsafe { self.fd.set_user_memory_region(slot) }.map_err(refused("take the guest's memory"))
+    }
+
+    /// Shows the guest its image. What it writes there comes to the VMM as to a device's registers, at an address where none
+    /// are.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn set_image(&self, image: &Image) -> Result<(), KvmError> {
+        let slot = kvm_userspace_memory_region {
+            slot: IMAGE_SLOT,
+            flags: KVM_MEM_READONLY,
+            guest_phys_addr: IMAGE_START,
+            memory_size: image.bytes(),
+            userspace_addr: image.address(),
+        };
+        // SAFETY: an image stays mapped for as long as the process lives, and nothing in it writes there.
+        unsafe { self.fd.set_user_memory_region(slot) }.map_err(refused("take the guest's image"))
     }
 
     /// Takes a part of a function's memory, which no slot shows yet, and returns its number.

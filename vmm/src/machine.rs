@@ -50,7 +50,7 @@ use crate::devices::vhost_user::{BackendGone, Handover};
 use crate::devices::vsock;
 use crate::event_loop::EventLoop;
 use crate::kvm::{self, Vm};
-use crate::memory::{GuestRam, map_placed, map_shared};
+use crate::memory::{GuestRam, Image, map_placed, map_shared};
 use crate::pci::PciBus;
 use crate::ports::{Console, Ports};
 use crate::privileges;
@@ -127,7 +127,10 @@ impl Machine {
 
         let supported = kvm::supported_cpuid(&kvm)?;
         let high_window = layout::high_window(cpuid::physical_address_bits(&supported));
-        let entry = load_guest(&config, told_vcpus, &mut descriptors, &ram, high_window.clone())?;
+        let image = map_image(&config, &mut descriptors)?;
+        image.as_ref().map_or(Ok(()), |image| vm.set_image(image))?;
+        let told = Told { vcpus: told_vcpus, high_window: high_window.clone(), image: &image };
+        let entry = load_guest(&config, told, &mut descriptors, &ram)?;
         mark("kernel loaded");
 
         let console = match config.console {
@@ -161,6 +164,7 @@ impl Machine {
                 vcpu::prepare_parking().map_err(MachineError::Signal)?;
                 Some(Saving {
                     ram,
+                    image,
                     memory_mib: config.memory_mib,
                     max_vcpus,
                     devices: functions,
@@ -262,34 +266,43 @@ fn map_memory(config: &VmConfig, descriptors: &mut Descriptors) -> Result<GuestR
     })
 }
 
-/// Loads the kernel and all that it finds in memory, for a guest that is told of so many vCPUs, and
-/// returns its entry point.
+fn map_image(
+    config: &VmConfig,
+    descriptors: &mut Descriptors,
+) -> Result<Option<Image>, MachineError> {
+    let Some(which) = config.image else { return Ok(None) };
+    Ok(Some(Image::of_file(File::from(descriptors.take(which, "the guest image")?))?))
+}
+
+/// What a guest is told of its machine that its configuration does not say.
+struct Told<'a> {
+    vcpus: u8,
+    high_window: Range<u64>,
+    image: &'a Option<Image>,
+}
+
+/// Loads the kernel and all that it finds in memory, and returns its entry point.
 fn load_guest(
     config: &VmConfig,
-    vcpus: u8,
+    told: Told<'_>,
     descriptors: &mut Descriptors,
     ram: &GuestRam,
-    high_window: Range<u64>,
 ) -> Result<vm_memory::GuestAddress, MachineError> {
     let mut kernel = File::from(descriptors.take(config.kernel, "the kernel")?);
     let loaded = boot::load_kernel(ram, &mut kernel)?;
-    let initrd = match config.initrd {
-        Some(which) => {
-            let mut image = File::from(descriptors.take(which, "the initial RAM disk")?);
-            Some(boot::load_initrd(ram, &mut image, loaded.kernel_end)?)
-        }
-        None => None,
-    };
     registers::write_boot_tables(ram)?;
     generation::renew(ram)?;
     let platform = acpi::Platform {
-        vcpus,
+        vcpus: told.vcpus,
         serial: config.console.is_some(),
-        high_window: (high_window.start, high_window.end),
+        high_window: (told.high_window.start, told.high_window.end),
         placement: &config.placement,
     };
     let acpi_root = acpi::write_tables(ram, platform)?;
-    boot::write_parameters(ram, &config.command_line, initrd, acpi_root)?;
+    let image_bytes = told.image.as_ref().map(Image::bytes);
+    let root = if image_bytes.is_some() { boot::IMAGE_ROOT } else { "" };
+    let command_line = format!("{} {root}", config.command_line);
+    boot::write_parameters(ram, command_line.trim_end(), image_bytes, acpi_root)?;
     Ok(loaded.kernel_load)
 }
 

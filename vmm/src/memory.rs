@@ -5,6 +5,7 @@
 #![allow(unsafe_code)]
 
 mod huge;
+pub mod image;
 
 use std::fs::File;
 use std::io;
@@ -17,6 +18,7 @@ use vm_memory::{
 };
 
 pub use self::huge::{HUGE_PAGE_BYTES, gather};
+pub use self::image::{Image, ImageError};
 use crate::arch::layout::{HIGH_RAM_START, LOW_RAM_END};
 use crate::devices::mem::Room;
 use crate::numa::{self, NumaError};

@@ -22,12 +22,13 @@ use vial_vmm_api::{MAX_DEVICES, VCPUS};
 
 use crate::arch::vcpu_state::VcpuState;
 use crate::kvm::VmState;
+use crate::memory::image;
 use crate::virtio::pci::DeviceState;
 
 const MAGIC: [u8; 8] = *b"VIALVMST";
 /// Of the header, and of the shape of [`Snapshot`]. Whatever changes how a machine is built
 /// changes it too: what the guest has seen once stays.
-const VERSION: u32 = 4;
+const VERSION: u32 = 5;
 const HEADER_BYTES: usize = 28;
 /// The largest state: 64 vCPUs have less than a MiB.
 pub const MAX_STATE_BYTES: usize = 4 << 20;
@@ -51,6 +52,8 @@ pub struct Snapshot {
     pub devices: Vec<DeviceState>,
     /// Of the file of its memory, the huge pages of [`HUGE_PAGE_BYTES`] that hold nothing but zeros, by their numbers.
     pub empty: Vec<u32>,
+    /// How long the guest's image is, if it has one. It lies behind the memory, in the same file, from the next huge page on.
+    pub image_bytes: Option<u64>,
 }
 
 /// Why a state cannot be written, or is not used.
@@ -202,6 +205,9 @@ impl Snapshot {
         }
         if self.devices.len() > MAX_DEVICES {
             return Err(SnapshotError::Bounds("a number of devices"));
+        }
+        if self.image_bytes.is_some_and(|bytes| !image::is_size(bytes)) {
+            return Err(SnapshotError::Bounds("a size of the guest image"));
         }
         Ok(())
     }

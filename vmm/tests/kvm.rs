@@ -127,7 +127,7 @@ fn wrong_request_is_refused_in_a_sentence_and_the_next_may_be_right() {
         (|r| r.config.vcpus = 0, "vCPUs"),
         (|r| r.config.kernel = r.files.add(file(b"#!/bin/sh\n")), "uncompressed 64-bit ELF"),
         (|r| r.config.kernel = r.files.add(file(b"")), "uncompressed 64-bit ELF"),
-        (|r| r.config.initrd = Some(r.files.add(file(&vec![0; 40 << 20]))), "does not fit"),
+        (|r| r.config.image = Some(r.files.add(file(&vec![0; 4096]))), "vial-mkimage"),
         (|r| r.config.kvm = r.files.add(File::open("/dev/null").unwrap()), "/dev/kvm"),
         (|r| r.config.kernel = Descriptor(63), "missing or named twice"),
         (

@@ -43,7 +43,7 @@ const CONSOLE_TAIL_BYTES: u64 = 1024;
 pub(super) struct Files {
     kvm: File,
     kernel: File,
-    initrd: File,
+    image: File,
 }
 
 /// All that the VMM is handed.
@@ -71,10 +71,10 @@ impl Files {
                 false,
                 "install the guest kernel there, or set `kernel` in the configuration",
             )?,
-            initrd: open(
-                &config.initrd,
+            image: open(
+                &config.image,
                 false,
-                "install the guest image there, or set `initrd` in the configuration",
+                "install the guest image there, or set `image` in the configuration",
             )?,
         })
     }
@@ -232,7 +232,7 @@ pub(super) async fn boot(
         vcpus: plan.config.vcpus,
         memory_mib: plan.config.memory_mib,
         kernel: given.add(&files.kernel),
-        initrd: Some(given.add(&files.initrd)),
+        image: Some(given.add(&files.image)),
         command_line: plan.config.command_line(),
         console: console.map(|console| given.add(console)),
         devices,

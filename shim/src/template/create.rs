@@ -195,7 +195,7 @@ fn manifest(config: &Config) -> Result<Manifest, CreateError> {
         version: MANIFEST_VERSION,
         release: env!("CARGO_PKG_VERSION").into(),
         kernel: stamp(&config.kernel)?,
-        initrd: stamp(&config.initrd)?,
+        image: stamp(&config.image)?,
         vmm: stamp(&config.vmm)?,
         vcpus: config.vcpus,
         max_vcpus: max_vcpus(config),
@@ -242,7 +242,7 @@ fn name(manifest: &Manifest) -> String {
     for part in [
         &manifest.release,
         &manifest.kernel.digest,
-        &manifest.initrd.digest,
+        &manifest.image.digest,
         &manifest.vmm.digest,
         &manifest.command_line,
         &manifest.processor,
@@ -283,14 +283,14 @@ async fn boot(
     let open = |path: &Path| descriptors::open_file(path).map_err(file("open", path));
     let kvm = Path::new("/dev/kvm");
     let kvm = descriptors::open_device(kvm).map_err(file("open", kvm))?;
-    let (kernel, initrd) = (open(&config.kernel)?, open(&config.initrd)?);
+    let (kernel, image) = (open(&config.kernel)?, open(&config.image)?);
     let empty = config.template_directory.join(EMPTY);
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root = rustix::fs::open(&empty, flags, Mode::empty())
         .map_err(|error| file("open", &empty)(error.into()))?;
     let own = PathBuf::from(format!("/proc/{}/fd", process.pid()));
     let own = descriptors::process_descriptors(process.pid()).map_err(file("open", &own))?;
-    let given = [kvm.as_fd(), kernel.as_fd(), initrd.as_fd(), root.as_fd(), own.as_fd()];
+    let given = [kvm.as_fd(), kernel.as_fd(), image.as_fd(), root.as_fd(), own.as_fd()];
     let mut devices = base_devices(Descriptor(3), Descriptor(4), true);
     devices.push(DeviceConfig::Memory);
     let machine = VmConfig {
@@ -299,7 +299,7 @@ async fn boot(
         vcpus: config.vcpus,
         memory_mib: config.memory_mib,
         kernel: Descriptor(1),
-        initrd: Some(Descriptor(2)),
+        image: Some(Descriptor(2)),
         command_line: super::command_line(config, config.vcpus),
         console: None,
         devices,
@@ -407,7 +407,7 @@ mod tests {
             version: MANIFEST_VERSION,
             release: "1".into(),
             kernel: stamp("kernel"),
-            initrd: stamp("initrd"),
+            image: stamp("image"),
             vmm: stamp("vmm"),
             vcpus: 2,
             max_vcpus: 8,
@@ -425,7 +425,7 @@ mod tests {
         let changes: [fn(&mut Manifest); 9] = [
             |m| m.release.push('x'),
             |m| m.kernel.digest.push('x'),
-            |m| m.initrd.digest.push('x'),
+            |m| m.image.digest.push('x'),
             |m| m.vmm.digest.push('x'),
             |m| m.command_line.push('x'),
             |m| m.processor.push('x'),

@@ -2,11 +2,11 @@ use super::*;
 
 /// A configuration whose files are in `root`, and a template for it.
 fn made(root: &Path) -> (Config, String) {
-    for file in ["kernel", "initrd", "vmm"] {
+    for file in ["kernel", "image", "vmm"] {
         fs::write(root.join(file), file).unwrap();
     }
     let text = format!(
-        "kernel = '{0}/kernel'\ninitrd = '{0}/initrd'\nvmm = '{0}/vmm'\n\
+        "kernel = '{0}/kernel'\nimage = '{0}/image'\nvmm = '{0}/vmm'\n\
          template_directory = '{0}/templates'",
         root.display()
     );
@@ -19,7 +19,7 @@ fn made(root: &Path) -> (Config, String) {
         version: MANIFEST_VERSION,
         release: env!("CARGO_PKG_VERSION").into(),
         kernel: stamp(&config.kernel),
-        initrd: stamp(&config.initrd),
+        image: stamp(&config.image),
         vmm: stamp(&config.vmm),
         vcpus: config.vcpus,
         max_vcpus: max_vcpus(&config),
@@ -65,8 +65,8 @@ fn template_that_does_not_fit_is_refused_by_what_is_another() {
     let argument = Config { kernel_arguments: "quieter".into(), ..config.clone() };
     assert!(reason(&argument).contains("another kernel command line"), "{}", reason(&argument));
     // The same bytes in another file, as an update leaves them.
-    fs::write(root.path().join("new"), "initrd").unwrap();
-    fs::rename(root.path().join("new"), &config.initrd).unwrap();
+    fs::write(root.path().join("new"), "image").unwrap();
+    fs::rename(root.path().join("new"), &config.image).unwrap();
     assert!(reason(&config).contains("another guest image"), "{}", reason(&config));
     fs::remove_file(&config.kernel).unwrap();
     assert!(reason(&config).contains("template.json"), "{}", reason(&config));

@@ -95,16 +95,16 @@ fn text(error: ttrpc::Error) -> String {
 impl Fixture {
     pub(crate) async fn without_sandbox(configuration: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        for name in ["kernel", "initrd"] {
+        for name in ["kernel", "image"] {
             std::fs::write(dir.path().join(name), "").unwrap();
         }
         let me = std::env::current_exe().unwrap();
         let at = |name: &str| dir.path().join(name).display().to_string();
         let configuration = format!(
-            "jail = false\nvmm = {:?}\nkernel = {:?}\ninitrd = {:?}\nstate_directory = {:?}\n{configuration}",
+            "jail = false\nvmm = {:?}\nkernel = {:?}\nimage = {:?}\nstate_directory = {:?}\n{configuration}",
             me.display().to_string(),
             at("kernel"),
-            at("initrd"),
+            at("image"),
             at("run")
         );
         let config = Config::parse(&configuration, Path::new("test.toml")).unwrap();

@@ -405,7 +405,7 @@ fn machine_until_ready() -> Result<f64> {
     let share = tempfile::tempdir()?;
     let open = |path: String| File::open(&path).with_context(|| format!("open {path}"));
     let kernel = open(setting("kernel", "/usr/lib/vial/vmlinux")?)?;
-    let initrd = open(setting("initrd", "/usr/lib/vial/initrd.img")?)?;
+    let image = open(setting("image", "/usr/lib/vial/image.erofs")?)?;
     let kvm =
         OpenOptions::new().read(true).write(true).open("/dev/kvm").context("open /dev/kvm")?;
     let program = PathBuf::from(setting("vmm", "/usr/lib/vial/vial-vmm")?);
@@ -420,7 +420,7 @@ fn machine_until_ready() -> Result<f64> {
         vcpus: 1,
         memory_mib: 128,
         kernel: files.add(kernel),
-        initrd: Some(files.add(initrd)),
+        image: Some(files.add(image)),
         command_line: format!("{WORDS} {}", setting("kernel_arguments", "")?),
         console: None,
         devices: vec![

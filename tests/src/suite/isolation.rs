@@ -144,7 +144,7 @@ fn descriptors_are_those_handed_over(vmm: &Path) -> Result<()> {
             vmm.join("fdinfo").join(entry.file_name().context("a descriptor's number")?),
         )?;
         let device = matches!(target.as_str(), "/" | "/kvm" | "/net/tun" | "/tun");
-        let known = device || target.contains("vmlinux") || target.contains("initrd");
+        let known = device || target.contains("vmlinux") || target.contains("image");
         let inside = target.starts_with("/case-") || target.contains("/rootfs");
         ensure!(known || inside, "it holds {target}: {flags}");
     }

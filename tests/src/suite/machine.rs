@@ -8,7 +8,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use vial_rootfs::cpio::{self, Content, Entry};
+use vial_rootfs::erofs::{self, Content, Entry};
 use vial_tests::node::setting;
 use vial_tests::vmm::{Files, Vmm};
 use vial_vmm_api::{API_VERSION, DeviceConfig, ExitReason, Placement, VmConfig};
@@ -35,16 +35,17 @@ fn image(script: &str) -> Result<Vec<u8>> {
         |path: &str, permissions, content| Entry { path: path.into(), permissions, content };
     let directory = |path| entry(path, 0o755, Content::Directory);
     let init = format!(
-        "#!/bin/busybox sh\n/bin/busybox --install -s /bin\nexport PATH=/bin\n\
-         mount -t devtmpfs dev /dev\nmount -t proc proc /proc\nmount -t sysfs sys /sys\n{script}\n"
+        "#!/bin/busybox sh\n/bin/busybox mount -t tmpfs tmp /tmp\n/bin/busybox mkdir /tmp/bin\n\
+         /bin/busybox --install -s /tmp/bin\nexport PATH=/tmp/bin\nmount -t proc proc /proc\n\
+         mount -t sysfs sys /sys\n{script}\n"
     );
-    cpio::archive(&[
+    erofs::image(&[
         directory("bin"),
         directory("dev"),
         directory("mnt"),
         directory("proc"),
         directory("sys"),
-        entry("dev/console", 0o600, Content::CharacterDevice { major: 5, minor: 1 }),
+        directory("tmp"),
         entry("bin/busybox", 0o755, Content::File(busybox()?)),
         entry("init", 0o755, Content::File(init.into_bytes())),
     ])
@@ -66,8 +67,8 @@ fn machine(script: &str, disks: &[(&Path, bool)]) -> Result<Ended> {
 fn machine_told(script: &str, disks: &[(&Path, bool)], words: &str) -> Result<Ended> {
     let scratch = tempfile::tempdir()?;
     let console = scratch.path().join("console");
-    let initrd = scratch.path().join("initrd");
-    fs::write(&initrd, image(script)?)?;
+    let root = scratch.path().join("image");
+    fs::write(&root, image(script)?)?;
     let mut files = Files::default();
     let both = || OpenOptions::new().read(true).write(true).clone();
     let mut devices = vec![DeviceConfig::Rng];
@@ -86,7 +87,7 @@ fn machine_told(script: &str, disks: &[(&Path, bool)], words: &str) -> Result<En
         vcpus: 1,
         memory_mib: 128,
         kernel: files.add(File::open(&kernel).with_context(|| format!("open {kernel}"))?),
-        initrd: Some(files.add(File::open(&initrd)?)),
+        image: Some(files.add(File::open(&root)?)),
         command_line: format!(
             "console=ttyS0 quiet panic=-1 {} {words}",
             setting("kernel_arguments", "")?
@@ -125,12 +126,12 @@ pub(crate) fn disk_keeps_what_the_guest_wrote(_: &Bed) -> Result<()> {
     let script = r#"
         echo "sectors $(cat /sys/block/vda/size) serial $(cat /sys/block/vda/serial)"
         echo "last $(tail -c 16 /dev/vda)"
-        seq 1 200000 > /tmp.txt
-        dd if=/tmp.txt of=/dev/vda bs=3k seek=5 conv=fsync,notrunc 2>/dev/null && echo written
+        seq 1 200000 > /tmp/text
+        dd if=/tmp/text of=/dev/vda bs=3k seek=5 conv=fsync,notrunc 2>/dev/null && echo written
         echo 3 > /proc/sys/vm/drop_caches
-        sum=$(dd if=/dev/vda bs=1k skip=15 2>/dev/null | head -c "$(wc -c < /tmp.txt)" | md5sum)
-        [ "$sum" = "$(md5sum < /tmp.txt)" ] && echo same
-        mount -t ext4 /dev/vdb /mnt && cp /tmp.txt /mnt/counted && mkdir /mnt/dir && umount /mnt && echo unmounted
+        sum=$(dd if=/dev/vda bs=1k skip=15 2>/dev/null | head -c "$(wc -c < /tmp/text)" | md5sum)
+        [ "$sum" = "$(md5sum < /tmp/text)" ] && echo same
+        mount -t ext4 /dev/vdb /mnt && cp /tmp/text /mnt/counted && mkdir /mnt/dir && umount /mnt && echo unmounted
         dd if=/dev/zero of=/dev/vda bs=1M seek=63 count=2 2>&1 | grep -o 'No space left'
         poweroff -f"#;
     let ended = machine(script, &[(&raw, false), (&formatted, false)])?;

@@ -11,7 +11,7 @@
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// The version of these types. The first message names it; another version is refused.
-pub const API_VERSION: u32 = 9;
+pub const API_VERSION: u32 = 10;
 
 /// The largest encoded message, in bytes.
 pub const MAX_MESSAGE_BYTES: usize = 64 << 10;
@@ -26,6 +26,10 @@ pub const MEMORY_MIB: std::ops::RangeInclusive<u32> = 32..=(64 << 10);
 pub const GROWTH_STEP_MIB: u32 = 2;
 /// The longest kernel command line that a caller can give, in bytes. The VMM adds its own words.
 pub const MAX_COMMAND_LINE_BYTES: usize = 1536;
+/// The size of a guest image is a multiple of this, in bytes: Linux takes persistent memory in such pieces.
+pub const IMAGE_UNIT_BYTES: u64 = 2 << 20;
+/// The largest guest image, in bytes.
+pub const MAX_IMAGE_BYTES: u64 = 128 << 20;
 /// The most devices a VM can have: one PCI bus less the host bridge.
 pub const MAX_DEVICES: usize = 31;
 
@@ -421,8 +425,9 @@ pub struct VmConfig {
     pub memory_mib: u32,
     /// An uncompressed 64-bit ELF kernel, open for reading.
     pub kernel: Descriptor,
-    /// An initial RAM disk, open for reading.
-    pub initrd: Option<Descriptor>,
+    /// A file system that the guest finds as persistent memory which it can only read, open for reading: a multiple of
+    /// [`IMAGE_UNIT_BYTES`], at most [`MAX_IMAGE_BYTES`]. It is an EROFS, and the guest's root: the VMM tells the kernel so.
+    pub image: Option<Descriptor>,
     /// The kernel's command line, see [`MAX_COMMAND_LINE_BYTES`].
     pub command_line: String,
     /// Where the guest's serial console writes to, and reads from. Without it the guest has no
@@ -678,7 +683,7 @@ mod tests {
             vcpus: 2,
             memory_mib: 128,
             kernel: Descriptor(1),
-            initrd: Some(Descriptor(2)),
+            image: Some(Descriptor(2)),
             command_line: "quiet".into(),
             console: None,
             devices: vec![

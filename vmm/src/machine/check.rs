@@ -119,7 +119,7 @@ pub(crate) mod tests {
             vcpus: 1,
             memory_mib: 128,
             kernel: Descriptor(1),
-            initrd: None,
+            image: None,
             command_line: String::new(),
             console: None,
             devices: Vec::new(),

@@ -30,6 +30,9 @@ pub enum MachineError {
     /// The guest's memory.
     #[error(transparent)]
     Memory(#[from] crate::memory::MemoryError),
+    /// The guest's image.
+    #[error(transparent)]
+    Image(#[from] crate::memory::ImageError),
     /// KVM.
     #[error(transparent)]
     Kvm(#[from] kvm::KvmError),

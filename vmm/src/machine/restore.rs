@@ -13,6 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::disks::Disks;
 use super::interfaces::Interfaces;
 use super::late::Late;
+use super::save::image_offset;
 use super::{
     Descriptors, GuestConnected, Machine, MachineError,
     assembly::Assembly,
@@ -24,7 +25,7 @@ use crate::arch::vcpu_state::differing_leaf;
 use crate::arch::{cpuid, generation, layout};
 use crate::clock::monotonic_ns;
 use crate::kvm::{self, Vm};
-use crate::memory::map_saved_ram;
+use crate::memory::{Image, ImageError, map_saved_ram};
 use crate::pci::PciBus;
 use crate::ports::Ports;
 use crate::snapshot::Snapshot;
@@ -118,6 +119,10 @@ impl Machine {
         let room = super::room(snapshot.memory_mib, config.memory_mib);
         let most_mib = Growing::most_mib(config.memory_mib, config.max_memory_mib);
         let most = super::room(snapshot.memory_mib, most_mib).present;
+        if let Some(bytes) = snapshot.image_bytes {
+            let file = memory.try_clone().map_err(ImageError::Map)?;
+            vm.set_image(&Image::saved(file, image_offset(snapshot.memory_mib), bytes)?)?;
+        }
         let saved = (memory, snapshot.empty.as_slice());
         let ram = map_saved_ram(u64::from(snapshot.memory_mib) << 20, saved, room, most)?;
         vm.set_memory(&ram, room.start + room.present)?;

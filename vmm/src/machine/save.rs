@@ -15,7 +15,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN};
 use crate::arch::vcpu_state::{VcpuState, VcpuStateError};
 use crate::devices::vsock::VsockConnector;
 use crate::kvm::{KvmError, Vm};
-use crate::memory::{self, GuestRam, HUGE_PAGE_BYTES};
+use crate::memory::{self, GuestRam, HUGE_PAGE_BYTES, Image};
 use crate::pci::bus::lock;
 use crate::snapshot::{RELEASE, Snapshot, SnapshotError};
 use crate::vcpu::Parking;
@@ -66,6 +66,7 @@ impl SaveError {
 /// What a machine needs to be saved.
 pub(super) struct Saving {
     pub(super) ram: GuestRam,
+    pub(super) image: Option<Image>,
     pub(super) memory_mib: u32,
     pub(super) max_vcpus: u8,
     pub(super) devices: Vec<Arc<Mutex<VirtioPci>>>,
@@ -102,7 +103,13 @@ impl Saving {
             .map(|(index, vcpu)| VcpuState::of(vcpu, *index, &self.registers))
             .collect::<Result<_, _>>()?;
         let used = write_memory(&self.ram, memory).map_err(SaveError::Memory)?;
-        memory::gather(memory, &used).map_err(SaveError::Memory)?;
+        let mut all_used = used.clone();
+        if let Some(image) = &self.image {
+            let offset = image_offset(self.memory_mib);
+            all_used.resize((offset / HUGE_PAGE_BYTES) as usize, 0);
+            all_used.extend(image.save(memory, offset).map_err(SaveError::Memory)?);
+        }
+        memory::gather(memory, &all_used).map_err(SaveError::Memory)?;
         let snapshot = Snapshot {
             vmm: RELEASE.into(),
             memory_mib: self.memory_mib,
@@ -112,6 +119,7 @@ impl Saving {
             vm: vm.state()?,
             devices,
             empty: empty(&used),
+            image_bytes: self.image.as_ref().map(Image::bytes),
         };
         Ok(snapshot.write(&mut state)?)
     }
@@ -136,6 +144,11 @@ impl Saving {
         parked.sort_by_key(|(index, _)| *index);
         Ok(parked)
     }
+}
+
+/// Where the image lies in the file of the memory of a machine that has so much: behind it, at a huge page's start.
+pub(super) fn image_offset(memory_mib: u32) -> u64 {
+    (u64::from(memory_mib) << 20).next_multiple_of(HUGE_PAGE_BYTES)
 }
 
 /// Writes the guest's memory, range behind range, and leaves holes for pages of zeros. Returns for each huge page of the file,

@@ -7,7 +7,7 @@ use std::ptr::null_mut;
 
 /// Bytes of a huge page, as a table of the processor's maps it.
 pub const HUGE_PAGE_BYTES: u64 = 2 << 20;
-const PAGE_BYTES: usize = 4096;
+pub(super) const PAGE_BYTES: usize = 4096;
 /// A huge page is worth its memory when so many of its pages are more than zeros.
 const GATHERED_FROM: u16 = (HUGE_PAGE_BYTES as usize / PAGE_BYTES * 3 / 4) as u16;
 

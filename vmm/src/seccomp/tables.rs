@@ -350,6 +350,7 @@ const SAVER: &[Call] = &[
         ),
     ),
     (libc::SYS_ftruncate, Any),
+    (libc::SYS_pread64, Any), // of the image, which is saved behind the memory
     (libc::SYS_pwrite64, Any),
 ];
 

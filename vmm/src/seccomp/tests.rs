@@ -194,7 +194,7 @@ fn table(kind: ThreadKind) -> (&'static [Attempt], &'static [Attempt]) {
             &[OPEN, PAIR, IDENTITY, EPOLL, READ_AT, WRITE_AT, PASSED_MEMORY, PASSED_INTERRUPT],
         ),
         ThreadKind::Saver => (
-            &[POLL, RECEIVE, READ_OUT, WRITE_AT],
+            &[POLL, RECEIVE, READ_OUT, READ_AT, WRITE_AT],
             &[OPEN, PAIR, IDENTITY, RUN, EPOLL, DUPLICATE, WRITE_INTO],
         ),
     }

@@ -60,7 +60,7 @@ pub(crate) fn request(kernel: File) -> Request {
         vcpus: 1,
         memory_mib: 32,
         kernel,
-        initrd: None,
+        image: None,
         command_line: String::new(),
         console: None,
         devices: Vec::new(),

@@ -1,18 +1,15 @@
-//! Puts the kernel, its initial RAM disk, its command line and the zero page into guest memory.
+//! Puts the kernel, its command line and the zero page into guest memory.
 
 use std::fs::File;
-use std::io::{Seek, SeekFrom};
 
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
 use linux_loader::loader::elf::Elf;
 use linux_loader::loader::{KernelLoader, KernelLoaderResult};
-use vm_memory::{
-    Bytes, GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryRegion, ReadVolatile,
-};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryRegion};
 
 use super::layout::{
     ACPI_REGION_END, ACPI_START, BASE_RAM_END, COMMAND_LINE_MAX, COMMAND_LINE_START, ECAM_SIZE,
-    ECAM_START, HIGH_RAM_START, KERNEL_START, LOW_RAM_END, ZERO_PAGE_START,
+    ECAM_START, HIGH_RAM_START, IMAGE_START, KERNEL_START, LOW_RAM_END, ZERO_PAGE_START,
 };
 use crate::memory::GuestRam;
 
@@ -37,18 +34,6 @@ pub enum BootError {
         /// End of the RAM below 4 GiB.
         ram_end: u64,
     },
-    /// The image could not be read.
-    #[error("read the initial RAM disk: {0}")]
-    ReadInitrd(String),
-    /// There is no room for it beside the kernel.
-    #[error(
-        "the initial RAM disk of {bytes} bytes does not fit beside the kernel; give the VM more \
-         memory"
-    )]
-    InitrdSize {
-        /// The image's size.
-        bytes: u64,
-    },
     /// The command line is longer than the kernel reads.
     #[error("the kernel command line has {0} bytes, more than {COMMAND_LINE_MAX}")]
     CommandLine(usize),
@@ -57,12 +42,9 @@ pub enum BootError {
     Memory(#[from] GuestMemoryError),
 }
 
-/// The initial RAM disk in guest memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Initrd {
-    start: u64,
-    size: u32,
-}
+/// How the kernel is told that the image is its root: the only persistent memory, read where it lies (DAX).
+pub const IMAGE_ROOT: &str =
+    "root=/dev/pmem0 rootfstype=erofs ro rootflags=dax=always rootwait init=/init";
 
 /// Loads the kernel's segments where its headers say.
 ///
@@ -78,27 +60,6 @@ pub fn load_kernel(ram: &GuestRam, kernel: &mut File) -> Result<KernelLoaderResu
     Ok(loaded)
 }
 
-/// Loads the initial RAM disk at the end of the RAM below 4 GiB, clear of the kernel.
-///
-/// # Errors
-/// It cannot be read, or does not fit.
-pub fn load_initrd(ram: &GuestRam, image: &mut File, kernel_end: u64) -> Result<Initrd, BootError> {
-    let unreadable = |error: &dyn std::fmt::Display| BootError::ReadInitrd(error.to_string());
-    let bytes = image.seek(SeekFrom::End(0)).map_err(|error| unreadable(&error))?;
-    image.rewind().map_err(|error| unreadable(&error))?;
-    let start = low_ram_end(ram)
-        .checked_sub(bytes)
-        .map(|start| start & !0xfff)
-        .filter(|start| *start >= kernel_end)
-        .ok_or(BootError::InitrdSize { bytes })?;
-    let size = u32::try_from(bytes).map_err(|_| BootError::InitrdSize { bytes })?;
-    let slice = ram.get_slice(GuestAddress(start), size as usize)?;
-    image
-        .read_exact_volatile(&mut slice.offset(0).map_err(|error| unreadable(&error))?)
-        .map_err(|error| unreadable(&error))?;
-    Ok(Initrd { start, size })
-}
-
 fn low_ram_end(ram: &GuestRam) -> u64 {
     ram.iter()
         .map(|region| region.start_addr().0 + region.len())
@@ -107,14 +68,15 @@ fn low_ram_end(ram: &GuestRam) -> u64 {
         .unwrap_or(0)
 }
 
-/// Writes the command line and the zero page (Linux Documentation/arch/x86/zero-page.rst).
+/// Writes the command line and the zero page (Linux Documentation/arch/x86/zero-page.rst), for a guest that has an image of so
+/// many bytes, or none.
 ///
 /// # Errors
 /// The command line is too long, or guest memory too small.
 pub fn write_parameters(
     ram: &GuestRam,
     command_line: &str,
-    initrd: Option<Initrd>,
+    image_bytes: Option<u64>,
     acpi_root: GuestAddress,
 ) -> Result<(), BootError> {
     let mut text = command_line.as_bytes().to_vec();
@@ -131,12 +93,8 @@ pub fn write_parameters(
     params.hdr.cmd_line_ptr = COMMAND_LINE_START as u32;
     params.hdr.cmdline_size = text.len() as u32;
     params.hdr.kernel_alignment = 0x100_0000;
-    if let Some(initrd) = initrd {
-        params.hdr.ramdisk_image = initrd.start as u32;
-        params.hdr.ramdisk_size = initrd.size;
-    }
     params.acpi_rsdp_addr = acpi_root.0;
-    let map = memory_map(ram);
+    let map = memory_map(ram, image_bytes);
     for (entry, slot) in map.iter().zip(&mut params.e820_table) {
         *slot = *entry;
     }
@@ -149,8 +107,11 @@ pub fn write_parameters(
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
 const E820_ACPI: u32 = 3;
+/// Persistent memory by a number that is no specification's, but what Linux takes for it (E820_TYPE_PRAM): it needs no tables
+/// that describe it (NFIT).
+const E820_PERSISTENT: u32 = 12;
 
-fn memory_map(ram: &GuestRam) -> Vec<boot_e820_entry> {
+fn memory_map(ram: &GuestRam, image_bytes: Option<u64>) -> Vec<boot_e820_entry> {
     let entry = |addr, end, type_| boot_e820_entry { addr, size: end - addr, type_ };
     let mut map = vec![
         entry(0, BASE_RAM_END, E820_RAM),
@@ -158,6 +119,8 @@ fn memory_map(ram: &GuestRam) -> Vec<boot_e820_entry> {
         entry(KERNEL_START, low_ram_end(ram), E820_RAM),
         entry(ECAM_START, ECAM_START + ECAM_SIZE, E820_RESERVED),
     ];
+    let image = image_bytes.map(|bytes| entry(IMAGE_START, IMAGE_START + bytes, E820_PERSISTENT));
+    map.extend(image);
     let high = ram.iter().filter(|region| region.start_addr().0 >= HIGH_RAM_START);
     map.extend(high.map(|region| {
         let start = region.start_addr().0;
@@ -222,22 +185,9 @@ mod tests {
     }
 
     #[test]
-    fn initrd_lies_at_the_end_clear_of_the_kernel() {
-        let ram = map_ram(32 << 20).unwrap();
-        let mut image = tempfile::tempfile().unwrap();
-        image.write_all(&[7; 5000]).unwrap();
-        let initrd = load_initrd(&ram, &mut image, 0x180_0000).unwrap();
-        assert_eq!(initrd, Initrd { start: (32 << 20) - 0x2000, size: 5000 });
-        let byte: u8 = ram.read_obj(GuestAddress(initrd.start + 4999)).unwrap();
-        assert_eq!(byte, 7);
-        let clash = load_initrd(&ram, &mut image, (32 << 20) - 0x1000);
-        assert!(matches!(clash, Err(BootError::InitrdSize { bytes: 5000 })));
-    }
-
-    #[test]
     fn memory_map_leaves_the_hole_out() {
         let ram = map_ram(4 << 30).unwrap();
-        let map = memory_map(&ram);
+        let map = memory_map(&ram, Some(6 << 20));
         let ram_bytes: u64 = map
             .iter()
             .filter(|entry| {
@@ -251,6 +201,9 @@ mod tests {
             map.iter()
                 .all(|entry| entry.addr + entry.size <= LOW_RAM_END || entry.addr >= ECAM_START)
         );
+        let image = map.iter().find(|entry| entry.addr == IMAGE_START).map(|entry| entry.size);
+        assert_eq!(image, Some(6 << 20));
+        assert_eq!(memory_map(&ram, None).len(), map.len() - 1);
     }
 
     #[test]

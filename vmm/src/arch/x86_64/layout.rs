@@ -2,9 +2,10 @@
 //!
 //! ```text
 //! 0x0000_0000  RAM: boot structures below 640 KiB, ACPI tables from 0xe0000
-//! 0x0010_0000  RAM: the kernel where its ELF headers say, the initial RAM disk at the top
+//! 0x0010_0000  RAM: the kernel where its ELF headers say
 //! 0xc000_0000  32-bit hole: BARs of PCI devices
 //! 0xe000_0000    PCI configuration space (ECAM), one bus
+//! 0xf000_0000    the guest image, which can only be read
 //! 0xfec0_0000    I/O APIC, local APIC, pages that KVM keeps for itself
 //! 0x1_0000_0000  RAM that does not fit below the hole, then room for what comes at a restore
 //! upper half     64-bit BARs of passed functions, in a machine that has any
@@ -23,6 +24,10 @@ pub const PCI_MMIO_SIZE: u64 = 0x2000_0000;
 pub const ECAM_START: u64 = 0xe000_0000;
 /// One bus: 32 devices, 8 functions, 4 KiB each.
 pub const ECAM_SIZE: u64 = 1 << 20;
+
+/// The guest image, which the kernel finds as persistent memory. It has room up to the I/O APIC.
+pub const IMAGE_START: u64 = 0xf000_0000;
+const _: () = assert!(IMAGE_START + vial_vmm_api::MAX_IMAGE_BYTES <= IO_APIC_START as u64);
 
 /// The window for 64-bit BARs: the upper half of what a processor with that many bits of physical
 /// address can name, memory being far below. Bits beyond 46 are left alone, which not every
