@@ -18,6 +18,7 @@ use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, bind, recv,
 use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::io::unix::AsyncFd;
 
+use crate::network::channels;
 use crate::sys;
 
 const PROCESSORS: &str = "/sys/devices/system/cpu";
@@ -115,6 +116,9 @@ pub(crate) async fn grow(size: Size) -> Result<(), FitError> {
         true => Some(uevents().map_err(FitError::Wait)?),
     };
     bring_online(PROCESSORS.as_ref(), size.vcpus).await?;
+    if size.vcpus > 1 {
+        channels::fit(size.vcpus);
+    }
     if let Some(events) = events {
         match tokio::time::timeout(PATIENCE, wait_for(size.memory, &events)).await {
             Ok(waited) => waited.map_err(FitError::Wait)?,

@@ -5,6 +5,7 @@
 //! changed. What changes later comes as a difference, see [`mod@change`].
 
 mod change;
+pub(crate) mod channels;
 
 use std::collections::HashSet;
 use std::io;

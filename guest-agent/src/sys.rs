@@ -201,3 +201,59 @@ pub(crate) fn attach_device_program(cgroup: impl AsFd, program: &OwnedFd) -> io:
         _ => Err(io::Error::last_os_error()),
     }
 }
+
+/// How many queues an interface has, and how many of them are used (`struct ethtool_channels`).
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Channels {
+    command: u32,
+    most_of_each_kind: [u32; 3],
+    /// The most that serve both directions.
+    pub(crate) max_combined: u32,
+    of_each_kind: [u32; 3],
+    /// Those that do.
+    pub(crate) combined: u32,
+}
+
+/// Requests of ethtool's (linux/sockios.h, linux/ethtool.h).
+const SIOCETHTOOL: libc::c_ulong = 0x8946;
+const ETHTOOL_GCHANNELS: u32 = 0x3c;
+const ETHTOOL_SCHANNELS: u32 = 0x3d;
+
+/// The channels of an interface.
+///
+/// # Errors
+/// There is no such interface, or it knows of none.
+pub(crate) fn channels(name: &str) -> io::Result<Channels> {
+    ask_for_channels(name, Channels { command: ETHTOOL_GCHANNELS, ..Channels::default() })
+}
+
+/// Has an interface use as many channels.
+///
+/// # Errors
+/// Its driver refuses.
+pub(crate) fn set_channels(name: &str, channels: Channels) -> io::Result<()> {
+    ask_for_channels(name, Channels { command: ETHTOOL_SCHANNELS, ..channels }).map(drop)
+}
+
+fn ask_for_channels(name: &str, mut channels: Channels) -> io::Result<Channels> {
+    // SAFETY: zeros are a valid `ifreq`.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // The last byte of a name is NUL.
+    if name.len() >= request.ifr_name.len() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    for (place, byte) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *place = byte as libc::c_char;
+    }
+    request.ifr_ifru.ifru_data = (&raw mut channels).cast();
+    let socket = rustix::net::socket(
+        rustix::net::AddressFamily::INET,
+        rustix::net::SocketType::DGRAM,
+        None,
+    )?;
+    // SAFETY: SIOCETHTOOL reads one `ifreq`, and these commands read and write the
+    // `ethtool_channels` that its data points to; both outlive the call.
+    let done = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL, &raw mut request) };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(channels) }
+}

@@ -49,6 +49,7 @@ use vial_netlink::{
     Socket, Watch,
     network::{self, ARPHRD_ETHER, IFF_LOOPBACK, IFF_UP, Link},
 };
+use vial_vmm_api::NETWORK_PAIRS;
 
 /// Why the pod's network cannot be given to the VM.
 #[derive(Debug, thiserror::Error)]
@@ -165,10 +166,10 @@ pub struct Network {
 /// The host's end of one of the guest's interfaces.
 #[derive(Debug)]
 pub struct Tap {
-    /// Made with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`.
-    pub descriptor: OwnedFd,
-    /// What carries its packets; the VMM does without it.
-    pub vhost: Option<File>,
+    /// Its queues, made with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`: of several, the first is attached.
+    pub queues: Vec<OwnedFd>,
+    /// What carries the packets of each; the VMM does without any.
+    pub vhosts: Vec<File>,
     /// The guest's address.
     pub mac: [u8; 6],
     /// The largest that the guest's driver allows, in bytes: the agent sets what the interface has, and
@@ -327,19 +328,35 @@ fn wire_route(device: &str, route: &network::Route) -> agent::Route {
     }
 }
 
+/// How the packets of a VM's interfaces are carried.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Carried {
+    /// Whether the kernel is to do it.
+    pub vhost: VhostNet,
+    /// In how many pairs of queues, each of which another vCPU can serve.
+    pub pairs: u8,
+}
+
+impl Carried {
+    /// For a VM that has so many vCPUs.
+    pub fn of(vhost: VhostNet, vcpus: u8) -> Self {
+        Self { vhost, pairs: vcpus.clamp(*NETWORK_PAIRS.start(), *NETWORK_PAIRS.end()) }
+    }
+}
+
 /// Makes a tap for each interface of a network that goes to the guest without a function, and joins
-/// the two. `vhost` says whether the kernel is to carry their packets.
+/// the two. Their packets are to be `carried` so.
 ///
 /// # Errors
 /// [`NetworkError`]. What was done stays, for [`detach`].
-pub fn attach(network: &Network, vhost: VhostNet) -> Result<Vec<Tap>, NetworkError> {
+pub fn attach(network: &Network, carried: Carried) -> Result<Vec<Tap>, NetworkError> {
     let Attachment { namespace: path, joints, .. } = &network.attachment;
     let (namespace, _) = open(path)?;
     inside(path, &namespace, |socket| {
         let interfaces = &network.request.interfaces;
         let of = |joint: &Joint| interfaces.iter().find(|one| one.name == joint.interface);
         let made = joints.iter().filter_map(|joint| Some((joint, of(joint)?)));
-        made.map(|(joint, interface)| join(socket, joint, interface, vhost)).collect()
+        made.map(|(joint, interface)| join(socket, joint, interface, carried)).collect()
     })
 }
 
@@ -347,11 +364,11 @@ fn join(
     socket: &mut Socket,
     joint: &Joint,
     interface: &agent::Interface,
-    vhost: VhostNet,
+    carried: Carried,
 ) -> Result<Tap, NetworkError> {
     let wrong = || NetworkError::Interface(interface.name.clone());
     let mac = interface.mac.as_slice().try_into().map_err(|_| wrong())?;
-    let descriptor = tap::make(&joint.tap).map_err(NetworkError::Tap)?;
+    let queues = tap::make(&joint.tap, carried.pairs).map_err(NetworkError::Tap)?;
     let links = network::links(socket).map_err(kernel("list the interfaces"))?;
     let (outside, tap) = (index(&links, &joint.interface)?, index(&links, &joint.tap)?);
     let set = kernel(format!("set up {}", joint.tap));
@@ -363,10 +380,16 @@ fn join(
             _ => Err(error),
         })
         .and_then(|()| socket.change(network::set_mtu(tap, interface.mtu)))
-        .and_then(|()| socket.change(network::up(tap)))
-        .map_err(set)?;
+        .map_err(kernel(format!("set up {}", joint.tap)))?;
+    if queues.len() > 1
+        && let Err(error) = socket.change(traffic::without_discipline(tap))
+    {
+        tracing::debug!("{} has the default queueing discipline: {error}", joint.tap);
+    }
+    socket.change(network::up(tap)).map_err(set)?;
     redirect(socket, joint, (outside, tap))?;
-    Ok(Tap { descriptor, vhost: vhost::open(vhost), mac, mtu: u16::MAX })
+    let vhosts = vhost::open(carried.vhost, queues.len());
+    Ok(Tap { queues, vhosts, mac, mtu: u16::MAX })
 }
 
 /// Lets what comes in at an interface or its tap go out at the other.
@@ -401,11 +424,11 @@ pub fn attach_late(
     attachment: &Attachment,
     joint: &Joint,
     interface: &agent::Interface,
-    vhost: VhostNet,
+    carried: Carried,
 ) -> Result<Tap, NetworkError> {
     inside_again(attachment, |socket| {
         free_of_ingress(socket, joint)?;
-        join(socket, joint, interface, vhost)
+        join(socket, joint, interface, carried)
     })
 }
 

@@ -50,7 +50,7 @@ use crate::{
         self, Confinement,
         cgroup::{Cgroup, Limits},
     },
-    network::{self, Attachment, Tap},
+    network::{self, Attachment, Carried, Tap},
     numa::{self, claim::Claim, placed::Placed},
     pod_files::PodFiles,
     share::{self, Share},
@@ -308,7 +308,8 @@ impl Sandbox {
             let (agent, vmm) = (agent.clone(), client.clone());
             let (functions, dir) = (functions.clone(), dir.clone());
             let vhost_net = config.vhost_net;
-            let follower = Follower { agent, vmm, attachment, functions, dir, vhost_net };
+            let placed = placed.clone();
+            let follower = Follower { agent, vmm, attachment, functions, dir, vhost_net, placed };
             let following = tokio::spawn(follow::run(follower, network));
             undo.push("follow the pod's network", || async move {
                 following.abort();
@@ -464,7 +465,8 @@ fn attach_network(
         });
         detached.await.unwrap_or_else(|error| Err(error.to_string()))
     });
-    let taps = network::attach(&found, plan.config.vhost_net)?;
+    let carried = Carried::of(plan.config.vhost_net, plan.config.vcpus);
+    let taps = network::attach(&found, carried)?;
     Ok((taps, found.request, Some(attachment)))
 }
 

@@ -212,9 +212,9 @@ impl Control {
                     DiskError::is_invalid_request,
                 )
                 .map(|()| Reply::Done),
-            Action::AddInterface { tap, mac, mtu, vhost } => {
+            Action::AddInterface { taps, mac, mtu, vhosts } => {
                 let add = |machine: &mut RunningMachine| {
-                    machine.add_interface((tap, vhost), mac, mtu, descriptors)
+                    machine.add_interface((taps, vhosts), mac, mtu, descriptors)
                 };
                 self.change(VmEvent::Pass, add, InterfaceError::is_invalid_request)
                     .map(|device| Reply::InterfaceAdded { device })

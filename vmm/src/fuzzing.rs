@@ -127,17 +127,20 @@ fn offer_room(bench: &mut Bench, queue: usize, count: u64, bytes: u32) {
     bench.kick(queue);
 }
 
-/// Drives a network device whose other side sends the first packets of `network`, each with its
-/// length in a byte before it.
+/// Drives a network device, of one pair of queues or of three with a control queue, whose other
+/// side sends the first packets of `network`, each with its length in a byte before it.
 ///
 /// # Panics
 /// As [`drive`].
 pub fn drive_net(tap: OwnedFd, network: &OwnedFd, script: &[u8]) {
     let mut script = Script(script);
-    let mut device = OnSocket::new(tap, 1500);
+    let first = script.byte().unwrap_or_default();
+    let (packets, has_several) = (first % 4, first & 4 != 0);
+    let others = (0..2).filter(|_| has_several).map(|_| tap.try_clone().expect("a descriptor"));
+    let taps = others.collect::<Vec<_>>().into_iter().chain([tap]).collect();
+    let mut device = OnSocket::new(taps, 1500);
     let mut bench = Bench::activate(&mut device, &ram());
     offer_room(&mut bench, 0, 8, 2048);
-    let packets = script.byte().unwrap_or_default() % 4;
     for _ in 0..packets {
         let packet = script.byte().and_then(|bytes| script.bytes(usize::from(bytes)));
         // A full socket drops it, as a network may.

@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io::{Read, Seek};
 
 use client::{Attachments, Vmm};
-use guests::{POWER_OFF, Request, file, kernel, out, request, start, tap};
+use guests::{POWER_OFF, Request, attach, file, kernel, out, request, start, tap, tap_queues};
 use vial_vmm_api::{
     Action, Descriptor, DeviceConfig, DiskShape, Event, ExitReason, Failure, FailureKind,
     MAX_LATE_DISKS, MAX_LATE_INTERFACES, MAX_PASSED_FUNCTIONS, Reply, VmState,
@@ -231,9 +231,14 @@ fn disks_come_to_a_vm_that_runs_and_go_and_wrong_ones_are_refused() {
 
 /// Asks for an interface of `tap`.
 fn add_interface(vmm: &mut Vmm, tap: File, mac: [u8; 6]) -> Result<Reply, Failure> {
+    add_queues(vmm, vec![tap], mac)
+}
+
+/// Asks for one of the queues of a tap.
+fn add_queues(vmm: &mut Vmm, taps: Vec<File>, mac: [u8; 6]) -> Result<Reply, Failure> {
     let mut files = Attachments::default();
-    let tap = files.add(tap);
-    vmm.ask(Action::AddInterface { tap, mac, mtu: 1500, vhost: None }, &files.all())
+    let taps = taps.into_iter().map(|tap| files.add(tap)).collect();
+    vmm.ask(Action::AddInterface { taps, mac, mtu: 1500, vhosts: vec![] }, &files.all())
 }
 
 #[test]
@@ -270,19 +275,60 @@ fn interfaces_come_to_a_vm_that_runs_and_go_and_wrong_ones_are_refused() {
     assert_eq!(failure.kind, FailureKind::Invalid, "{failure:?}");
     // What is to carry its packets and is no vhost-net.
     let mut files = Attachments::default();
-    let (tap, vhost) = (files.add(tap()), Some(files.add(file(&[7; 512]))));
-    let wrong = Action::AddInterface { tap, mac: mac(9), mtu: 1500, vhost };
+    let (taps, vhosts) = (vec![files.add(tap())], vec![files.add(file(&[7; 512]))]);
+    let wrong = Action::AddInterface { taps, mac: mac(9), mtu: 1500, vhosts };
     let failure = vmm.ask(wrong, &files.all()).unwrap_err();
     assert_eq!(failure.kind, FailureKind::Invalid, "{failure:?}");
     assert!(failure.message.contains("vhost-net"), "{failure:?}");
     let wrong = Action::AddInterface {
-        tap: Descriptor(0),
+        taps: vec![Descriptor(0)],
         mac: mac(9),
         mtu: 1500,
-        vhost: Some(Descriptor(0)),
+        vhosts: vec![Descriptor(0)],
     };
     let failure = vmm.ask(wrong, &files.all()).unwrap_err();
     assert!(failure.message.contains("named twice"), "{failure:?}");
+    assert_eq!(vmm.ask(Action::Status, &[]), Ok(Reply::Status(VmState::Running)));
+}
+
+#[test]
+fn queues_of_one_tap_make_an_interface_and_others_do_not() {
+    let mac = [2, 0, 0, 0, 0, 1];
+    let mut vmm = start();
+    boot(&mut vmm, request(kernel(&FOREVER))).expect("boot");
+    for count in [1, 2, 8] {
+        let added = add_queues(&mut vmm, tap_queues(count), mac).expect("an interface");
+        let Reply::InterfaceAdded { device } = added else { panic!("{added:?}") };
+        assert_eq!(vmm.ask(Action::RemoveInterface { device }, &[]), Ok(Reply::Done));
+    }
+    let mut two_taps = tap_queues(2);
+    two_taps[1] = tap_queues(2).remove(1);
+    let both_attached = {
+        let mut queues = tap_queues(2);
+        let other = queues.remove(1);
+        attach(&other, true);
+        queues.push(other);
+        queues
+    };
+    for (queues, word) in [
+        (vec![], "0 queues"),
+        (tap_queues(9), "9 queues"),
+        (vec![tap(), tap()], "queues of one tap"),
+        (two_taps, "queues of one tap"),
+        (both_attached, "only the first is attached"),
+        (tap_queues(2).split_off(1), "only the first is attached"),
+    ] {
+        let failure = add_queues(&mut vmm, queues, mac).unwrap_err();
+        assert_eq!(failure.kind, FailureKind::Invalid, "{failure:?}");
+        assert!(failure.message.contains(word), "{failure:?}");
+    }
+    // Of what carries packets as many as of queues.
+    let mut files = Attachments::default();
+    let taps = tap_queues(2).into_iter().map(|tap| files.add(tap)).collect();
+    let vhosts = vec![files.add(file(&[7; 512]))];
+    let wrong = Action::AddInterface { taps, mac, mtu: 1500, vhosts };
+    let failure = vmm.ask(wrong, &files.all()).unwrap_err();
+    assert!(failure.message.contains("2 queues of a tap and 1 of"), "{failure:?}");
     assert_eq!(vmm.ask(Action::Status, &[]), Ok(Reply::Status(VmState::Running)));
 }
 

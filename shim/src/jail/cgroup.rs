@@ -12,6 +12,8 @@ use std::{
 };
 
 use rustix::fs::{CWD, Mode, OFlags};
+use vial_agent_protocol::MAX_INTERFACES;
+use vial_vmm_api::NETWORK_PAIRS;
 
 use crate::numa::list::{self, Set};
 
@@ -129,7 +131,11 @@ pub struct Limits {
 
 impl Limits {
     fn pids_max(self) -> u64 {
-        u64::from(self.vcpus) + OTHER_TASKS
+        // vhost-net has a task for each pair of queues; those of the first pairs are among the
+        // others.
+        let pairs = self.vcpus.clamp(*NETWORK_PAIRS.start(), *NETWORK_PAIRS.end());
+        let more_pairs = u64::from(pairs - NETWORK_PAIRS.start());
+        u64::from(self.vcpus) + OTHER_TASKS + MAX_INTERFACES as u64 * more_pairs
     }
 
     /// In bytes. A page of the guest costs the host up to 16 bytes in page tables, its own and
@@ -346,7 +352,10 @@ mod tests {
     #[test]
     fn limits_leave_room_for_a_healthy_vm() {
         let limits = Limits { vcpus: 64, memory_mib: 65536, overhead_mib: 128 };
-        assert_eq!(limits.pids_max(), 100);
+        // Eight networks with seven pairs more than one.
+        assert_eq!(limits.pids_max(), 100 + 8 * 7);
+        assert_eq!(Limits { vcpus: 1, ..limits }.pids_max(), 37);
+        assert_eq!(Limits { vcpus: 2, ..limits }.pids_max(), 38 + 8);
         let pages = u64::from(limits.memory_mib) << 8;
         assert!(limits.memory_max() >= ((65536 + 128) << 20) + pages * 24 * 2);
     }

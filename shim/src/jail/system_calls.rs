@@ -158,7 +158,13 @@ const FCNTL: &[i32] =
 /// The type of KVM's requests, in the second byte (linux/kvm.h).
 const KVMIO: u32 = 0xae00;
 /// Requests to others than KVM.
-const IOCTL: &[u64] = &[libc::FIONBIO, libc::TUNGETIFF, libc::TUNSETVNETHDRSZ, libc::TUNSETOFFLOAD];
+const IOCTL: &[u64] = &[
+    libc::FIONBIO,
+    libc::TUNGETIFF,
+    libc::TUNSETVNETHDRSZ,
+    libc::TUNSETOFFLOAD,
+    libc::TUNSETQUEUE,
+];
 
 /// What is asked of functions of the host by their descriptors, and of their container to let them
 /// reach memory (linux/vfio.h): information, interrupts, reset, mapping and its end. Opening and joining is the

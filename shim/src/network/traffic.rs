@@ -14,6 +14,8 @@ const RTM_DELQDISC: u16 = 37;
 const RTM_GETQDISC: u16 = 38;
 const RTM_NEWTFILTER: u16 = 44;
 
+/// Where those of an interface as a whole hang (`TC_H_ROOT`).
+const ROOT: u32 = 0xffff_ffff;
 /// Where ingress queueing disciplines hang (`TC_H_INGRESS`), and the handle that they have.
 const PARENT: u32 = 0xffff_fff1;
 const HANDLE: u32 = 0xffff_0000;
@@ -51,6 +53,13 @@ fn header(index: i32, handle: u32, parent: u32, info: u32) -> [u8; 20] {
 pub(super) fn add_ingress(index: i32) -> Message {
     Message::new(RTM_NEWQDISC, NLM_F_CREATE | NLM_F_EXCL, &header(index, HANDLE, PARENT, 0))
         .with_text(TCA_KIND, "ingress")
+}
+
+/// Has what goes out at an interface wait in no queueing discipline. A tap whose queue is full drops
+/// packets in any case, and one that can have several has 256 of the kernel's default one.
+pub(super) fn without_discipline(index: i32) -> Message {
+    Message::new(RTM_NEWQDISC, NLM_F_CREATE | NLM_F_EXCL, &header(index, 0, ROOT, 0))
+        .with_text(TCA_KIND, "noqueue")
 }
 
 /// Takes that back, with its filters.

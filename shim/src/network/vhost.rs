@@ -8,11 +8,14 @@ use crate::{config::VhostNet, jail::descriptors};
 /// Where it is. Opening it loads its module, if there is one.
 pub const PATH: &str = "/dev/vhost-net";
 
-/// An instance for one tap. Without one the VMM carries the packets itself.
-pub(super) fn open(wanted: VhostNet) -> Option<File> {
+/// An instance for each of a tap's queues. Without any the VMM carries the packets itself.
+pub(super) fn open(wanted: VhostNet, queues: usize) -> Vec<File> {
     match wanted {
-        VhostNet::Off => None,
-        VhostNet::Auto => open_at(Path::new(PATH)),
+        VhostNet::Off => Vec::new(),
+        VhostNet::Auto => {
+            let opened = (0..queues).map(|_| open_at(Path::new(PATH)));
+            opened.collect::<Option<_>>().unwrap_or_default()
+        }
     }
 }
 
@@ -42,6 +45,6 @@ mod tests {
     #[test]
     fn host_without_it_and_operator_who_does_not_want_it_have_none() {
         assert!(open_at(Path::new("/dev/nowhere/vhost-net")).is_none());
-        assert!(open(VhostNet::Off).is_none());
+        assert!(open(VhostNet::Off, 2).is_empty());
     }
 }

@@ -171,12 +171,12 @@ pub(super) async fn boot(
     let frees = passed.is_none() && backends.is_none() && placement.huge_pages.is_none();
     let mut devices = base_devices(given.add(&root), given.add(&proc_fd), frees);
     let base = devices.len();
-    for Tap { descriptor, vhost, mac, mtu } in &taps {
+    for Tap { queues, vhosts, mac, mtu } in &taps {
         devices.push(DeviceConfig::Net {
-            tap: given.add(descriptor),
+            taps: queues.iter().map(|queue| given.add(queue)).collect(),
             mac: *mac,
             mtu: *mtu,
-            vhost: vhost.as_ref().map(|vhost| given.add(vhost)),
+            vhosts: vhosts.iter().map(|vhost| given.add(vhost)).collect(),
         });
     }
     if let Some(Handles { container, groups, functions }) = &passed {

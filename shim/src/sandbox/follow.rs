@@ -28,7 +28,8 @@ use crate::{
     agent::{Agent, AgentError},
     config::VhostNet,
     error::ServiceError,
-    network::{self, Attachment, Followed, Joint, Known, Looked, NetworkError, Tap},
+    network::{self, Attachment, Carried, Followed, Joint, Known, Looked, NetworkError, Tap},
+    numa::placed::Placed,
     state_dir::StateDir,
     vmm_client::{VmmClient, VmmError},
 };
@@ -57,6 +58,8 @@ pub(super) struct Follower {
     pub(super) dir: StateDir,
     /// Whether the kernel is to carry the packets of interfaces that come.
     pub(super) vhost_net: VhostNet,
+    /// How large the VM is when they come.
+    pub(super) placed: Arc<Placed>,
 }
 
 /// Tells the guest of changes until it is dropped, beginning with those since it was `given` what it
@@ -203,13 +206,14 @@ impl Follower {
     /// Makes a tap for an interface and a device of the VM for that. Returns the device's number.
     async fn give(&self, joint: &Joint, interface: &Interface) -> Result<u8, ServiceError> {
         let attachment = lock(&self.attachment).clone();
-        let (own, described, vhost) = (joint.clone(), interface.clone(), self.vhost_net);
-        let attach = move || network::attach_late(&attachment, &own, &described, vhost);
-        let Tap { descriptor, vhost, mac, mtu } = blocking(attach).await?;
+        let (own, described) = (joint.clone(), interface.clone());
+        let carried = Carried::of(self.vhost_net, self.placed.size().vcpus);
+        let attach = move || network::attach_late(&attachment, &own, &described, carried);
+        let Tap { queues, vhosts, mac, mtu } = blocking(attach).await?;
         let mut handed = Given::default();
-        let tap = handed.add(&descriptor);
-        let vhost = vhost.as_ref().map(|vhost| handed.add(vhost));
-        let action = Action::AddInterface { tap, mac, mtu, vhost };
+        let taps = queues.iter().map(|queue| handed.add(queue)).collect();
+        let vhosts = vhosts.iter().map(|vhost| handed.add(vhost)).collect();
+        let action = Action::AddInterface { taps, mac, mtu, vhosts };
         let asked = timeout(DEVICE_PATIENCE, self.vmm.request(action, &handed.0)).await;
         let failed = vmm("give a network interface to the VM");
         let device = match asked.unwrap_or(Err(VmmError::Late(DEVICE_PATIENCE))) {

@@ -16,7 +16,7 @@ pub const API_VERSION: u32 = 10;
 /// The largest encoded message, in bytes.
 pub const MAX_MESSAGE_BYTES: usize = 64 << 10;
 /// The most descriptors on one message. Linux itself ends at 253 (`SCM_MAX_FD`).
-pub const MAX_DESCRIPTORS: usize = 64;
+pub const MAX_DESCRIPTORS: usize = 240;
 
 /// The fewest and the most vCPUs a VM can have.
 pub const VCPUS: std::ops::RangeInclusive<u8> = 1..=64;
@@ -49,6 +49,8 @@ pub const MAX_LATE_DISKS: usize = 8;
 pub const DISK_QUEUES: std::ops::RangeInclusive<u8> = 1..=8;
 /// The logical blocks that a disk can have, in bytes.
 pub const LOGICAL_BLOCKS: std::ops::RangeInclusive<u32> = 512..=(64 << 10);
+/// How many pairs of queues a network interface can have.
+pub const NETWORK_PAIRS: std::ops::RangeInclusive<u8> = 1..=8;
 /// The most network interfaces that come to a VM while it runs, at one time.
 pub const MAX_LATE_INTERFACES: usize = 8;
 
@@ -145,13 +147,13 @@ pub enum Action {
     /// Adds a network interface to a VM that runs. The guest finds it when it looks for new devices.
     AddInterface {
         /// As in [`DeviceConfig::Net`].
-        tap: Descriptor,
+        taps: Vec<Descriptor>,
         /// As in [`DeviceConfig::Net`].
         mac: [u8; 6],
         /// As in [`DeviceConfig::Net`].
         mtu: u16,
         /// As in [`DeviceConfig::Net`].
-        vhost: Option<Descriptor>,
+        vhosts: Vec<Descriptor>,
     },
     /// Takes an interface that [`Action::AddInterface`] brought, whether the guest has let go of it or not: when this is
     /// answered, its tap is closed.
@@ -558,15 +560,18 @@ pub enum DeviceConfig {
     },
     /// A network interface on a tap (virtio 1.2, 5.1).
     Net {
-        /// A tap made with `IFF_NO_PI | IFF_VNET_HDR`, open for reading and writing.
-        tap: Descriptor,
+        /// The queues of a tap made with `IFF_NO_PI | IFF_VNET_HDR`, open for reading and writing:
+        /// one for each pair of the guest's, see [`NETWORK_PAIRS`]. Where there are several, it was
+        /// made with `IFF_MULTI_QUEUE`, and all but the first are detached (`TUNSETQUEUE`): the VMM
+        /// attaches as many as the guest uses.
+        taps: Vec<Descriptor>,
         /// The guest's address.
         mac: [u8; 6],
         /// The largest packet without its Ethernet header, 68 to 65535.
         mtu: u16,
-        /// `/dev/vhost-net`, opened for this interface alone: then the host's kernel carries its
-        /// packets, and else the VMM.
-        vhost: Option<Descriptor>,
+        /// `/dev/vhost-net`, opened for each of these queues: then the host's kernel carries the
+        /// packets, and without any the VMM.
+        vhosts: Vec<Descriptor>,
     },
     /// A disk (virtio 1.2, 5.2): a regular file or a block device, never a disk format.
     Block {

@@ -185,12 +185,28 @@ impl Bench {
         features: u64,
         queues: Vec<DriverQueue>,
     ) -> Self {
+        Self::activate_without(device, ram, features, queues, &[])
+    }
+
+    /// The same of a driver that leaves some of the queues disabled.
+    pub(crate) fn activate_without(
+        device: &mut dyn VirtioDevice,
+        ram: &GuestRam,
+        features: u64,
+        queues: Vec<DriverQueue>,
+        disabled: &[usize],
+    ) -> Self {
         let event_idx = features & crate::virtio::FEATURE_EVENT_IDX != 0;
         let fault = Fault::new(Arc::new(AtomicBool::new(false)), Interrupt::none());
         let activation = Activation {
             ram: ram.clone(),
             features,
-            queues: queues.iter().map(|queue| Some(queue.device_half(event_idx))).collect(),
+            queues: (0..)
+                .zip(&queues)
+                .map(|(index, queue)| {
+                    (!disabled.contains(&index)).then(|| queue.device_half(event_idx))
+                })
+                .collect(),
             config_interrupt: Interrupt::none(),
             fault: fault.clone(),
         };

@@ -137,10 +137,12 @@ impl<'a> Assembly<'a> {
                 let proc_fd = proc_fd.map(|which| take(which, "/proc/<pid>/fd")).transpose()?;
                 Box::new(fs::Fs::new(&tag, root, proc_fd).map_err(|error| text(&error))?)
             }
-            DeviceConfig::Net { tap, mac, mtu, vhost } => {
-                let tap = take(tap, "the tap")?;
-                let vhost = vhost.map(|which| take(which, "/dev/vhost-net")).transpose()?;
-                Box::new(net::Net::new(tap, mac, mtu, vhost).map_err(|error| text(&error))?)
+            DeviceConfig::Net { taps, mac, mtu, vhosts } => {
+                let mut all = |which: Vec<_>, what| {
+                    which.into_iter().map(|which| take(which, what)).collect::<Result<_, _>>()
+                };
+                let (taps, vhosts) = (all(taps, "the tap")?, all(vhosts, "/dev/vhost-net")?);
+                Box::new(net::Net::new(taps, mac, mtu, vhosts).map_err(|error| text(&error))?)
             }
             DeviceConfig::Block { file, read_only, serial } => {
                 let file = take(file, "the disk")?;

@@ -48,20 +48,20 @@ pub(super) struct Interfaces(pub(super) Late);
 
 impl Interfaces {
     /// Puts an interface on the bus, for a guest that looks for it there, and returns its number.
-    /// With its tap may come what carries its packets, see [`Net::new`].
+    /// With the queues of its tap may come what carries their packets, see [`Net::new`].
     ///
     /// # Errors
     /// [`InterfaceError`]; it is not there then.
     pub(super) fn add(
         &mut self,
-        (tap, vhost): (OwnedFd, Option<OwnedFd>),
+        (taps, vhosts): (Vec<OwnedFd>, Vec<OwnedFd>),
         mac: [u8; 6],
         mtu: u16,
     ) -> Result<u8, InterfaceError> {
         if self.0.count() == MAX_LATE_INTERFACES {
             return Err(InterfaceError::TooMany);
         }
-        Ok(self.0.add(Box::new(Net::new(tap, mac, mtu, vhost)?))?)
+        Ok(self.0.add(Box::new(Net::new(taps, mac, mtu, vhosts)?))?)
     }
 
     /// Takes an interface off the bus. Its tap is closed when this returns.

@@ -94,9 +94,14 @@ mod tests {
 
     #[test]
     fn machine_with_a_network_is_no_template() {
-        for vhost in [None, Some(Descriptor(2))] {
-            let net =
-                DeviceConfig::Net { tap: Descriptor(1), mac: [2, 0, 0, 0, 0, 1], mtu: 1500, vhost };
+        let (first, mac) = (Descriptor(1), [2, 0, 0, 0, 0, 1]);
+        let several = vec![first, Descriptor(2)];
+        for (taps, vhosts) in [
+            (vec![first], vec![]),
+            (vec![first], vec![Descriptor(2)]),
+            (several, vec![Descriptor(3), Descriptor(4)]),
+        ] {
+            let net = DeviceConfig::Net { taps, mac, mtu: 1500, vhosts };
             let config = VmConfig { devices: vec![net], ..config() };
             Purpose::Run.check(&config).unwrap();
             let error = Purpose::Template { max_vcpus: 1 }.check(&config).unwrap_err();

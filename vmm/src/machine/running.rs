@@ -98,21 +98,23 @@ impl RunningMachine {
         self.disks.remove(device)
     }
 
-    /// Adds an interface of a tap and what carries its packets, if that is not this process, and
-    /// returns its number on the bus.
+    /// Adds an interface of the queues of a tap and what carries their packets, if that is not this
+    /// process, and returns its number on the bus.
     ///
     /// # Errors
     /// [`InterfaceError`]; it is not there then.
     pub fn add_interface(
         &mut self,
-        (tap, vhost): (Descriptor, Option<Descriptor>),
+        (taps, vhosts): (Vec<Descriptor>, Vec<Descriptor>),
         mac: [u8; 6],
         mtu: u16,
         mut descriptors: Descriptors,
     ) -> Result<u8, InterfaceError> {
-        let tap = descriptors.take(tap, "the tap")?;
-        let vhost = vhost.map(|which| descriptors.take(which, "/dev/vhost-net")).transpose()?;
-        self.interfaces.add((tap, vhost), mac, mtu)
+        let mut all = |which: Vec<_>, what| {
+            which.into_iter().map(|which| descriptors.take(which, what)).collect::<Result<_, _>>()
+        };
+        let (taps, vhosts) = (all(taps, "the tap")?, all(vhosts, "/dev/vhost-net")?);
+        self.interfaces.add((taps, vhosts), mac, mtu)
     }
 
     /// Takes an interface that was added.

@@ -128,6 +128,8 @@ const IO: &[Call] = &[
                 vhost::SET_VRING_CALL,
                 vhost::SET_VRING_ERR,
                 vhost::NET_SET_BACKEND,
+                // How many queues of its tap a network's driver uses.
+                libc::TUNSETQUEUE,
             ],
         ),
     ),

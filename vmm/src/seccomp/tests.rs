@@ -104,6 +104,7 @@ fn table(kind: ThreadKind) -> (&'static [Attempt], &'static [Attempt]) {
         ("vhost-net's memory", libc::SYS_ioctl, [CLOSED, 0x4008_af03, 0, 0]);
     const VHOST_RING: Attempt = ("vhost-net's ring", libc::SYS_ioctl, [CLOSED, 0x4028_af11, 0, 0]);
     const VHOST_TAP: Attempt = ("vhost-net's tap", libc::SYS_ioctl, [CLOSED, 0x4008_af30, 0, 0]);
+    const TAP_QUEUE: Attempt = ("a tap's queues", libc::SYS_ioctl, [CLOSED, 0x4004_54d9, 0, 0]);
     const VHOST_LOG: Attempt = ("vhost-net's log", libc::SYS_ioctl, [CLOSED, 0x4008_af04, 0, 0]);
     const VHOST_ENDIAN: Attempt =
         ("another byte order", libc::SYS_ioctl, [CLOSED, 0x4008_af13, 0, 0]);
@@ -137,6 +138,7 @@ fn table(kind: ThreadKind) -> (&'static [Attempt], &'static [Attempt]) {
                 VHOST_KNOWS,
                 VHOST_OWNER,
                 VHOST_RING,
+                TAP_QUEUE,
             ],
         ),
         ThreadKind::VcpuWithFunctions => (
@@ -144,7 +146,17 @@ fn table(kind: ThreadKind) -> (&'static [Attempt], &'static [Attempt]) {
             &[OPEN, PAIR, IDENTITY, POLL, EPOLL, RECEIVE, OWNER, PASSED_MEMORY],
         ),
         ThreadKind::Io => (
-            &[PAIR, EPOLL, RECEIVE, USE_RING, VHOST_OWNER, VHOST_MEMORY, VHOST_RING, VHOST_TAP],
+            &[
+                PAIR,
+                EPOLL,
+                RECEIVE,
+                USE_RING,
+                VHOST_OWNER,
+                VHOST_MEMORY,
+                VHOST_RING,
+                VHOST_TAP,
+                TAP_QUEUE,
+            ],
             &[
                 OPEN,
                 INTERNET_PAIR,
@@ -183,6 +195,7 @@ fn table(kind: ThreadKind) -> (&'static [Attempt], &'static [Attempt]) {
                 VHOST_OWNER,
                 VHOST_MEMORY,
                 VHOST_TAP,
+                TAP_QUEUE,
             ],
         ),
         ThreadKind::ControlWithFunctions => (

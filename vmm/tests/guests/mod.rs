@@ -76,15 +76,48 @@ pub(crate) fn start() -> Vmm {
 }
 
 /// A tap of the host's, as the shim makes one, until it is closed.
-#[allow(unsafe_code)]
 pub(crate) fn tap() -> File {
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    tap_of([0; libc::IFNAMSIZ], flags).0
+}
+
+/// The queues of a new tap, all but the first detached.
+pub(crate) fn tap_queues(count: usize) -> Vec<File> {
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_MULTI_QUEUE;
+    let (first, name) = tap_of([0; libc::IFNAMSIZ], flags);
+    let others = (1..count).map(|_| {
+        let queue = tap_of(name, flags).0;
+        attach(&queue, false);
+        queue
+    });
+    std::iter::once(first).chain(others).collect()
+}
+
+/// Attaches a queue of a tap, or detaches it.
+#[allow(unsafe_code)]
+pub(crate) fn attach(queue: &File, attached: bool) {
+    // SAFETY: zeros are a valid `ifreq`.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    let flag = if attached { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE };
+    request.ifr_ifru.ifru_flags = flag as libc::c_short;
+    // SAFETY: TUNSETQUEUE reads one `ifreq`, which `request` is.
+    let set = unsafe { libc::ioctl(queue.as_raw_fd(), libc::TUNSETQUEUE, &raw mut request) };
+    assert_eq!(set, 0, "{}", std::io::Error::last_os_error());
+}
+
+/// A queue of a tap of that name, and the name.
+#[allow(unsafe_code)]
+fn tap_of(
+    name: [libc::c_char; libc::IFNAMSIZ],
+    flags: libc::c_int,
+) -> (File, [libc::c_char; libc::IFNAMSIZ]) {
     let tap = File::options().read(true).write(true).open("/dev/net/tun").expect("load tun");
     // SAFETY: zeros are a valid `ifreq`; without a name the kernel picks one.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    request.ifr_name = name;
     request.ifr_ifru.ifru_flags = flags as libc::c_short;
     // SAFETY: TUNSETIFF reads and writes one `ifreq`, which `request` is.
     let made = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
     assert_eq!(made, 0, "run the tests as root: {}", std::io::Error::last_os_error());
-    tap
+    (tap, request.ifr_name)
 }

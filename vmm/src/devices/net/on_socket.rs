@@ -1,32 +1,48 @@
-//! A device whose tap is a packet socket, which keeps packets apart as a tap does: for tests.
+//! A device whose tap is packet sockets, which keep packets apart as a tap does: for tests.
 
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use super::kernel::KernelWorker;
+use super::taps::Taps;
 use super::vhost::VhostNet;
-use super::{MRG_RXBUF, NetWorker};
+use super::worker::NetWorker;
+use super::{MRG_RXBUF, pairs_features};
 use crate::virtio::{ActivateError, Activation, FEATURE_EVENT_IDX, VirtioDevice, Worker};
 
 /// The device.
 pub(crate) struct OnSocket {
-    tap: OwnedFd,
+    pub(super) taps: Arc<Taps>,
+    sizes: Vec<u16>,
     /// The most bytes of a packet.
     payload: usize,
     /// What is asked to carry the packets first.
-    vhost: Option<Arc<VhostNet>>,
+    vhosts: Arc<[VhostNet]>,
 }
 
 impl OnSocket {
-    /// One on a socket that gives packets of at most so many bytes.
-    pub(crate) fn new(tap: OwnedFd, payload: usize) -> Self {
-        Self { tap, payload, vhost: None }
+    /// One on sockets, one a pair, that give packets of at most so many bytes.
+    pub(crate) fn new(sockets: Vec<OwnedFd>, payload: usize) -> Self {
+        Self::with_attachments(sockets, payload, |_, _| Ok(()))
     }
 
-    /// The same with what is asked to carry the packets first.
+    /// The same, where queues are attached so.
+    pub(super) fn with_attachments(
+        sockets: Vec<OwnedFd>,
+        payload: usize,
+        attach: fn(&OwnedFd, bool) -> io::Result<()>,
+    ) -> Self {
+        let mut sizes = vec![64; 2 * sockets.len()];
+        sizes.extend((sockets.len() > 1).then_some(16));
+        let taps = Arc::new(Taps::with(sockets, attach));
+        Self { taps, sizes, payload, vhosts: Arc::new([]) }
+    }
+
+    /// The same with what is asked to carry the packets first, for each of the pairs.
     #[cfg(test)]
-    pub(super) fn with(self, vhost: VhostNet) -> Self {
-        Self { vhost: Some(Arc::new(vhost)), ..self }
+    pub(super) fn with(self, vhosts: Vec<VhostNet>) -> Self {
+        Self { vhosts: vhosts.into(), ..self }
     }
 }
 
@@ -35,21 +51,20 @@ impl VirtioDevice for OnSocket {
         1
     }
     fn queue_sizes(&self) -> &[u16] {
-        &[64, 64]
+        &self.sizes
     }
     fn features(&self) -> u64 {
-        MRG_RXBUF | FEATURE_EVENT_IDX
+        MRG_RXBUF | FEATURE_EVENT_IDX | pairs_features(self.taps.queues().len())
     }
     fn config(&self) -> &[u8] {
         &[]
     }
     fn activate(&mut self, activation: Activation) -> Result<Box<dyn Worker>, ActivateError> {
-        let tap = self.tap.try_clone().unwrap();
         let features = activation.features;
-        let worker = NetWorker::new(tap, self.payload, activation)?;
-        Ok(match &self.vhost {
-            Some(vhost) => Box::new(KernelWorker::new(vhost.clone(), features, worker)),
-            None => Box::new(worker),
+        let worker = NetWorker::new(&self.taps, self.payload, activation)?;
+        Ok(match self.vhosts.is_empty() {
+            true => Box::new(worker),
+            false => Box::new(KernelWorker::new(self.vhosts.clone(), features, worker)),
         })
     }
 }

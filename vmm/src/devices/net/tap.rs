@@ -15,8 +15,23 @@ pub(super) struct Offloads {
     pub(super) tcp6: bool,
 }
 
-/// The flags that a tap was made with (`IFF_...`).
-pub(super) fn flags(tap: &OwnedFd) -> io::Result<libc::c_int> {
+/// Of which interface a descriptor is a queue, and how it was made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Kind {
+    name: [libc::c_char; libc::IFNAMSIZ],
+    /// `IFF_...`.
+    pub(super) flags: libc::c_int,
+}
+
+impl Kind {
+    /// Whether the other is a queue of the same tap.
+    pub(super) fn is_of(&self, other: &Self) -> bool {
+        self.name == other.name
+    }
+}
+
+/// What kind of tap it is.
+pub(super) fn kind(tap: &OwnedFd) -> io::Result<Kind> {
     // SAFETY: zeros are a valid `ifreq`.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     // SAFETY: TUNGETIFF writes one `ifreq`, which `request` is.
@@ -25,7 +40,18 @@ pub(super) fn flags(tap: &OwnedFd) -> io::Result<libc::c_int> {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: TUNGETIFF fills in the flags, and any bits are valid flags.
-    Ok(libc::c_int::from(unsafe { request.ifr_ifru.ifru_flags }) & 0xffff)
+    let flags = libc::c_int::from(unsafe { request.ifr_ifru.ifru_flags }) & 0xffff;
+    Ok(Kind { name: request.ifr_name, flags })
+}
+
+/// Attaches a queue to its tap behind those that are attached, or detaches it.
+pub(super) fn attach_queue(queue: &OwnedFd, attached: bool) -> io::Result<()> {
+    // SAFETY: zeros are a valid `ifreq`.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    let flag = if attached { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE };
+    request.ifr_ifru.ifru_flags = flag as libc::c_short;
+    // SAFETY: TUNSETQUEUE reads one `ifreq`, which `request` is.
+    check(unsafe { libc::ioctl(queue.as_raw_fd(), libc::TUNSETQUEUE, &raw const request) })
 }
 
 /// Sets the size of the header before each packet, in bytes.

@@ -1,4 +1,5 @@
 use std::fs::File;
+use std::sync::Arc;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use vm_memory::{GuestAddress, GuestMemory};
@@ -6,6 +7,8 @@ use vm_memory::{GuestAddress, GuestMemory};
 use super::on_socket::OnSocket;
 use super::*;
 use crate::devices::testing::{BUFFERS, Bench, DriverQueue, RAM_BYTES, WRITE, drain, ram};
+use crate::memory::GuestRam;
+use crate::virtio::ActiveQueue;
 use crate::virtio::FEATURE_VERSION_1;
 
 fn bench(features: u64, payload: usize) -> (Bench, OwnedFd) {
@@ -14,31 +17,31 @@ fn bench(features: u64, payload: usize) -> (Bench, OwnedFd) {
         socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
     let ram = ram();
     let queues = (0..2).map(|index| DriverQueue::new(&ram, index, 64)).collect();
-    let mut device = OnSocket::new(tap, payload);
+    let mut device = OnSocket::new(vec![tap], payload);
     (Bench::activate_with(&mut device, &ram, features, queues), network)
 }
 
-fn packet(bytes: usize) -> Vec<u8> {
+pub(super) fn packet(bytes: usize) -> Vec<u8> {
     let mut packet = vec![0; HEADER_BYTES];
     packet.extend((0..bytes).map(|index| (index * 7) as u8));
     packet
 }
 
-fn send(network: &OwnedFd, packet: &[u8]) {
+pub(super) fn send(network: &OwnedFd, packet: &[u8]) {
     assert_eq!(rustix::io::write(network, packet).unwrap(), packet.len());
 }
 
 #[test]
 fn address_and_mtu_beyond_their_bounds_are_refused() {
-    let file = || OwnedFd::from(tempfile::tempfile().unwrap());
+    let file = || vec![OwnedFd::from(tempfile::tempfile().unwrap())];
     let unicast = [2, 0, 0, 0, 0, 1];
     for mac in [[0; 6], [0xff; 6], [1, 0, 0x5e, 0, 0, 1]] {
-        assert!(matches!(Net::new(file(), mac, 1500, None), Err(NetError::Mac(_))));
+        assert!(matches!(Net::new(file(), mac, 1500, vec![]), Err(NetError::Mac(_))));
     }
-    assert!(matches!(Net::new(file(), unicast, 67, None), Err(NetError::Mtu(67))));
-    assert!(matches!(Net::new(file(), unicast, 68, None), Err(NetError::Tap { .. })));
-    let null = OwnedFd::from(File::open("/dev/null").unwrap());
-    assert!(matches!(Net::new(null, unicast, 1500, None), Err(NetError::Tap { .. })));
+    assert!(matches!(Net::new(file(), unicast, 67, vec![]), Err(NetError::Mtu(67))));
+    assert!(matches!(Net::new(file(), unicast, 68, vec![]), Err(NetError::Tap { .. })));
+    let null = vec![OwnedFd::from(File::open("/dev/null").unwrap())];
+    assert!(matches!(Net::new(null, unicast, 1500, vec![]), Err(NetError::Tap { .. })));
 }
 
 #[test]
@@ -163,7 +166,7 @@ fn malformed_chains_break_the_device() {
 }
 
 /// vhost-net as a device has it, on a descriptor that refuses each of its requests.
-fn refusing_vhost(features: u64) -> VhostNet {
+pub(super) fn refusing_vhost(features: u64) -> VhostNet {
     let device = OwnedFd::from(File::open("/dev/null").unwrap());
     VhostNet::with_features(device, features).unwrap()
 }
@@ -200,7 +203,8 @@ fn packets_are_carried_by_the_worker_when_the_kernel_refuses() {
         socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
     let ram = ram();
     let queues = (0..2).map(|index| DriverQueue::new(&ram, index, 64)).collect();
-    let mut device = OnSocket::new(tap, 1500).with(refusing_vhost(vhost::RING_FEATURES));
+    let mut device = OnSocket::new(vec![tap], 1500);
+    device = device.with(vec![refusing_vhost(vhost::RING_FEATURES)]);
     let mut bench = Bench::activate_with(&mut device, &ram, MRG_RXBUF, queues);
     let sent = packet(1400);
     bench.write(BUFFERS, &sent);

@@ -34,6 +34,7 @@ pub(crate) mod request {
 
 /// The receive and the transmit ring.
 pub(super) const RINGS: usize = 2;
+const RECEIVE: u32 = 0;
 
 /// The features that are for whoever serves the rings to know. The others are the tap's, or the
 /// configuration space's.
@@ -57,6 +58,9 @@ pub enum VhostError {
          set `vhost_net = \"off\"`"
     )]
     Old(u64),
+    /// A queue of the tap does not come or go.
+    #[error("attach or detach a queue of the tap: {0}")]
+    Queue(io::Error),
     /// A ring of the guest's has no address in this process.
     #[error("ring {0} does not lie in one piece of the guest's memory")]
     Ring(u32),
@@ -161,6 +165,16 @@ impl VhostNet {
         (0..RINGS as u32)
             .try_for_each(|number| self.set_backend(number, tap.as_raw_fd()))
             .map_err(failed("give the tap to a ring"))
+    }
+
+    /// Has the receive ring filled with what comes by a tap, or with nothing any more. How far it is
+    /// served, the kernel remembers. Only after [`VhostNet::start`].
+    ///
+    /// # Errors
+    /// [`VhostError`].
+    pub(super) fn set_receiving(&self, tap: Option<&OwnedFd>) -> Result<(), VhostError> {
+        self.set_backend(RECEIVE, tap.map_or(NONE, AsRawFd::as_raw_fd))
+            .map_err(failed("give the tap to a ring, or take it back,"))
     }
 
     /// Takes the rings from the kernel again. When this returns, it touches neither them nor the
