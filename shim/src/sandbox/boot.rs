@@ -187,7 +187,7 @@ pub(super) async fn boot(
         });
     }
     let shared_memory = backends.as_ref().map(|connected| {
-        devices.extend(connected.configs(|descriptor| given.add(descriptor)));
+        devices.extend(connected.configs(plan.config.vcpus, |descriptor| given.add(descriptor)));
         given.add(&connected.memory)
     });
     let kvm = given.add(&files.kvm);

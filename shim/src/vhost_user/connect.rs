@@ -58,9 +58,11 @@ impl Connected {
         Ok(Some(Self { memory, devices: connected }))
     }
 
-    /// The devices, whose descriptors `give` numbers.
+    /// The devices of a VM with so many vCPUs, whose descriptors `give` numbers. A pair of a network's
+    /// queues is for a vCPU.
     pub fn configs<'a>(
         &'a self,
+        vcpus: u8,
         mut give: impl FnMut(&'a OwnedFd) -> vial_vmm_api::Descriptor,
     ) -> Vec<DeviceConfig> {
         let config = |(device, socket, rings): &'a (Listed, OwnedFd, Option<OwnedFd>)| {
@@ -73,7 +75,11 @@ impl Connected {
                     VhostUserKind::Fs { tag: device.tag() }
                 }
             };
-            DeviceConfig::VhostUser { kind, queues: device.queues, socket: give(socket) }
+            let queues = match device.kind {
+                Kind::Net { .. } => device.queues.min(vcpus).max(1),
+                Kind::Block { .. } | Kind::Fs { .. } => device.queues,
+            };
+            DeviceConfig::VhostUser { kind, queues, socket: give(socket) }
         };
         self.devices.iter().map(config).collect()
     }
@@ -152,7 +158,7 @@ mod tests {
         assert!(Connected::new(&[], 64, None).await.unwrap().is_none());
         let connected = Connected::new(&[device(&path)], 64, None).await.unwrap().unwrap();
         let mut given = Vec::new();
-        let configs = connected.configs(|descriptor| {
+        let configs = connected.configs(1, |descriptor| {
             given.push(descriptor.as_raw_fd());
             vial_vmm_api::Descriptor(given.len() as u8 - 1)
         });

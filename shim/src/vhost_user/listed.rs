@@ -114,7 +114,7 @@ impl Listed {
             return Err(wrong(format!("{least} to {most} queues")));
         }
         let (name, socket) = (name.clone(), socket.clone());
-        let kind = Kind::new(entry, queues).map_err(wrong)?;
+        let kind = Kind::new(entry).map_err(wrong)?;
         Ok(Self { name, socket, queues, kind })
     }
 
@@ -166,14 +166,13 @@ impl Listed {
 }
 
 impl Kind {
-    fn new(entry: Entry, queues: u8) -> Result<Self, String> {
+    fn new(entry: Entry) -> Result<Self, String> {
         let Entry { kind, path, read_only, mac, mtu, addresses, routes, .. } = entry;
         let of_net = mac.is_some() || mtu.is_some() || addresses.is_some() || routes.is_some();
         match kind.as_str() {
             "net" if path.is_some() || read_only.is_some() => {
                 Err("neither `path` nor `read_only`: it is a network".into())
             }
-            "net" if queues > 1 => Err("one queue: a network has one pair".into()),
             "net" => {
                 let mac = mac
                     .as_deref()
@@ -327,7 +326,7 @@ mod tests {
             (NET.replace("02:", "03:"), "`mac`"),
             (NET.replace(":0a", ""), "`mac`"),
             (NET.replace(":0a", ":0a:01"), "`mac`"),
-            (format!("{NET}queues = 2"), "one queue"),
+            (format!("{NET}queues = 9"), "1 to 8"),
             (format!("{NET}path = \"/a\""), "`path`"),
             (format!("{NET}mtu = 67"), "`mtu`"),
             (format!("{NET}addresses = [\"10.0.0.2\"]"), "10.0.0.2/24"),

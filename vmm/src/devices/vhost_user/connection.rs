@@ -90,7 +90,7 @@ impl Connection {
     }
 
     /// Agrees on those of `wanted` that the backend has, takes the device, and returns them, with
-    /// the number of rings that it can have.
+    /// the number of queues that it can have: pairs of rings, for a network.
     pub(super) fn agree(&mut self, wanted: u64) -> Result<(u64, u64), BackendError> {
         let what = "the question for its protocol's features";
         let agreed = self.number(Request::GetProtocolFeatures, what)? & wanted;
@@ -98,11 +98,11 @@ impl Connection {
         self.send(Request::SetProtocolFeatures, &agreed.to_le_bytes(), &[], what)?;
         self.acknowledged = agreed & PROTOCOL_REPLY_ACK != 0;
         self.tell(Request::SetOwner, &[], &[], "its owner")?;
-        let rings = match agreed & PROTOCOL_MQ {
+        let queues = match agreed & PROTOCOL_MQ {
             0 => 1,
             _ => self.number(Request::GetQueueNum, "the question for its queues")?,
         };
-        Ok((agreed, rings))
+        Ok((agreed, queues))
     }
 
     /// Fills `config` with the beginning of the configuration space.
@@ -156,9 +156,9 @@ impl Connection {
         self.tell(Request::SetInflightFd, &area.body(), &[file], "memory of what is in flight")
     }
 
-    /// Lets the backend serve a ring from `base` on.
+    /// Gives the backend a ring, for it to serve from `base` on if it is enabled.
     pub(super) fn start_ring(&self, ring: &RingSetup<'_>) -> Result<(), BackendError> {
-        let RingSetup { number, size, base, addresses, kick, call } = *ring;
+        let RingSetup { number, size, base, addresses, kick, call, enabled } = *ring;
         let state = |value: u16| messages::ring_state(number, value.into());
         self.tell(Request::SetVringNum, &state(size), &[], "a ring's size")?;
         self.tell(Request::SetVringBase, &state(base), &[], "a ring's beginning")?;
@@ -169,7 +169,13 @@ impl Connection {
             None => self.tell(Request::SetVringCall, &event(false), &[], "a ring without call"),
         }?;
         self.tell(Request::SetVringKick, &event(true), &[kick], "a ring's kick")?;
-        self.tell(Request::SetVringEnable, &state(1), &[], "a ring's start")
+        self.enable_ring(number, enabled)
+    }
+
+    /// Has the backend serve a ring that it was given, or leave it alone.
+    pub(super) fn enable_ring(&self, ring: u32, enabled: bool) -> Result<(), BackendError> {
+        let state = messages::ring_state(ring, enabled.into());
+        self.tell(Request::SetVringEnable, &state, &[], "a ring's start")
     }
 
     /// Takes a ring back; the backend touches it no more when this returns.
@@ -319,4 +325,5 @@ pub(super) struct RingSetup<'a> {
     pub(super) addresses: RingAddresses,
     pub(super) kick: BorrowedFd<'a>,
     pub(super) call: Option<BorrowedFd<'a>>,
+    pub(super) enabled: bool,
 }

@@ -34,6 +34,8 @@ pub(super) struct Running {
     pub(super) features: u64,
     pub(super) rings: Vec<Ring>,
     pub(super) fault: Fault,
+    /// How many rings the driver uses of those that it has given, the first ones.
+    pub(super) used: u32,
     /// What the backend keeps of requests in flight, for it or the next.
     pub(super) inflight: Option<(InflightArea, OwnedFd)>,
 }
@@ -112,7 +114,28 @@ impl Frontend {
                 connection.give_inflight(*area, file.as_fd())?;
             }
         }
-        running.rings.iter_mut().try_for_each(|ring| ring.start(connection))
+        let used = running.used;
+        running.rings.iter_mut().try_for_each(|ring| {
+            let enabled = ring.number() < used;
+            ring.start(connection, enabled)
+        })
+    }
+
+    /// The driver uses so many of its rings from here on, the first ones. Returns whether it has
+    /// them. A backend that is not there is told when it comes.
+    pub(super) fn set_used(&mut self, used: u32) -> bool {
+        let Some(running) = &mut self.running else { return false };
+        let before = std::mem::replace(&mut running.used, used);
+        let Some(connection) = &self.connection else { return true };
+        let changed = running.rings.iter().map(Ring::number).filter(|number| {
+            let is_used = |count: u32| *number < count;
+            is_used(used) != is_used(before)
+        });
+        let told = changed.map(|number| connection.enable_ring(number, number < used));
+        if let Err(error) = told.collect::<Result<Vec<()>, _>>() {
+            self.fail(&error);
+        }
+        true
     }
 
     /// Takes the rings back from the backend, which touches them no more when this returns.
@@ -120,8 +143,7 @@ impl Frontend {
         let Some(running) = self.running.take() else { return };
         let Some(connection) = &self.connection else { return };
         for ring in &running.rings {
-            let (Ring::Direct(number, _) | Ring::Relayed(number, _)) = ring;
-            if let Err(error) = connection.stop_ring(*number) {
+            if let Err(error) = connection.stop_ring(ring.number()) {
                 return self.fail(&error);
             }
         }
@@ -174,7 +196,12 @@ impl Frontend {
 }
 
 impl Ring {
-    fn start(&mut self, connection: &Connection) -> Result<(), BackendError> {
+    fn number(&self) -> u32 {
+        let (Self::Direct(number, _) | Self::Relayed(number, _)) = self;
+        *number
+    }
+
+    fn start(&mut self, connection: &Connection, enabled: bool) -> Result<(), BackendError> {
         let wrong = |error: &dyn std::fmt::Display| BackendError::Unfit(error.to_string());
         match self {
             Self::Direct(number, queue) => {
@@ -184,7 +211,7 @@ impl Ring {
                 let call = queue.interrupt().event().map(|event| borrow(event));
                 let (size, kick) = (queue.size(), borrow(queue.kick_event()));
                 let number = *number;
-                let setup = RingSetup { number, size, base, addresses, kick, call };
+                let setup = RingSetup { number, size, base, addresses, kick, call, enabled };
                 connection.start_ring(&setup)?;
                 // What came before is looked at as if it came now.
                 let _ = queue.kick_event().write(1); // Full means pending.
@@ -193,7 +220,8 @@ impl Ring {
                 relay.begin().map_err(|error| wrong(&error))?;
                 let (kick, call) = (borrow(&relay.kick), Some(borrow(&relay.call)));
                 let (number, size, addresses) = (*number, relay.driver.size(), relay.addresses());
-                let setup = RingSetup { number, size, base: 0, addresses, kick, call };
+                let base = 0;
+                let setup = RingSetup { number, size, base, addresses, kick, call, enabled };
                 connection.start_ring(&setup)?;
                 let _ = relay.driver.kick_event().write(1); // Full means pending.
             }

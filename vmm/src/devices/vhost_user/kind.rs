@@ -6,12 +6,13 @@ use vial_vmm_api::{MAX_TAG_BYTES, VHOST_USER_QUEUES};
 
 use super::connection::{BackendError, Connection};
 use super::messages::{PROTOCOL_CONFIG, PROTOCOL_INFLIGHT, PROTOCOL_MQ, PROTOCOL_REPLY_ACK};
+use crate::devices::net;
 use crate::virtio::{FEATURE_EVENT_IDX, FEATURE_INDIRECT_DESC, FEATURE_VERSION_1};
 
 /// The size of each ring.
 pub(super) const RING_SIZE: u16 = 256;
 
-// Of a network (virtio 1.2, 5.1.3).
+// Of a network (virtio 1.2, 5.1.3), beside those of several pairs of queues.
 const NET_MTU: u64 = 1 << 3;
 const NET_MAC: u64 = 1 << 5;
 /// Checksums and segmentation in both directions, buffers that are merged.
@@ -56,6 +57,7 @@ pub enum Kind {
 pub(super) struct Shape {
     /// Offered to the driver, without what the transport adds.
     pub(super) features: u64,
+    /// Those that the backend serves.
     pub(super) rings: usize,
     pub(super) config: Vec<u8>,
     /// What was agreed on with the backend.
@@ -84,8 +86,6 @@ impl Kind {
                 wrong(format!("{mac:02x?} is no unicast MAC address"))
             }
             Self::Net { mtu: ..68, .. } => wrong("an MTU below 68 is too small for IPv4".into()),
-            // Which of several pairs are used is told by a queue that no backend serves.
-            Self::Net { .. } if queues > 1 => wrong("a network has one pair of queues".into()),
             Self::Fs { tag } if !(1..=MAX_TAG_BYTES).contains(&tag.len()) => {
                 wrong(format!("the name {tag:?} has not 1 to {MAX_TAG_BYTES} bytes"))
             }
@@ -113,17 +113,20 @@ impl Kind {
         if has & FEATURE_VERSION_1 == 0 {
             return Err(BackendError::Lacks("virtio 1 (VIRTIO_F_VERSION_1)"));
         }
-        let (protocol, rings) = connection.agree(self.wanted())?;
+        let (protocol, most) = connection.agree(self.wanted())?;
         let any = FEATURE_INDIRECT_DESC | FEATURE_EVENT_IDX;
         match self {
             Self::Net { mac, mtu } => {
-                // `mac`, `status`, `max_virtqueue_pairs`, `mtu` (virtio 1.2, 5.1.4).
-                let mut config = vec![0; 12];
-                config[..6].copy_from_slice(mac);
-                config[10..].copy_from_slice(&mtu.to_le_bytes());
+                let pairs = match has & net::MQ {
+                    0 => 1,
+                    _ => u64::from(queues).min(most).max(1) as u16,
+                };
+                let config = net::config(*mac, pairs, *mtu).to_vec();
+                // Which of several pairs are used is told by a queue that no backend serves.
+                let several = if pairs > 1 { net::MQ | net::CTRL_VQ } else { 0 };
                 // Address and MTU are the configuration's, whatever the backend knows of them.
-                let features = has & (any | NET_OFFLOADS) | NET_MAC | NET_MTU;
-                Ok(Shape { features, rings: 2, config, protocol })
+                let features = has & (any | NET_OFFLOADS) | NET_MAC | NET_MTU | several;
+                Ok(Shape { features, rings: 2 * usize::from(pairs), config, protocol })
             }
             Self::Block { read_only, .. } => {
                 if protocol & PROTOCOL_CONFIG == 0 {
@@ -138,7 +141,7 @@ impl Kind {
                 }
                 let mut config = vec![0; BLOCK_CONFIG_BYTES];
                 connection.read_config(&mut config)?;
-                let queues = u64::from(queues).min(rings).max(1) as u16;
+                let queues = u64::from(queues).min(most).max(1) as u16;
                 config[BLOCK_QUEUES..BLOCK_QUEUES + 2].copy_from_slice(&queues.to_le_bytes());
                 let multiple = if queues > 1 { BLOCK_MQ } else { 0 };
                 let features = has & (any | BLOCK_READ_ONLY | multiple | BLOCK_OTHERS);
@@ -150,7 +153,7 @@ impl Kind {
             }
             Self::Fs { tag } => {
                 // One for urgent requests beside the others (virtio 1.2, 5.11.2).
-                let queues = u64::from(queues).min(rings.saturating_sub(1)).max(1);
+                let queues = u64::from(queues).min(most.saturating_sub(1)).max(1);
                 let mut config = vec![0; MAX_TAG_BYTES + 4];
                 config[..tag.len()].copy_from_slice(tag.as_bytes());
                 config[MAX_TAG_BYTES..].copy_from_slice(&(queues as u32).to_le_bytes());
@@ -162,7 +165,7 @@ impl Kind {
     /// Features that the VMM sees to, and a backend may know nothing of.
     pub(super) fn own_features(&self) -> u64 {
         match self {
-            Self::Net { .. } => NET_MAC | NET_MTU,
+            Self::Net { .. } => NET_MAC | NET_MTU | net::CTRL_VQ,
             Self::Block { .. } | Self::Fs { .. } => 0,
         }
     }

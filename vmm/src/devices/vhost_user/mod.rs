@@ -31,11 +31,14 @@ use self::connection::Connection;
 pub use self::frontend::BackendGone;
 use self::frontend::{Frontend, Ring, Running, lock};
 pub use self::kind::Kind;
-use self::kind::RING_SIZE;
+use self::kind::{RING_SIZE, Shape};
 use self::messages::PROTOCOL_INFLIGHT;
 use self::relay::{RING_BYTES, Relay};
+use crate::devices::net::{self, control::Control};
 use crate::memory::GuestRam;
-use crate::virtio::{ActivateError, Activation, ActiveQueue, VirtioDevice, Worker, WorkerThread};
+use crate::virtio::{
+    ActivateError, Activation, ActiveQueue, Fault, VirtioDevice, Worker, WorkerThread,
+};
 
 /// How long a backend may take for an answer.
 pub const PATIENCE: Duration = Duration::from_secs(5);
@@ -118,7 +121,7 @@ impl VhostUser {
         };
         let device = Self {
             id: kind.id(),
-            sizes: vec![RING_SIZE; shape.rings],
+            sizes: sizes(&shape),
             features: shape.features,
             config: shape.config.clone(),
             frontend: Arc::new(Mutex::new(Frontend {
@@ -141,6 +144,14 @@ impl VhostUser {
             Watcher { frontend: device.frontend.clone(), handover: handover.clone(), socket: None };
         Ok((device, handover, Box::new(watcher)))
     }
+}
+
+/// Those of the backend's rings, and of the queue by which a network of several pairs is told how
+/// many are used.
+fn sizes(shape: &Shape) -> Vec<u16> {
+    let mut sizes = vec![RING_SIZE; shape.rings];
+    sizes.extend((shape.features & net::CTRL_VQ != 0).then_some(net::CONTROL_SIZE));
+    sizes
 }
 
 fn host(action: &'static str) -> impl Fn(std::io::Error) -> BackendError {
@@ -187,7 +198,8 @@ impl VirtioDevice for VhostUser {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<Box<dyn Worker>, ActivateError> {
-        let Activation { features, queues, fault, .. } = activation;
+        let Activation { ram, features, mut queues, fault, .. } = activation;
+        let control = self.take_control(features, &ram, &mut queues);
         let own_rings = match &self.relayed {
             Some(_) => lock(&self.frontend).own_rings.clone(),
             None => None,
@@ -198,9 +210,42 @@ impl VirtioDevice for VhostUser {
             let events = self.relayed.as_ref().and_then(|events| events.get(number)).cloned();
             rings.push(ring(number as u32, queue, own_rings.clone().zip(events)));
         }
-        let running = Running { features, rings, fault, inflight: None };
+        // A network's driver begins with one pair.
+        let used = if self.features & net::MQ == 0 { u32::MAX } else { 2 };
+        let running = Running { features, rings, fault: fault.clone(), used, inflight: None };
         let (frontend, begin) = (self.frontend.clone(), self.begin.clone());
-        Ok(Box::new(Driven { frontend, begin, given: Some(running) }))
+        Ok(Box::new(Driven {
+            frontend,
+            begin,
+            given: Some(running),
+            control,
+            fault,
+            broken: false,
+        }))
+    }
+}
+
+impl VhostUser {
+    /// The control queue of a network's driver, where it has one, and no queues that it does not
+    /// know of.
+    fn take_control(
+        &self,
+        features: u64,
+        ram: &GuestRam,
+        queues: &mut Vec<Option<ActiveQueue>>,
+    ) -> Option<Control> {
+        if self.features & net::CTRL_VQ == 0 {
+            return None;
+        }
+        let has = |bit: u64| features & bit != 0;
+        let knows = has(net::MQ) && has(net::CTRL_VQ);
+        // As in [`net`]: behind all pairs that the driver knows of.
+        let rings = if knows { self.sizes.len() - 1 } else { 2 };
+        let queue = queues.get_mut(rings).and_then(Option::take);
+        queues.truncate(rings);
+        let given = queues.iter().take_while(|queue| queue.is_some()).count();
+        let most = if knows { given / 2 } else { 0 };
+        queue.filter(|_| has(net::CTRL_VQ)).map(|queue| Control::new(queue, ram, most))
     }
 }
 
@@ -223,6 +268,36 @@ struct Driven {
     begin: Arc<EventFd>,
     /// Until the backend's thread has begun with it.
     given: Option<Running>,
+    /// By which a network's driver says how many pairs it uses.
+    control: Option<Control>,
+    fault: Fault,
+    /// The driver broke that.
+    broken: bool,
+}
+
+impl Driven {
+    fn begin(&mut self, frontend: &mut Frontend) {
+        let _ = self.begin.read(); // Non-blocking: empty is fine.
+        if let Some(running) = self.given.take() {
+            frontend.run(running);
+        }
+    }
+
+    fn serve_control(&mut self) {
+        let frontend = self.frontend.clone();
+        let mut frontend = lock(&frontend);
+        // Whichever event is told of first.
+        self.begin(&mut frontend);
+        let Some(control) = &mut self.control else { return };
+        control.queue.acknowledge_kick();
+        if self.broken {
+            return;
+        }
+        if let Err(error) = control.serve(|pairs| frontend.set_used(2 * pairs as u32)) {
+            self.fault.report("vhost-user", &error);
+            self.broken = true;
+        }
+    }
 }
 
 impl MutEventSubscriber for Driven {
@@ -236,6 +311,8 @@ impl MutEventSubscriber for Driven {
                 events.push((relay.call.as_raw_fd(), *number));
             }
         }
+        let control = self.control.iter().map(|control| control.queue.kick_event().as_raw_fd());
+        events.extend(control.map(|event| (event, CONTROL)));
         for (event, data) in events {
             if let Err(error) = ops.add(Events::with_data_raw(event, data, EventSet::IN)) {
                 tracing::error!(%error, "a vhost-user device cannot listen to its events");
@@ -243,25 +320,25 @@ impl MutEventSubscriber for Driven {
         }
         // Not here: the driver waits for this to return, and backends can take their time.
         let _ = self.begin.write(1); // Full means pending.
+        if let Some(control) = &self.control {
+            let _ = control.queue.kick_event().write(1); // The driver may have kicked before.
+        }
     }
 
     fn process(&mut self, events: Events, _: &mut EventOps) {
-        let mut frontend = lock(&self.frontend);
+        let frontend = self.frontend.clone();
         match events.data() {
-            BEGIN => {
-                let _ = self.begin.read(); // Non-blocking: empty is fine.
-                if let Some(running) = self.given.take() {
-                    frontend.run(running);
-                }
-            }
+            BEGIN => self.begin(&mut lock(&frontend)),
+            CONTROL => self.serve_control(),
             // Not before it has begun.
-            ring => frontend.relay(ring as usize),
+            ring => lock(&frontend).relay(ring as usize),
         }
     }
 }
 
 /// What no ring's number is.
 const BEGIN: u32 = u32::MAX;
+const CONTROL: u32 = u32::MAX - 1;
 
 impl Drop for Driven {
     fn drop(&mut self) {

@@ -21,6 +21,8 @@ use super::*;
 use crate::devices::testing::{DriverQueue, RAM_BYTES, WRITE, socket_pair};
 use crate::virtio::{FEATURE_EVENT_IDX, FEATURE_VERSION_1, Fault, Interrupt};
 
+mod pairs;
+
 const SHORT: Duration = Duration::from_millis(300);
 const LONG: Duration = Duration::from_secs(20);
 const SECTORS: u64 = 4096;
@@ -482,7 +484,7 @@ fn settings_past_their_bounds_are_refused() {
         (net([1, 0, 0, 0, 0, 0], 1500), 1),
         (net([0; 6], 1500), 1),
         (net([2, 0, 0, 0, 0, 1], 67), 1),
-        (net([2, 0, 0, 0, 0, 1], 1500), 2),
+        (net([2, 0, 0, 0, 0, 1], 1500), 9),
         (Kind::Fs { tag: String::new() }, 1),
         (Kind::Fs { tag: "x".repeat(37) }, 1),
     ] {
@@ -580,7 +582,7 @@ fn network_and_file_system_have_their_configurations() {
         VhostUser::new(plan(kind, socket, &Arc::default(), LONG)).unwrap().0
     };
     let net = made(Kind::Net { mac: [2, 0, 0, 0, 0, 9], mtu: 1400 });
-    assert_eq!(net.config(), [2, 0, 0, 0, 0, 9, 0, 0, 0, 0, 0x78, 5]);
+    assert_eq!(net.config(), [2, 0, 0, 0, 0, 9, 0, 0, 1, 0, 0x78, 5]);
     assert_eq!((net.id(), net.queue_sizes().len()), (1, 2));
     // Merged buffers, address and MTU, but no flush.
     assert_eq!(net.features(), 1 << 15 | 1 << 3 | 1 << 5 | FEATURE_EVENT_IDX);
