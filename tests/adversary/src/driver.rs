@@ -14,8 +14,11 @@ use std::time::{Duration, Instant};
 
 /// Of the device's BAR (`vmm/src/virtio/pci/transport.rs`).
 const BAR_BYTES: usize = 0x8000;
+const PAIRS: usize = 0x2000 + 8;
 const NOTIFY: usize = 0x3000;
 /// Fields of the common configuration (virtio 1.2, 4.1.4.3).
+const OFFERED_SELECT: usize = 0x00;
+const OFFERED: usize = 0x04;
 const ACCEPTED_SELECT: usize = 0x08;
 const ACCEPTED: usize = 0x0c;
 const STATUS: usize = 0x14;
@@ -29,6 +32,8 @@ const RUNNING: u8 = 1 | 2 | 4 | 8;
 const NEEDS_RESET: u8 = 64;
 /// `VIRTIO_NET_F_MRG_RXBUF`, `VIRTIO_F_INDIRECT_DESC`; `VIRTIO_F_VERSION_1` of the upper half.
 const FEATURES: [u32; 2] = [1 << 15 | 1 << 28, 1];
+/// `VIRTIO_NET_F_CTRL_VQ` and `VIRTIO_NET_F_MQ`.
+const SEVERAL_PAIRS: u32 = 1 << 17 | 1 << 22;
 
 const PAGE: usize = 4096;
 /// How many descriptors a ring has, and where in its page the others begin.
@@ -90,11 +95,20 @@ impl Shared {
     }
 }
 
+/// Where the answer to a command lies in the page for data, and what no device answers.
+const ANSWER: usize = 0x100;
+const NO_ANSWER: u8 = 0x77;
+/// `VIRTIO_NET_OK` and `VIRTIO_NET_ERR`.
+const DONE: u8 = 0;
+const REFUSED: u8 = 1;
+
 /// The device, with a page for each ring and one for data.
 struct Device {
     bar: *mut u8,
-    rings: [Shared; 2],
+    /// Two for each pair of queues, and where there are several pairs, that of commands.
+    rings: Vec<Shared>,
     data: Shared,
+    features: [u32; 2],
 }
 
 impl Device {
@@ -114,8 +128,18 @@ impl Device {
         if bar == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        let rings = [Shared::new()?, Shared::new()?];
-        Ok(Self { bar: bar.cast(), rings, data: Shared::new()? })
+        let mut device =
+            Self { bar: bar.cast(), rings: Vec::new(), data: Shared::new()?, features: FEATURES };
+        device.write(OFFERED_SELECT, 0_u32);
+        let count = match device.read::<u32>(OFFERED) & SEVERAL_PAIRS {
+            SEVERAL_PAIRS => {
+                device.features[0] |= SEVERAL_PAIRS;
+                2 * usize::from(device.read::<u16>(PAIRS)) + 1
+            }
+            _ => 2,
+        };
+        device.rings = (0..count).map(|_| Shared::new()).collect::<io::Result<_>>()?;
+        Ok(device)
     }
 
     fn write<T>(&self, offset: usize, value: T) {
@@ -124,9 +148,19 @@ impl Device {
         unsafe { self.bar.add(offset).cast::<T>().write_volatile(value) };
     }
 
+    fn read<T>(&self, offset: usize) -> T {
+        assert!(offset + size_of::<T>() <= BAR_BYTES && offset.is_multiple_of(align_of::<T>()));
+        // SAFETY: within the BAR; only read as numbers.
+        unsafe { self.bar.add(offset).cast::<T>().read_volatile() }
+    }
+
     fn status(&self) -> u8 {
-        // SAFETY: within the BAR.
-        unsafe { self.bar.add(STATUS).read_volatile() }
+        self.read(STATUS)
+    }
+
+    /// The ring of commands, if the device has one.
+    fn control(&self) -> Option<usize> {
+        (self.rings.len() > 2).then(|| self.rings.len() - 1)
     }
 
     fn reset(&self) {
@@ -139,12 +173,12 @@ impl Device {
     /// Lets the device begin, with its rings where `place` says.
     fn begin(&self, place: impl Fn(usize) -> u64) {
         STEPS[..2].iter().for_each(|status| self.write(STATUS, *status));
-        for (half, features) in (0_u32..).zip(FEATURES) {
+        for (half, features) in (0_u32..).zip(self.features) {
             self.write(ACCEPTED_SELECT, half);
             self.write(ACCEPTED, features);
         }
         self.write(STATUS, STEPS[2]);
-        for ring in [RECEIVE, TRANSMIT] {
+        for ring in 0..self.rings.len() {
             self.write(QUEUE, ring as u16);
             self.write(QUEUE_SIZE, SIZE);
             for (field, within) in QUEUE_ADDRESSES.into_iter().zip([0, AVAILABLE, USED]) {
@@ -183,6 +217,47 @@ impl Device {
         false
     }
 
+    /// Gives a command of so many bytes at `at`, the first since the device has begun.
+    fn command(&self, ring: usize, at: u64, bytes: u32) {
+        self.data.put(ANSWER, NO_ANSWER);
+        self.describe(ring, 0, (at, bytes, NEXT, 1));
+        self.describe(ring, 1, (self.data.physical + ANSWER as u64, 1, WRITE, 0));
+        self.offer(ring, 0, 1);
+    }
+
+    /// What the device answers to it. `count` commands have been given by then.
+    fn answer(&self, ring: usize, count: u16) -> u8 {
+        let since = Instant::now();
+        while self.rings[ring].get(USED + 2) != count && since.elapsed() < PATIENCE {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        (self.data.get(ANSWER) & 0xff) as u8
+    }
+
+    /// Whether a device that is asked for other numbers of pairs, over and over, answers each time,
+    /// and says no at last.
+    fn bears_changes(&self, ring: usize) -> bool {
+        self.reset();
+        self.begin(|ring| self.rings[ring].physical);
+        let mut answers = [0_u32; 2];
+        for count in 1..=400_u16 {
+            self.data.put(0, [4_u8, 0, 1 + (count % 2) as u8, 0]);
+            self.data.put(ANSWER, NO_ANSWER);
+            if count == 1 {
+                self.command(ring, self.data.physical, 4);
+            } else {
+                // The ring has the same head at each of its places: they are zeros.
+                self.offer(ring, 0, count);
+            }
+            match self.answer(ring, count) {
+                answer @ (DONE | REFUSED) => answers[usize::from(answer)] += 1,
+                _ => return false,
+            }
+        }
+        // Each second one asks for what is already, once the other has been refused.
+        answers[usize::from(REFUSED)] > 100 && self.status() == RUNNING
+    }
+
     /// Whether a frame is sent as it should be.
     fn works(&self) -> bool {
         self.reset();
@@ -202,6 +277,44 @@ impl Device {
 
 /// What makes no sense: a name, and what is done to the rings of a device that has begun.
 type Attempt = (&'static str, fn(&Device));
+
+/// What is asked of the device by its ring of commands, with the length of what it is to read: it is
+/// to say no, and go on.
+const COMMANDS: [(&str, [u8; 8], u32); 10] = [
+    ("no pairs", [4, 0, 0, 0, 0, 0, 0, 0], 4),
+    ("nine pairs", [4, 0, 9, 0, 0, 0, 0, 0], 4),
+    ("65535 pairs", [4, 0, 0xff, 0xff, 0, 0, 0, 0], 4),
+    ("a number of pairs in one byte", [4, 0, 1, 0, 0, 0, 0, 0], 3),
+    ("a number of pairs in six bytes", [4, 0, 1, 0, 0, 0, 0, 0], 8),
+    ("pairs by hashes, which it has not offered", [4, 1, 1, 0, 0, 0, 0, 0], 4),
+    ("promiscuous mode, which it has not offered", [0, 0, 1, 0, 0, 0, 0, 0], 3),
+    ("another address, which it has not offered", [1, 1, 2, 0, 0, 0, 0, 1], 8),
+    ("a class that nobody knows", [255, 255, 1, 0, 0, 0, 0, 0], 4),
+    ("a command of one byte", [4, 0, 1, 0, 0, 0, 0, 0], 1),
+];
+
+/// The same that makes no sense at all.
+type ControlAttempt = (&'static str, fn(&Device, usize));
+
+const CONTROL_ATTEMPTS: [ControlAttempt; 5] = [
+    ("a command without room for an answer", |device, ring| {
+        device.describe(ring, 0, (device.data.physical, 4, 0, 0));
+        device.offer(ring, 0, 1);
+    }),
+    ("a command that is no memory", |device, ring| device.command(ring, 1 << 45, 4)),
+    ("a command after its answer", |device, ring| {
+        let at = device.data.physical;
+        device.describe(ring, 0, (at + ANSWER as u64, 1, NEXT | WRITE, 1));
+        device.describe(ring, 1, (at, 4, 0, 0));
+        device.offer(ring, 0, 1);
+    }),
+    ("an answer that is no memory", |device, ring| {
+        device.describe(ring, 0, (device.data.physical, 4, NEXT, 1));
+        device.describe(ring, 1, (1 << 45, 1, WRITE, 0));
+        device.offer(ring, 0, 1);
+    }),
+    ("more commands than the ring has", |device, ring| device.offer(ring, 0, 1000)),
+];
 
 const ATTEMPTS: [Attempt; 9] = [
     ("more chains than the ring has", |device| device.offer(TRANSMIT, 0, 1000)),
@@ -260,6 +373,26 @@ pub(crate) fn try_all(interface: &str) -> io::Result<Vec<String>> {
         device.begin(|ring| device.rings[ring].physical);
         attempt(&device);
         note(name, device.is_broken_soon());
+        note("it works again after a reset", device.works());
+    }
+    if let Some(ring) = device.control() {
+        for (name, bytes, count) in COMMANDS {
+            device.reset();
+            device.data.put(0, bytes);
+            device.begin(|ring| device.rings[ring].physical);
+            device.command(ring, device.data.physical, count);
+            let refused = device.answer(ring, 1) == REFUSED && device.status() == RUNNING;
+            note(&format!("{name} is refused"), refused);
+        }
+        for (name, attempt) in CONTROL_ATTEMPTS {
+            device.reset();
+            device.data.put(0, [4_u8, 0, 2, 0]);
+            device.begin(|ring| device.rings[ring].physical);
+            attempt(&device, ring);
+            note(name, device.is_broken_soon());
+            note("it works again after a reset", device.works());
+        }
+        note("changes without end are refused", device.bears_changes(ring));
         note("it works again after a reset", device.works());
     }
     for place in [1 << 45, device.rings[RECEIVE].physical + 1] {

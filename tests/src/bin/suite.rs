@@ -61,6 +61,10 @@ struct Cli {
     /// Runs no cases, but writes this disk for ever, and prints what is on it; a case runs it in a container
     #[arg(long, hide = true, value_name = "DEVICE")]
     load: Option<std::path::PathBuf>,
+    /// Runs no cases, but prints how many pairs of queues an interface uses, and has it use COUNT before; a case runs it in
+    /// a container
+    #[arg(long, hide = true, value_name = "INTERFACE[=COUNT]")]
+    pairs: Option<String>,
     /// Archives to import first, each for `ctr image import`
     #[arg(long, value_name = "FILE")]
     import: Vec<std::path::PathBuf>,
@@ -109,6 +113,7 @@ fn main() -> ExitCode {
         _ if cli.load.is_some() => {
             cli.load.as_ref().map(|disk| cri::disks::LOAD.write_for_ever(disk))
         }
+        _ if cli.pairs.is_some() => cli.pairs.as_deref().map(cri::pairs::run),
         _ if !cli.watch.is_empty() => Some(suite::watch::watch(&cli.watch)),
         _ => None,
     };

@@ -14,9 +14,11 @@ mod interactive;
 mod lifecycle;
 mod log;
 mod network;
+pub(crate) mod pairs;
 mod placement;
 pub(crate) mod pod;
 mod process;
+pub(crate) mod queues;
 mod resources;
 mod sockets;
 mod streaming;
@@ -74,6 +76,9 @@ pub(crate) fn cases() -> Vec<Case> {
         vhost_net::vhost_net_carries_the_packets_of_a_pod,
         vhost_net::pod_without_vhost_net_has_its_network_all_the_same,
         vhost_net::hostile_driver_breaks_its_network_device_and_nothing_else,
+        queues::network_of_several_cpus_has_a_pair_of_queues_for_each,
+        queues::network_of_several_cpus_has_its_queues_without_vhost_net,
+        queues::network_has_the_pairs_of_the_cpus_that_were_there_when_it_came,
         volumes::volumes_are_the_same_as_with_runc,
         sockets::sockets_are_the_same_as_with_runc,
         sockets::sockets_of_a_pod_whose_shim_is_killed_are_let_go,

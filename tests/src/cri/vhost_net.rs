@@ -15,6 +15,7 @@ use vial_tests::node::{Configuration, with};
 use super::changes::{Cable, Namespace, has_more};
 use super::network::{GATEWAY, addresses};
 use super::pod::{Container, Pod, eventually, idle};
+use super::queues::pod_of;
 use super::wire::*;
 use crate::suite::bed::{Bed, Runtime};
 use crate::suite::faults::{kill, process, processes};
@@ -28,7 +29,7 @@ const PORT: u16 = 7098;
 const BYTES: u32 = 4_000_000;
 
 /// The node's configuration with `vhost_net` as said, until the result is dropped.
-fn configured(setting: &str) -> Result<Configuration> {
+pub(super) fn configured(setting: &str) -> Result<Configuration> {
     let configuration = Configuration::keep();
     let value = format!("\"{setting}\"");
     configuration.write(&with(configuration.text(), "vhost_net", &value))?;
@@ -52,7 +53,7 @@ fn carriers(vmm: i32) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-fn has_carriers(vmm: i32, count: usize) -> Result<Vec<PathBuf>> {
+pub(super) fn has_carriers(vmm: i32, count: usize) -> Result<Vec<PathBuf>> {
     eventually(|| {
         let found = carriers(vmm)?;
         ensure!(found.len() == count, "the kernel has {} threads for it, not {count}", found.len());
@@ -61,7 +62,7 @@ fn has_carriers(vmm: i32, count: usize) -> Result<Vec<PathBuf>> {
 }
 
 /// They have no more rights than the VMM's own threads, and count for the same cgroup.
-fn carriers_are_confined(vmm: i32, threads: &[PathBuf]) -> Result<()> {
+pub(super) fn carriers_are_confined(vmm: i32, threads: &[PathBuf]) -> Result<()> {
     let cgroup = fs::read_to_string(format!("/proc/{vmm}/cgroup"))?;
     for thread in threads {
         let status = fs::read_to_string(thread.join("status"))?;
@@ -110,7 +111,9 @@ fn is_carried(bed: &Bed, by_kernel: bool) -> Result<()> {
     let namespace = Namespace::of_the_only_pod()?;
     let cable = Cable::new(&namespace, 1)?;
     has_more(&container, &["net1 1400", "10.78.1.0/24"], &[])?;
-    carriers_are_confined(vmm, &has_carriers(vmm, count(2))?)?;
+    // One for each pair of queues: as many as the VM has CPUs just then.
+    let pairs = container.exec("ls -d /sys/class/net/net1/queues/rx-* | wc -l")?;
+    carriers_are_confined(vmm, &has_carriers(vmm, count(1 + pairs.trim().parse::<usize>()?))?)?;
     exchange(&container, "10.77.1.1")?;
     drop(cable);
     has_more(&container, &[], &["net1"])?;
@@ -122,7 +125,7 @@ fn is_carried(bed: &Bed, by_kernel: bool) -> Result<()> {
     bed.nothing_left()
 }
 
-fn is_there() -> Result<()> {
+pub(super) fn is_there() -> Result<()> {
     ensure!(Path::new(DEVICE).exists(), "this host has no {DEVICE}; `modprobe vhost_net`");
     Ok(())
 }
@@ -221,24 +224,22 @@ fn driver_is_survived(count: usize) -> Result<()> {
     let other = Pod::new(Runtime::Vial)?;
     let neighbour = other.start(idle())?;
     let its = process("vial-vmm", "--api-fd")?;
-    let pod = Pod::with(Runtime::Vial, |config| {
-        let linux = config.linux.get_or_insert_default();
-        linux.security_context.get_or_insert_default().privileged = true;
-    })?;
+    // Of two CPUs, so that its device has two pairs of queues and one by which it is told of them.
+    let pod = pod_of(2000)?;
     let programs = Path::new(ADVERSARY).parent().context("where the programs are")?;
     let hostile = idle().security(|security| security.privileged = true);
     let hostile = pod.start(hostile.volume(programs, "/host", true))?;
     let vmm = processes("vial-vmm", "--api-fd")?;
     let vmm = *vmm.iter().find(|pid| **pid != its).context("the hostile pod has no VMM")?;
-    has_carriers(vmm, count)?;
+    has_carriers(vmm, 2 * count)?;
     exchange(&hostile, GATEWAY)?;
     let noise = Noise::to(addresses(&pod)?[0])?;
     let told = hostile.exec("/host/vial-adversary --driver eth0")?;
     drop(noise);
-    ensure!(told.lines().count() > 20 && !told.contains("WRONG"), "{told}");
+    ensure!(told.lines().count() > 40 && !told.contains("WRONG"), "{told}");
     // The VM lives without its interface, and the other one has its own.
     ensure!(hostile.exec("echo alive")? == "alive\n", "the guest does not answer");
-    has_carriers(vmm, count)?;
+    has_carriers(vmm, 2 * count)?;
     has_carriers(its, count)?;
     exchange(&neighbour, GATEWAY)?;
     pod.end()?;

@@ -32,7 +32,7 @@ use bed::Bed;
 use record::Record;
 use vial_tests::node::Configuration;
 
-use crate::cri::{self, changes, vhost_net};
+use crate::cri::{self, changes, queues, vhost_net};
 
 /// A case: a name, and what has to hold.
 pub(crate) struct Case {
@@ -104,10 +104,12 @@ pub(crate) fn cases() -> Vec<Case> {
         reporting::memory_that_a_guest_of_a_template_frees_is_the_hosts_again,
         changes::cri_interfaces_that_came_are_let_go_when_something_is_killed,
         vhost_net::cri_vhost_net_carries_the_packets_of_a_vm_that_boots,
+        queues::cri_network_of_several_cpus_has_its_queues_in_a_vm_that_boots,
         vhost_user::vhost_disk_holds_every_byte_though_its_backend_is_killed,
         vhost_user::vhost_device_that_cannot_be_had_is_refused,
         vhost_user::vhost_file_system_is_the_hosts_directory,
         vhost_user::vhost_networks_of_two_pods_are_joined_by_a_switch_that_restarts,
+        vhost_user::vhost_network_of_several_cpus_has_its_packets_in_several_queues,
         devices::function_behind_no_iommu_is_refused_and_left_alone,
         input::wrong_configuration_is_named,
         input::wrong_command_lines_are_refused,

@@ -107,6 +107,23 @@ impl Drop for Network {
     }
 }
 
+/// Answers that many connections at once, as [`echo`] does.
+pub(crate) fn echo_at_once(
+    listener: TcpListener,
+    connections: u32,
+) -> std::thread::JoinHandle<std::io::Result<()>> {
+    std::thread::spawn(move || {
+        let mut answering = Vec::new();
+        for _ in 0..connections {
+            answering.push(echo(listener.try_clone()?, 1));
+        }
+        let ended = |one: std::thread::JoinHandle<_>| {
+            one.join().unwrap_or_else(|_| Err(std::io::Error::other("a thread panicked")))
+        };
+        answering.into_iter().try_for_each(ended)
+    })
+}
+
 /// Answers that many connections, one after the other, with what came in, once all of it has.
 pub(crate) fn echo(
     listener: TcpListener,

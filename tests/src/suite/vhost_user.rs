@@ -92,18 +92,21 @@ impl Backend {
         Self::start("/usr/libexec/virtiofsd", &arguments, socket)
     }
 
-    /// DPDK's testpmd, which carries packets between two networks. It polls, and fills a CPU.
-    fn switch(sockets: &[PathBuf; 2]) -> Result<Self> {
+    /// DPDK's testpmd, which carries packets between two networks of so many pairs of queues, from each
+    /// queue to that of the same number. It polls, and fills a CPU.
+    fn switch(sockets: &[PathBuf; 2], pairs: u8) -> Result<Self> {
         for socket in sockets {
             let _ = fs::remove_file(socket);
         }
         let device = |(number, socket): (usize, &PathBuf)| {
-            ["--vdev".into(), format!("net_vhost{number},iface={}", socket.display())]
+            let socket = socket.display();
+            ["--vdev".into(), format!("net_vhost{number},iface={socket},queues={pairs}")]
         };
         let fixed = "--lcores 0@0,1@0 --no-huge -m 128 --no-pci --no-shconf --no-telemetry";
         let mut arguments: Vec<String> = fixed.split(' ').map(str::to_owned).collect();
         arguments.extend(sockets.iter().enumerate().flat_map(device));
         arguments.extend(["--", "--total-num-mbufs=2048"].map(str::to_owned));
+        arguments.extend(["rxq", "txq"].map(|queues| format!("--{queues}={pairs}")));
         let switch = Self::start("dpdk-testpmd", &arguments, &sockets[0])?;
         let start = Instant::now();
         while !sockets[1].exists() {
@@ -316,7 +319,7 @@ pub(crate) fn vhost_networks_of_two_pods_are_joined_by_a_switch_that_restarts(
 ) -> Result<()> {
     let place = Place::new()?;
     let sockets = [place.at("net0.sock"), place.at("net1.sock")];
-    let mut switch = Backend::switch(&sockets)?;
+    let mut switch = Backend::switch(&sockets, 1)?;
     let net = |name: &str, last: u8, address: &str| {
         let more = format!("mac = \"02:00:00:00:00:{last:02x}\"\naddresses = [\"{address}/24\"]");
         listed(name, "net", &sockets[usize::from(last)], &more)
@@ -349,7 +352,80 @@ pub(crate) fn vhost_networks_of_two_pods_are_joined_by_a_switch_that_restarts(
         if round == 0 {
             let killed = std::mem::replace(&mut switch, Backend(Command::new("true").spawn()?));
             killed.kill()?;
-            switch = Backend::switch(&sockets)?;
+            switch = Backend::switch(&sockets, 1)?;
+        }
+    }
+    Ok(())
+}
+
+/// What a queue of the guest's networks has interrupted it for, by the kernel's names.
+const INTERRUPTS: &str = "awk '/input/ { n = 0; for (i = 2; i < NF; i++) if ($i ~ /^[0-9]+$/) n += $i; \
+     print $NF, n }' /proc/interrupts";
+
+pub(crate) fn vhost_network_of_several_cpus_has_its_packets_in_several_queues(
+    bed: &Bed,
+) -> Result<()> {
+    let place = Place::new()?;
+    let sockets = [place.at("net0.sock"), place.at("net1.sock")];
+    let mut switch = Backend::switch(&sockets, 2)?;
+    // The one has as many as its vCPUs, of those that it could have; the other has what it asks for.
+    let net = |name: &str, last: u8, address: &str, queues: u8| {
+        let more = format!(
+            "mac = \"02:00:00:00:00:{last:02x}\"\naddresses = [\"{address}/24\"]\nqueues = {queues}"
+        );
+        listed(name, "net", &sockets[usize::from(last)], &more)
+    };
+    let _first = net("fast0", 0, FIRST, 8)?;
+    let _both = net("fast1", 1, SECOND, 2)?;
+    let pod = |name: &str| {
+        let annotation = format!("io.vial/vhost-user={name}");
+        detached(bed, &["--annotation", &annotation, "--net-host", "--cpus", "2"])
+    };
+    let (server, client) = (pod("fast0")?, pod("fast1")?);
+    for (container, name) in [(&server, "fast0"), (&client, "fast1")] {
+        let count = format!("ls -d /sys/class/net/{name}/queues/rx-* | wc -l");
+        let count = container.exec(&[], &["sh", "-c", &count])?.expect(0)?.stdout;
+        ensure!(count.trim() == "2", "{name} uses {} pairs of queues", count.trim());
+    }
+    let ports = (7770..7776).collect::<Vec<_>>();
+    let data = "yes \"packets of flow $1\" | head -c 300000";
+    // What comes before the other side listens is tried again.
+    let script = format!(
+        "flow() {{ wanted=$({data} | sha256sum); for try in $(seq 60); do \
+           [ \"$({data} | taskset -c $(($1 % 2)) nc {FIRST} $1 | sha256sum)\" = \"$wanted\" ] && \
+           return; sleep 1; done; return 1; }}; flows=; \
+         for port in $(seq {first} {last}); do flow $port & flows=\"$flows $!\"; done; \
+         for flow in $flows; do wait $flow || exit 1; done; {INTERRUPTS}",
+        first = ports[0],
+        last = ports[ports.len() - 1],
+    );
+    let serving = format!(
+        "for port in $(seq {} {}); do taskset -c $((port % 2)) nc -l -p $port -e cat & done; wait; \
+         {INTERRUPTS}",
+        ports[0],
+        ports[ports.len() - 1],
+    );
+    for round in 0..2 {
+        let told = std::thread::scope(|scope| -> Result<[String; 2]> {
+            let serving = scope.spawn(|| server.exec(&[], &["sh", "-c", &serving]));
+            let sent = client.exec(&[], &["sh", "-c", &script])?.expect(0);
+            let served =
+                serving.join().map_err(|_| anyhow::anyhow!("the server's thread ended"))?;
+            Ok([served?.expect(0)?.stdout, sent?.stdout])
+        })
+        .with_context(|| format!("round {round}"))?;
+        for told in &told {
+            for queue in ["input.0", "input.1"] {
+                let busy = told.lines().filter_map(|line| line.split_once(' ')).any(|(name, n)| {
+                    name.ends_with(queue) && n.parse::<u64>().is_ok_and(|count| count > 3)
+                });
+                ensure!(busy, "nothing has come by {queue}: {told}");
+            }
+        }
+        if round == 0 {
+            let killed = std::mem::replace(&mut switch, Backend(Command::new("true").spawn()?));
+            killed.kill()?;
+            switch = Backend::switch(&sockets, 2)?;
         }
     }
     Ok(())
