@@ -12,7 +12,7 @@ PAYLOAD := target/payload
 export VIAL_STARTED := $(or $(VIAL_STARTED),$(shell date +%s))
 STEP := tests/host/step
 
-.PHONY: help deps build kernel image images host payload shell suite demo bench baseline fuzz fuzz-smoke deny sbom reproducible test fmt clippy clean
+.PHONY: help deps build kernel image images host payload shell suite demo bench baseline models fuzz fuzz-smoke deny sbom reproducible test fmt clippy clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -66,6 +66,9 @@ bench: payload ## measure starts, memory and files beside runc: a table, and tar
 
 baseline: payload ## write what a start costs now, in counted instructions, to tests/bench/baseline.json
 	@tests/bench/run --baseline
+
+models: deps ## run what threads of the VMM share in all orders, by loom
+	@tests/models
 
 fuzz: deps ## run the fuzz targets for an hour each; FUZZ="--seconds N TARGET..." for less
 	@tests/fuzz/run --seconds 3600 $(FUZZ)

@@ -6,7 +6,6 @@ use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{
@@ -23,6 +22,7 @@ use crate::machine::{
     Descriptors, DiskError, GuestConnected, InterfaceError, Machine, MachineError, PassError,
     Purpose, ResizeError, RunningMachine,
 };
+use crate::news::{News, Notice};
 use crate::vcpu::EndOfVm;
 use crate::vm_state::{self, VmEvent};
 use crate::wake::Wake;
@@ -47,24 +47,13 @@ pub enum ControlError {
     Event(rustix::io::Errno),
 }
 
-/// How much may wait to be told to the shim.
-const MAX_NOTICES: usize = 64;
-
-/// What other threads tell this one.
-enum Notice {
-    GuestConnected(u32, OwnedFd),
-    BackendGone(u8),
-}
-
 /// The socket and the VM behind it.
 pub struct Control {
     socket: OwnedFd,
     state: VmState,
     machine: Option<RunningMachine>,
-    wake: Wake,
-    notices: Receiver<Notice>,
-    notifier: SyncSender<Notice>,
-    ends: Receiver<ExitReason>,
+    /// What other threads tell this one.
+    news: Arc<News>,
     end: EndOfVm,
 }
 
@@ -75,11 +64,9 @@ impl Control {
     /// No descriptor is left.
     pub fn new(socket: OwnedFd) -> Result<Self, ControlError> {
         let wake = Wake::new().map_err(ControlError::Event)?;
-        let (notifier, notices) = std::sync::mpsc::sync_channel(MAX_NOTICES);
-        let (reasons, ends) = std::sync::mpsc::channel();
-        let end = EndOfVm::new(reasons, wake.clone());
-        let state = VmState::Empty;
-        Ok(Self { socket, state, machine: None, wake, notices, notifier, ends, end })
+        let news = Arc::new(News::new(wake));
+        let end = EndOfVm::new(news.clone());
+        Ok(Self { socket, state: VmState::Empty, machine: None, news, end })
     }
 
     /// Serves until the VM ends, and returns why it did.
@@ -90,9 +77,9 @@ impl Control {
         loop {
             let (readable, woken) = self.wait()?;
             if woken {
-                self.wake.clear();
-                self.forward_notices();
-                if let Ok(reason) = self.ends.try_recv() {
+                let told = self.news.take();
+                self.forward(told.notices);
+                if let Some(reason) = told.end {
                     return Ok(self.finish(reason));
                 }
             }
@@ -103,8 +90,10 @@ impl Control {
     }
 
     fn wait(&self) -> Result<(bool, bool), ControlError> {
-        let mut events =
-            [PollFd::new(&self.socket, PollFlags::IN), PollFd::new(&self.wake, PollFlags::IN)];
+        let mut events = [
+            PollFd::new(&self.socket, PollFlags::IN),
+            PollFd::new(self.news.bell(), PollFlags::IN),
+        ];
         loop {
             match poll(&mut events, None) {
                 Ok(_) => break,
@@ -115,8 +104,8 @@ impl Control {
         Ok((!events[0].revents().is_empty(), !events[1].revents().is_empty()))
     }
 
-    fn forward_notices(&mut self) {
-        while let Ok(notice) = self.notices.try_recv() {
+    fn forward(&mut self, notices: impl IntoIterator<Item = Notice>) {
+        for notice in notices {
             match notice {
                 Notice::GuestConnected(port, socket) => {
                     let event = Event::GuestConnected { port, socket: Descriptor(0) };
@@ -260,11 +249,10 @@ impl Control {
         build: impl FnOnce(GuestConnected) -> Result<Machine, MachineError>,
     ) -> Result<Reply, Failure> {
         let next = self.advance(VmEvent::Boot)?;
-        let (notifier, wake) = (self.notifier.clone(), self.wake.clone());
+        let news = self.news.clone();
         let connected = Box::new(move |port, socket| {
             // A guest that connects faster than this thread tells of it loses its connections.
-            let _ = notifier.try_send(Notice::GuestConnected(port, socket));
-            wake.ring();
+            let _ = news.offer(Notice::GuestConnected(port, socket));
         });
         let (machine, report) = build(connected)
             .and_then(|machine| machine.start(&self.end))
@@ -335,13 +323,9 @@ impl Control {
 
     /// What tells of a backend that is gone.
     fn backend_gone(&self) -> BackendGone {
-        let (notifier, wake) = (self.notifier.clone(), self.wake.clone());
-        Arc::new(move |backend| {
-            // This thread takes them one after the other, and never waits for the one that tells.
-            if notifier.send(Notice::BackendGone(backend)).is_ok() {
-                wake.ring();
-            }
-        })
+        let news = self.news.clone();
+        // Each backend goes once before it is connected again, so that these are few.
+        Arc::new(move |backend| news.tell(Notice::BackendGone(backend)))
     }
 
     /// Gives a device another connection to its backend.

@@ -25,6 +25,7 @@ pub mod kvm;
 pub mod landlock;
 pub mod machine;
 pub mod memory;
+pub mod news;
 pub mod numa;
 pub mod pci;
 pub mod ports;

@@ -1,8 +1,7 @@
 //! A vCPU's thread: it enters the guest, and serves what the guest cannot do by itself.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Sender, SyncSender};
+use std::sync::mpsc::SyncSender;
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vial_vmm_api::ExitReason;
@@ -10,9 +9,9 @@ use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use crate::arch::layout::{ECAM_SIZE, ECAM_START};
 use crate::kvm;
+use crate::news::News;
 use crate::pci::PciBus;
 use crate::ports::Ports;
-use crate::wake::Wake;
 
 /// All that the guest reaches by exits.
 pub struct Platform {
@@ -44,49 +43,33 @@ fn ecam_offset(address: u64) -> Option<u64> {
 
 /// How a vCPU's thread tells the others that the VM ended.
 #[derive(Clone)]
-pub struct EndOfVm {
-    reasons: Sender<ExitReason>,
-    wake: Wake,
-    ended: Arc<AtomicBool>,
-}
+pub struct EndOfVm(Arc<News>);
 
 impl EndOfVm {
-    /// Sends the first reason to `reasons` and then wakes `wake`.
-    pub fn new(reasons: Sender<ExitReason>, wake: Wake) -> Self {
-        Self { reasons, wake, ended: Arc::new(AtomicBool::new(false)) }
+    /// Tells it by `news`.
+    pub fn new(news: Arc<News>) -> Self {
+        Self(news)
     }
 
     /// Ends the VM, unless it has ended.
     pub fn signal(&self, reason: ExitReason) {
-        if !self.ended.swap(true, Ordering::AcqRel) {
-            // The receiver only goes when the process does.
-            let _ = self.reasons.send(reason);
-            self.wake.ring();
-        }
+        self.0.end(reason);
     }
 }
 
 /// Where vCPUs go that leave the guest for good, to be saved.
 #[derive(Debug)]
 pub struct Parking {
-    asked: AtomicBool,
+    /// A vCPU that is in the guest notices with the next signal to its thread (SIGRTMIN, see
+    /// [`prepare_parking`]).
+    pub request: vial_sync::Parking,
     arrived: SyncSender<(u8, VcpuFd)>,
 }
 
 impl Parking {
-    /// Each vCPU is sent to `arrived`, with its number, after [`Parking::ask`].
+    /// Each vCPU is sent to `arrived`, with its number, when it is asked to come.
     pub fn new(arrived: SyncSender<(u8, VcpuFd)>) -> Self {
-        Self { asked: AtomicBool::new(false), arrived }
-    }
-
-    /// Asks all vCPUs to come. One that is in the guest notices with the next signal to its
-    /// thread (SIGRTMIN, see [`prepare_parking`]).
-    pub fn ask(&self) {
-        self.asked.store(true, Ordering::Release);
-    }
-
-    fn is_asked(&self) -> bool {
-        self.asked.load(Ordering::Acquire)
+        Self { request: vial_sync::Parking::default(), arrived }
     }
 }
 
@@ -108,7 +91,7 @@ pub fn run(
     parking: Option<&Parking>,
 ) {
     loop {
-        let asked = parking.filter(|parking| parking.is_asked());
+        let asked = parking.filter(|parking| parking.request.is_asked());
         if asked.is_some() {
             // KVM then ends the access that was served last, and does not enter the guest.
             vcpu.set_kvm_immediate_exit(1);

@@ -1,7 +1,9 @@
 //! The worker of a device with a single request queue.
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use vial_sync::{Turn, turn};
 
+use crate::virtio::queue::Chain;
 use crate::virtio::{ActiveQueue, Fault, QueueError};
 
 /// What a device does with its queue.
@@ -9,12 +11,17 @@ pub(super) trait Serve: Send {
     /// The device, in the words of a log line.
     const DEVICE: &'static str;
 
-    /// Serves what the driver made available, within a bound. Returns whether there is more, to
-    /// be served when the other devices of the thread have had their turn.
+    /// What one wake-up may cost, in what [`Serve::serve`] counts, so that a guest that asks
+    /// without end leaves the thread to the other devices in between.
+    const MOST: usize;
+    /// What a chain costs at least, and a look that finds none.
+    const LEAST: usize = 1;
+
+    /// Serves a chain, and gives it back to the driver. Returns what it cost.
     ///
     /// # Errors
     /// The driver broke the queue; it is not served again.
-    fn serve(&mut self, queue: &mut ActiveQueue) -> Result<bool, QueueError>;
+    fn serve(&mut self, queue: &mut ActiveQueue, chain: Chain) -> Result<usize, QueueError>;
 }
 
 /// Serves a queue until its driver breaks it.
@@ -48,14 +55,17 @@ impl<S: Serve> MutEventSubscriber for QueueWorker<S> {
     }
 
     fn process(&mut self, _: Events, _: &mut EventOps) {
-        self.queue.acknowledge_kick();
         if self.broken {
-            return;
+            return self.queue.acknowledge_kick();
         }
-        match self.server.serve(&mut self.queue) {
-            Ok(false) => {}
-            Ok(true) => drop(self.queue.kick_event().write(1)),
-            Err(error) => self.fail(&error),
+        let mut spent = 0;
+        let served = turn(&mut self.queue, |queue, chain| {
+            let cost = chain.map_or(Ok(0), |chain| self.server.serve(queue, chain))?;
+            spent += cost.max(S::LEAST);
+            Ok(if spent < S::MOST { Turn::GoesOn } else { Turn::IsOver })
+        });
+        if let Err(error) = served {
+            self.fail(&error);
         }
     }
 }

@@ -4,6 +4,7 @@
 use super::buffers::{Buffers, Span};
 use super::one_queue::{QueueWorker, Serve};
 use crate::memory::GuestRam;
+use crate::virtio::queue::Chain;
 use crate::virtio::{
     ActivateError, Activation, ActiveQueue, FEATURE_EVENT_IDX, FEATURE_INDIRECT_DESC, QueueError,
     VirtioDevice, Worker,
@@ -63,30 +64,18 @@ struct Source {
 impl Serve for Source {
     const DEVICE: &'static str = DEVICE;
 
-    fn serve(&mut self, queue: &mut ActiveQueue) -> Result<bool, QueueError> {
-        queue.disable_kicks()?;
-        let mut given = 0;
-        while given < MAX_WAKE_BYTES {
-            match queue.pop()? {
-                Some(chain) => {
-                    let head = chain.head_index();
-                    let buffers = Buffers::writable(chain)?;
-                    let bytes = buffers.len().min(MAX_CHAIN_BYTES);
-                    let filled = buffers
-                        .fill_random(&self.ram, Span { offset: 0, bytes })
-                        .map_err(|error| QueueError::Chain(format!("getrandom: {error}")))?;
-                    queue.complete(head, filled as u32)?;
-                    given += filled.max(1024);
-                }
-                None if queue.enable_kicks()? => given += 1024,
-                None => {
-                    queue.notify()?;
-                    return Ok(false);
-                }
-            }
-        }
-        queue.notify()?;
-        Ok(true)
+    const MOST: usize = MAX_WAKE_BYTES;
+    const LEAST: usize = 1024;
+
+    fn serve(&mut self, queue: &mut ActiveQueue, chain: Chain) -> Result<usize, QueueError> {
+        let head = chain.head_index();
+        let buffers = Buffers::writable(chain)?;
+        let bytes = buffers.len().min(MAX_CHAIN_BYTES);
+        let filled = buffers
+            .fill_random(&self.ram, Span { offset: 0, bytes })
+            .map_err(|error| QueueError::Chain(format!("getrandom: {error}")))?;
+        queue.complete(head, filled as u32)?;
+        Ok(filled)
     }
 }
 

@@ -5,7 +5,6 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use event_manager::{EventManager, SubscriberId, SubscriberOps};
 use virtio_queue::desc::RawDescriptor;
@@ -197,7 +196,7 @@ impl Bench {
         disabled: &[usize],
     ) -> Self {
         let event_idx = features & crate::virtio::FEATURE_EVENT_IDX != 0;
-        let fault = Fault::new(Arc::new(AtomicBool::new(false)), Interrupt::none());
+        let fault = Fault::new(Arc::default(), Interrupt::none());
         let activation = Activation {
             ram: ram.clone(),
             features,

@@ -127,20 +127,15 @@ impl Saving {
     /// Takes all vCPUs out of the guest, in their order.
     fn park(&self) -> Result<Vec<(u8, VcpuFd)>, SaveError> {
         let start = Instant::now();
-        let mut parked = Vec::new();
-        self.parking.ask();
-        while parked.len() < self.threads.len() {
-            // A signal that comes just before a vCPU enters the guest is lost: so it comes again.
+        let signal = || {
             for thread in &self.threads {
                 let _ = thread.kill(SIGRTMIN()); // One that has ended needs none.
             }
-            while let Ok(vcpu) = self.parked.recv_timeout(TELL_AGAIN) {
-                parked.push(vcpu);
-            }
-            if start.elapsed() > PATIENCE {
-                return Err(SaveError::Vcpus);
-            }
-        }
+        };
+        let next = || self.parked.recv_timeout(TELL_AGAIN).ok();
+        let is_late = || start.elapsed() > PATIENCE;
+        let parked = self.parking.request.gather(self.threads.len(), signal, next, is_late);
+        let mut parked = parked.ok_or(SaveError::Vcpus)?;
         parked.sort_by_key(|(index, _)| *index);
         Ok(parked)
     }

@@ -9,9 +9,9 @@ pub mod pci;
 pub mod queue;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use event_manager::MutEventSubscriber;
+use vial_sync::FaultFlag;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::GuestRam;
@@ -163,27 +163,27 @@ impl Interrupt {
 /// The way to tell the driver `DEVICE_NEEDS_RESET` (virtio 1.2, 2.1.2).
 #[derive(Debug, Clone)]
 pub struct Fault {
-    needs_reset: Arc<AtomicBool>,
+    needs_reset: Arc<FaultFlag>,
     config_interrupt: Interrupt,
 }
 
 impl Fault {
     /// A fault flag that also interrupts the driver.
-    pub fn new(needs_reset: Arc<AtomicBool>, config_interrupt: Interrupt) -> Self {
+    pub fn new(needs_reset: Arc<FaultFlag>, config_interrupt: Interrupt) -> Self {
         Self { needs_reset, config_interrupt }
     }
 
     /// Marks the device as broken by what its driver wrote. The worker goes on to ignore its
     /// queues until the reset.
     pub fn report(&self, device: &str, what: &dyn std::fmt::Display) {
-        if !self.needs_reset.swap(true, Ordering::AcqRel) {
+        self.needs_reset.raise(|| {
             tracing::warn!(device, %what, "the guest broke the device's queue: it needs a reset");
             self.config_interrupt.trigger();
-        }
+        });
     }
 
     /// Whether [`Fault::report`] was called since the last reset.
     pub fn is_reported(&self) -> bool {
-        self.needs_reset.load(Ordering::Acquire)
+        self.needs_reset.is_raised()
     }
 }

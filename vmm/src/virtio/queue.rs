@@ -1,8 +1,10 @@
 //! A virtqueue in the hands of its device: nobody else can touch it any more.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
 
+pub use vial_sync::Position;
+use vial_sync::Ring;
 use virtio_queue::{DescriptorChain, Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory};
 use vmm_sys_util::eventfd::EventFd;
@@ -19,24 +21,6 @@ pub enum QueueError {
     /// A descriptor chain does not fit what the device expects.
     #[error("a descriptor chain is wrong: {0}")]
     Chain(String),
-}
-
-/// How far a queue was served, which is in no register. It outlives the [`ActiveQueue`], which
-/// leaves its last position here.
-#[derive(Debug, Default)]
-pub struct Position(AtomicU32);
-
-impl Position {
-    /// The next entry of the available ring, and that of the used ring.
-    pub fn get(&self) -> (u16, u16) {
-        let both = self.0.load(Ordering::Acquire);
-        ((both >> 16) as u16, both as u16)
-    }
-
-    /// See [`Position::get`].
-    pub fn set(&self, available: u16, used: u16) {
-        self.0.store(u32::from(available) << 16 | u32::from(used), Ordering::Release);
-    }
 }
 
 /// A descriptor chain out of an [`ActiveQueue`].
@@ -228,5 +212,34 @@ impl ActiveQueue {
     /// How many chains the queue can hold.
     pub fn size(&self) -> u16 {
         self.queue.size()
+    }
+}
+
+impl Ring for ActiveQueue {
+    type Chain = Chain;
+    type Error = QueueError;
+
+    fn acknowledge_kick(&self) {
+        self.acknowledge_kick();
+    }
+
+    fn kick(&self) {
+        let _ = self.kick.write(1); // Full means pending.
+    }
+
+    fn disable_kicks(&mut self) -> Result<(), QueueError> {
+        self.disable_kicks()
+    }
+
+    fn enable_kicks(&mut self) -> Result<bool, QueueError> {
+        self.enable_kicks()
+    }
+
+    fn pop(&mut self) -> Result<Option<Chain>, QueueError> {
+        self.pop()
+    }
+
+    fn notify(&mut self) -> Result<(), QueueError> {
+        self.notify()
     }
 }

@@ -15,6 +15,7 @@ pub use self::blocks::{BLOCK_BYTES, Room};
 use super::buffers::Buffers;
 use super::one_queue::{QueueWorker, Serve};
 use crate::memory::{Discards, GuestRam};
+use crate::virtio::queue::Chain;
 use crate::virtio::{
     ActivateError, Activation, ActiveQueue, FEATURE_EVENT_IDX, FEATURE_INDIRECT_DESC, Interrupt,
     QueueError, VirtioDevice, Worker,
@@ -161,27 +162,16 @@ struct Keeper {
 impl Serve for Keeper {
     const DEVICE: &'static str = DEVICE;
 
-    fn serve(&mut self, queue: &mut ActiveQueue) -> Result<bool, QueueError> {
-        queue.disable_kicks()?;
-        for _ in 0..MAX_WAKE_REQUESTS {
-            match queue.pop()? {
-                Some(chain) => {
-                    let head = chain.head_index();
-                    let (request, response) = Buffers::of_chain(chain)?;
-                    let mut bytes = [0; REQUEST_BYTES];
-                    request.copy_to(&self.ram, 0, &mut bytes)?;
-                    response.copy_from(&self.ram, 0, &self.answer(&bytes))?;
-                    queue.complete(head, RESPONSE_BYTES as u32)?;
-                }
-                None if queue.enable_kicks()? => {}
-                None => {
-                    queue.notify()?;
-                    return Ok(false);
-                }
-            }
-        }
-        queue.notify()?;
-        Ok(true)
+    const MOST: usize = MAX_WAKE_REQUESTS;
+
+    fn serve(&mut self, queue: &mut ActiveQueue, chain: Chain) -> Result<usize, QueueError> {
+        let head = chain.head_index();
+        let (request, response) = Buffers::of_chain(chain)?;
+        let mut bytes = [0; REQUEST_BYTES];
+        request.copy_to(&self.ram, 0, &mut bytes)?;
+        response.copy_from(&self.ram, 0, &self.answer(&bytes))?;
+        queue.complete(head, RESPONSE_BYTES as u32)?;
+        Ok(1)
     }
 }
 

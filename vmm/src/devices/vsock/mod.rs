@@ -12,16 +12,15 @@ mod entry;
 mod packet;
 mod worker;
 
-use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vial_sync::{Backlog, Full};
 
 use crate::virtio::{
     ActivateError, Activation, FEATURE_EVENT_IDX, FEATURE_INDIRECT_DESC, VirtioDevice, Worker,
 };
+use crate::wake::Wake;
 
 /// The host's context id (virtio 1.2, 5.10.4).
 const HOST_CID: u32 = 2;
@@ -53,7 +52,7 @@ pub enum VsockError {
     ReservedCid(u32),
     /// The host refused an event descriptor.
     #[error("make the vsock device: {0}; check the limit of open files")]
-    Event(std::io::Error),
+    Event(rustix::io::Errno),
 }
 
 /// Why a connection to the guest could not be queued.
@@ -70,25 +69,9 @@ pub enum ConnectError {
     },
 }
 
-/// What the connector and the worker share.
-struct Shared {
-    queued: Mutex<VecDeque<(u32, OwnedFd)>>,
-    wake: EventFd,
-    /// What the worker has open, or is still to tell the guest of.
-    open: AtomicUsize,
-}
-
-impl Shared {
-    fn queued(&self) -> MutexGuard<'_, VecDeque<(u32, OwnedFd)>> {
-        // The queue is whole at every moment, so a panic elsewhere does not spoil it.
-        self.queued.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn wake(&self) {
-        // It only fails when the counter is full: then the worker is about to wake anyway.
-        let _ = self.wake.write(1);
-    }
-}
+/// What the connector and the worker share: what waits to be connected, with its port; and how much is open, or is still to be
+/// told to the guest.
+type Shared = Backlog<(u32, OwnedFd), Wake>;
 
 /// Opens connections to the guest, from any thread.
 #[derive(Clone)]
@@ -100,7 +83,7 @@ impl VsockConnector {
     /// The connections that there are or are about to be, the ends included that the guest has
     /// not heard of yet.
     pub fn connections(&self) -> usize {
-        self.shared.queued().len() + self.shared.open.load(Ordering::Acquire)
+        self.shared.len()
     }
 
     /// Connects `socket`, one end of a pair of Unix stream sockets, to a port of the guest. It
@@ -110,14 +93,7 @@ impl VsockConnector {
     /// # Errors
     /// [`ConnectError::Full`].
     pub fn connect(&self, port: u32, socket: OwnedFd) -> Result<(), ConnectError> {
-        let mut queued = self.shared.queued();
-        if queued.len() >= MAX_QUEUED {
-            return Err(ConnectError::Full { port });
-        }
-        queued.push_back((port, socket));
-        drop(queued);
-        self.shared.wake();
-        Ok(())
+        self.shared.push((port, socket)).map_err(|Full| ConnectError::Full { port })
     }
 }
 
@@ -145,8 +121,8 @@ impl Vsock {
         if guest_cid <= HOST_CID || guest_cid == u32::MAX {
             return Err(VsockError::ReservedCid(guest_cid));
         }
-        let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(VsockError::Event)?;
-        let shared = Arc::new(Shared { queued: Mutex::default(), wake, open: AtomicUsize::new(0) });
+        let wake = Wake::new().map_err(VsockError::Event)?;
+        let shared = Arc::new(Shared::new(wake, MAX_QUEUED));
         let device = Self {
             guest_cid,
             config: u64::from(guest_cid).to_le_bytes(),

@@ -9,10 +9,10 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap, VecDeque};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use vial_sync::Bell;
 
 use super::connection::{BUFFER_BYTES, Connection, Verdict};
 use super::entry::{Entry, close};
@@ -189,13 +189,13 @@ impl VsockWorker {
     // From the host.
 
     fn take_queued(&mut self) {
-        if self.parts.shared.queued().is_empty() {
+        if !self.parts.shared.is_any_waiting() {
             return;
         }
         let mut pending =
             self.entries.iter().flatten().filter(|entry| entry.machine.is_requested()).count();
         while pending < MAX_PENDING && self.has_room() {
-            let Some((port, socket)) = self.parts.shared.queued().pop_front() else { return };
+            let Some((port, socket)) = self.parts.shared.take() else { return };
             let ports = self.free_ports(port);
             self.insert(Entry::new(Connection::from_host(ports), socket));
             pending += 1;
@@ -452,7 +452,7 @@ impl VsockWorker {
     fn run(&mut self) {
         if self.broken {
             // Whoever connects now sees the end of the stream, and not silence.
-            self.parts.shared.queued().clear();
+            self.parts.shared.clear();
             return;
         }
         self.take_queued();
@@ -462,7 +462,7 @@ impl VsockWorker {
             // with the next kick of that.
             Ok(more) => {
                 if more && (self.resets.len() < MAX_RESETS) {
-                    self.parts.shared.wake();
+                    self.parts.shared.bell().ring();
                 }
             }
             Err(error) => {
@@ -471,7 +471,7 @@ impl VsockWorker {
                 for slot in 0..self.entries.len() {
                     self.remove(slot);
                 }
-                self.parts.shared.queued().clear();
+                self.parts.shared.clear();
             }
         }
     }
@@ -514,12 +514,12 @@ impl VsockWorker {
 impl MutEventSubscriber for VsockWorker {
     fn init(&mut self, ops: &mut EventOps) {
         let sources = [
-            (self.parts.receive.kick_event(), RECEIVE_KICK),
-            (self.parts.transmit.kick_event(), TRANSMIT_KICK),
-            (&self.parts.shared.wake, WAKE),
+            (self.parts.receive.kick_event().as_raw_fd(), RECEIVE_KICK),
+            (self.parts.transmit.kick_event().as_raw_fd(), TRANSMIT_KICK),
+            (self.parts.shared.bell().as_raw_fd(), WAKE),
         ];
         for (event, data) in sources {
-            if let Err(error) = ops.add(Events::with_data(event, data, EventSet::IN)) {
+            if let Err(error) = ops.add(Events::with_data_raw(event, data, EventSet::IN)) {
                 tracing::error!(%error, "the vsock device cannot listen to its queues");
                 self.parts.fault.report(DEVICE, &error);
                 self.broken = true;
@@ -527,22 +527,20 @@ impl MutEventSubscriber for VsockWorker {
             }
         }
         // The driver may have kicked before the worker listened.
-        self.parts.shared.wake();
+        self.parts.shared.bell().ring();
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         match events.data() {
             RECEIVE_KICK => self.parts.receive.acknowledge_kick(),
             TRANSMIT_KICK => self.parts.transmit.acknowledge_kick(),
-            WAKE => {
-                let _ = self.parts.shared.wake.read();
-            }
+            WAKE => self.parts.shared.bell().clear(),
             data => self.on_socket((data - FIRST_SLOT) as usize, events.event_set()),
         }
         self.run();
         self.update_watches(ops);
         let open = self.entries.len() - self.free.len() + self.resets.len();
-        self.parts.shared.open.store(open, Ordering::Release);
+        self.parts.shared.set_open(open);
     }
 }
 

@@ -4,8 +4,8 @@
 mod saved;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
+use vial_sync::FaultFlag;
 use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -112,7 +112,7 @@ pub struct VirtioPci {
     config: ConfigSpace,
     msix: MsixTable,
     msix_control: u16,
-    needs_reset: Arc<AtomicBool>,
+    needs_reset: Arc<FaultFlag>,
     kicks: Vec<Arc<EventFd>>,
     /// Where each queue is to begin, and where it was when its worker was dropped.
     positions: Vec<Arc<Position>>,
@@ -163,7 +163,7 @@ impl VirtioPci {
             config,
             msix,
             msix_control,
-            needs_reset: Arc::new(AtomicBool::new(false)),
+            needs_reset: Arc::default(),
             kicks,
             positions: (0..queues).map(|_| Arc::default()).collect(),
             doorbells,
@@ -284,14 +284,14 @@ impl VirtioPci {
     }
 
     fn reset(&mut self) {
-        if let Err(error) = self.stop() {
+        let needs_reset = self.needs_reset.clone();
+        if let Err(error) = needs_reset.lower_after(|| self.stop()) {
             tracing::error!(%error, "a device's worker cannot be stopped");
         }
         for kick in &self.kicks {
             let _ = kick.read(); // Non-blocking: empty already is fine.
         }
         self.positions.iter().for_each(|position| position.set(0, 0));
-        self.needs_reset.store(false, Ordering::Release);
     }
 
     fn perform(&mut self, action: Action) {
@@ -365,7 +365,7 @@ impl PciFunction for VirtioPci {
         let within = offset % REGION_SIZE;
         match offset - within {
             COMMON => {
-                if self.needs_reset.load(Ordering::Acquire) {
+                if self.needs_reset.is_raised() {
                     self.registers.set_needs_reset();
                 }
                 self.registers.read(within, data);

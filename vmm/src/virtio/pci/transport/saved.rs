@@ -1,7 +1,6 @@
 //! A device's registers, taken out of one machine and put into another.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::Ordering;
 
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress};
@@ -68,7 +67,7 @@ impl VirtioPci {
     pub fn save(&mut self) -> Result<DeviceState, SaveError> {
         self.stop()?;
         let id = self.device.id();
-        if self.needs_reset.load(Ordering::Acquire) {
+        if self.needs_reset.is_raised() {
             return Err(SaveError::Broken(id));
         }
         Ok(DeviceState {
@@ -110,7 +109,7 @@ impl VirtioPci {
         if self.registers.is_active() {
             self.activate();
         }
-        match self.needs_reset.load(Ordering::Acquire) {
+        match self.needs_reset.is_raised() {
             true => Err(RestoreError::Queues(id)),
             false => Ok(()),
         }
