@@ -168,33 +168,33 @@ impl Share {
         make_dir(&dir)?;
         make_dir(&dir.join("rootfs"))?;
         make_dir(&staging)?;
-        let staged = staging.join("rootfs");
-        make_dir(&staged)?;
-        mount_root(&staged, bundle, root_mounts, spec).await?;
-        publish(&staged, &dir.join("rootfs"))?;
-        let mut mounts = Vec::new();
-        for (index, mount) in spec.mounts.iter().enumerate().filter(|(_, mount)| mount.is_bind()) {
-            if mounts.is_empty() {
-                make_dir(&dir.join("mounts"))?;
-            }
-            if mounts.len() == MAX_BINDS {
-                return Err(ShareError::Spec(format!(
-                    "the container has more than {MAX_BINDS} mounts from the host"
-                )));
-            }
-            let name = index.to_string();
-            let (staged, place) = (staging.join(&name), dir.join("mounts").join(&name));
-            let bound = bind(mount, &staged, &place)?;
-            publish(&staged, &place)?;
-            if bound.has_below && self.has_own_copy {
+        let root = staging.join("rootfs");
+        make_dir(&root)?;
+        mount_root(&root, bundle, root_mounts, spec).await?;
+        let binds = stage(spec, &staging, &dir)?;
+        // The kernel makes the table of all mounts of the host anew for each reading, so it is read once for all of these.
+        // Until each is safe, it is where nothing spreads from: the VMM's file server, to which what is published comes at
+        // once, has no way to the staging directory.
+        let staged = mounts_below(&staging).map_err(io("list the mounts below", &staging))?;
+        make_host_safe(&staged, &root, ReadOnly::None)?;
+        publish(&root, &dir.join("rootfs"))?;
+        let mut mounts = Vec::with_capacity(binds.len());
+        for bind in binds {
+            let Bind { index, mount, name, receives } = bind;
+            let from = staging.join(&name);
+            let read_only = ReadOnly::of(mount);
+            let has_below = make_host_safe(&staged, &from, read_only)?;
+            publish(&from, &dir.join("mounts").join(&name))?;
+            if has_below && self.has_own_copy {
                 self.hide_below(&Path::new(id).join("mounts").join(&name))?;
             }
-            let index = u32::try_from(index)
-                .map_err(|_| ShareError::Spec("the container has too many mounts".into()))?;
-            let path = format!("{id}/mounts/{index}");
-            let copied = mount.source.clone().filter(|_| is_copied(mount));
-            let host_guards = bound.host_guards;
-            mounts.push(SharedMount { index, path, host_guards, copied, sockets: false });
+            mounts.push(SharedMount {
+                index,
+                path: format!("{id}/mounts/{index}"),
+                host_guards: read_only == ReadOnly::Top && (has_below || receives),
+                copied: mount.source.clone().filter(|_| is_copied(mount)),
+                sockets: false,
+            });
         }
         remove_tree(&staging).map_err(io("remove", &staging))?;
         Ok(Shared { root: format!("{id}/rootfs"), mounts })
@@ -263,16 +263,22 @@ impl ReadOnly {
     }
 }
 
-/// Makes all mounts at and below a finished one safe for the host, and answers whether there are
-/// any below. Those are few: what was mounted below a volume's source.
-fn make_host_safe(staged: &Path, read_only: ReadOnly) -> Result<bool, ShareError> {
-    let mounts = mounts_below(staged).map_err(io("list the mounts below", staged))?;
-    for path in &mounts {
-        let protect = read_only == ReadOnly::All || (read_only == ReadOnly::Top && path == staged);
+/// Makes those of all staged mounts safe for the host that are at and below a finished one, and
+/// answers whether there are any below. Those are few: what was mounted below a volume's source.
+fn make_host_safe(
+    all: &[PathBuf],
+    finished: &Path,
+    read_only: ReadOnly,
+) -> Result<bool, ShareError> {
+    let mut has_below = false;
+    for path in all.iter().filter(|path| path.starts_with(finished)) {
+        let is_top = path == finished;
+        let protect = read_only == ReadOnly::All || (read_only == ReadOnly::Top && is_top);
         let more = if protect { MountFlags::RDONLY } else { MountFlags::empty() };
         remount(path, present_flags(path)? | HOST_SAFE | more)?;
+        has_below |= !is_top;
     }
-    Ok(mounts.iter().any(|path| path != staged))
+    Ok(has_below)
 }
 
 async fn mount_root(
@@ -301,21 +307,41 @@ async fn mount_root(
         containerd_shim::util::mount_rootfs(mount, target).await.map_err(ShareError::Root)?;
     }
     let isolated = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
-    rustix::mount::mount_change(root, isolated).map_err(io("isolate", root))?;
-    make_host_safe(root, ReadOnly::None).map(drop)
+    rustix::mount::mount_change(root, isolated).map_err(io("isolate", root))
 }
 
-/// What a bound volume is besides a mount.
-#[derive(Debug)]
-struct Bound {
-    /// Whether anything is mounted below it.
-    has_below: bool,
-    /// See [`SharedMount::host_guards`].
-    host_guards: bool,
+/// A volume that is bound in the staging directory.
+struct Bind<'a> {
+    index: u32,
+    mount: &'a Mount,
+    /// What it is called there, and will be called in the tree.
+    name: String,
+    /// Whether it receives what the host mounts below its source later.
+    receives: bool,
 }
 
-/// Binds the source of `mount` at `staged`, with a like file or directory made at `place`.
-fn bind(mount: &Mount, staged: &Path, place: &Path) -> Result<Bound, ShareError> {
+/// Binds all volumes of a container in `staging`, and makes their places in `dir`.
+fn stage<'a>(spec: &'a Spec, staging: &Path, dir: &Path) -> Result<Vec<Bind<'a>>, ShareError> {
+    let mut binds = Vec::new();
+    for (index, mount) in (0..).zip(&spec.mounts).filter(|(_, mount)| mount.is_bind()) {
+        if binds.is_empty() {
+            make_dir(&dir.join("mounts"))?;
+        }
+        if binds.len() == MAX_BINDS {
+            return Err(ShareError::Spec(format!(
+                "the container has more than {MAX_BINDS} mounts from the host"
+            )));
+        }
+        let name = index.to_string();
+        let receives = bind(mount, &staging.join(&name), &dir.join("mounts").join(&name))?;
+        binds.push(Bind { index, mount, name, receives });
+    }
+    Ok(binds)
+}
+
+/// Binds the source of `mount` at `staged`, with a like file or directory made at `place`. Answers whether it receives what the
+/// host mounts below the source later.
+fn bind(mount: &Mount, staged: &Path, place: &Path) -> Result<bool, ShareError> {
     let Some(source) = mount.source.as_ref().filter(|source| source.is_absolute()) else {
         return Err(ShareError::Spec(format!(
             "the mount at {} has no absolute source",
@@ -358,10 +384,7 @@ fn bind(mount: &Mount, staged: &Path, place: &Path) -> Result<Bound, ShareError>
         MountPropagationFlags::PRIVATE | MountPropagationFlags::REC
     };
     rustix::mount::mount_change(staged, propagation).map_err(io("isolate", staged))?;
-    let read_only = ReadOnly::of(mount);
-    let has_below = make_host_safe(staged, read_only)?;
-    let host_guards = read_only == ReadOnly::Top && (has_below || receives);
-    Ok(Bound { has_below, host_guards })
+    Ok(receives)
 }
 
 /// `/dev/null` and its like, which the guest's kernel has too: the "mem" class, major 1, less
