@@ -61,18 +61,59 @@ fn guest_with_a_triple_fault_is_told_apart() {
     ends(&[0x0f, 0x01, 0x1c, 0x25, 0x20, 0x05, 0, 0, 0x0f, 0x0b], ExitReason::TripleFault);
 }
 
+/// Maps 2 MiB of the 32-bit hole, from a multiple of that on: the page tables map the first gibibyte, so by a table of their own at
+/// 0xc000.
+fn map_of_the_hole(start: u32) -> Vec<u8> {
+    let entry = 0xc000 + (start - 0xc000_0000) / (2 << 20) * 8;
+    let entries = [(0xa018, 0xc003), (entry, start | 0x83)];
+    entries.into_iter().flat_map(|(address, entry)| store(address, entry)).collect()
+}
+
+/// `mov edi, address; mov eax, value; mov [rdi], rax`
+fn store(address: u32, value: u32) -> Vec<u8> {
+    let mut code = vec![0xbf];
+    code.extend(address.to_le_bytes());
+    code.push(0xb8);
+    code.extend(value.to_le_bytes());
+    code.extend([0x48, 0x89, 0x07]);
+    code
+}
+
+#[test]
+fn image_is_there_to_read_and_what_a_guest_writes_to_it_goes_nowhere() {
+    const IMAGE: u32 = 0xf000_0000;
+    let last = IMAGE + (2 << 20) - 8;
+    let mut code = map_of_the_hole(IMAGE);
+    for address in [IMAGE, last] {
+        code.extend(print_dword(address));
+        code.extend(store(address, 0x5c5c_5c5c));
+        code.extend(print_dword(address));
+    }
+    code.extend(out(POWER_OFF.0, POWER_OFF.1));
+    let mut image = vec![0; 2 << 20];
+    image[..4].copy_from_slice(b"head");
+    image[(2 << 20) - 8..].copy_from_slice(b"the tail");
+    let mut file = file(&image);
+    let mut console = tempfile::tempfile().unwrap();
+    let mut request = request(kernel(&code));
+    request.config.console = Some(request.files.add(console.try_clone().unwrap()));
+    request.config.image = Some(request.files.add(file.try_clone().unwrap()));
+    let mut vmm = start();
+    boot(&mut vmm, request).expect("boot");
+    assert_eq!(vmm.event().0, Event::Exited(ExitReason::PowerOff));
+    let content = |file: &mut File| {
+        let mut bytes = Vec::new();
+        file.rewind().unwrap();
+        file.read_to_end(&mut bytes).unwrap();
+        bytes
+    };
+    assert_eq!(content(&mut console), b"headheadthe the ");
+    assert!(content(&mut file) == image, "the image has changed");
+}
+
 #[test]
 fn console_and_configuration_space_show_what_was_configured() {
-    // The page tables map the first gibibyte: map 2 MiB of the 32-bit hole too, by a table of
-    // their own at 0xc000.
-    let mut code = Vec::new();
-    for (address, entry) in [(0xa018u32, 0xc003u32), (0xc800, 0xe000_0083)] {
-        code.push(0xbf); // mov edi, address
-        code.extend(address.to_le_bytes());
-        code.push(0xb8); // mov eax, entry
-        code.extend(entry.to_le_bytes());
-        code.extend([0x48, 0x89, 0x07]); // mov [rdi], rax
-    }
+    let mut code = map_of_the_hole(0xe000_0000);
     code.extend(out(0x3f8, b'>'));
     for device in 0..4 {
         code.extend(print_dword(0xe000_0000 + (device << 15)));

@@ -85,7 +85,6 @@ pub(crate) fn cases() -> Vec<Case> {
         templates::template_is_told_apart_by_each_of_its_pods,
         templates::template_pod_at_rest_has_little_memory_of_its_own,
         templates::template_keeps_its_memory_whatever_its_pods_write,
-        templates::image_of_guests_stays_whatever_one_of_them_writes,
         templates::template_that_is_damaged_is_named_and_the_pod_boots,
         templates::template_whose_making_is_killed_leaves_nothing,
         templates::template_is_made_when_a_pod_finds_none,

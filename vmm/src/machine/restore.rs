@@ -119,13 +119,13 @@ impl Machine {
         let room = super::room(snapshot.memory_mib, config.memory_mib);
         let most_mib = Growing::most_mib(config.memory_mib, config.max_memory_mib);
         let most = super::room(snapshot.memory_mib, most_mib).present;
-        if let Some(bytes) = snapshot.image_bytes {
-            let file = memory.try_clone().map_err(ImageError::Map)?;
-            vm.set_image(&Image::saved(file, image_offset(snapshot.memory_mib), bytes)?)?;
-        }
+        let image = memory.try_clone().map_err(ImageError::Map)?;
         let saved = (memory, snapshot.empty.as_slice());
         let ram = map_saved_ram(u64::from(snapshot.memory_mib) << 20, saved, room, most)?;
         vm.set_memory(&ram, room.start + room.present)?;
+        if let Some(bytes) = snapshot.image_bytes {
+            vm.set_image(&Image::saved(image, image_offset(snapshot.memory_mib), bytes)?)?;
+        }
         mark("vm created");
 
         let supported = kvm::supported_cpuid(&kvm)?;
