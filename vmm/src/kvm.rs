@@ -29,7 +29,7 @@ use crate::pci::line::{MsiError, MsiMessage, MsiRouter};
 use crate::virtio::pci::{Doorbells, TransportError};
 use serde::{Deserialize, Serialize};
 
-/// The memory slots before it are those of guest memory.
+/// The slot of the guest's image. Those before it are of guest memory, those behind it of windows.
 const IMAGE_SLOT: u32 = 63;
 const FIRST_WINDOW_SLOT: u32 = 64;
 /// The first slot of memory that comes while the machine runs: behind all windows. KVM has 32764.

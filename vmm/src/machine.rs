@@ -129,7 +129,8 @@ impl Machine {
         let high_window = layout::high_window(cpuid::physical_address_bits(&supported));
         let image = map_image(&config, &mut descriptors)?;
         image.as_ref().map_or(Ok(()), |image| vm.set_image(image))?;
-        let told = Told { vcpus: told_vcpus, high_window: high_window.clone(), image: &image };
+        let image_bytes = image.as_ref().map(Image::bytes);
+        let told = Told { vcpus: told_vcpus, high_window: high_window.clone(), image_bytes };
         let entry = load_guest(&config, told, &mut descriptors, &ram)?;
         mark("kernel loaded");
 
@@ -275,16 +276,16 @@ fn map_image(
 }
 
 /// What a guest is told of its machine that its configuration does not say.
-struct Told<'a> {
+struct Told {
     vcpus: u8,
     high_window: Range<u64>,
-    image: &'a Option<Image>,
+    image_bytes: Option<u64>,
 }
 
 /// Loads the kernel and all that it finds in memory, and returns its entry point.
 fn load_guest(
     config: &VmConfig,
-    told: Told<'_>,
+    told: Told,
     descriptors: &mut Descriptors,
     ram: &GuestRam,
 ) -> Result<vm_memory::GuestAddress, MachineError> {
@@ -299,10 +300,9 @@ fn load_guest(
         placement: &config.placement,
     };
     let acpi_root = acpi::write_tables(ram, platform)?;
-    let image_bytes = told.image.as_ref().map(Image::bytes);
-    let root = if image_bytes.is_some() { boot::IMAGE_ROOT } else { "" };
+    let root = if told.image_bytes.is_some() { boot::IMAGE_ROOT } else { "" };
     let command_line = format!("{} {root}", config.command_line);
-    boot::write_parameters(ram, command_line.trim_end(), image_bytes, acpi_root)?;
+    boot::write_parameters(ram, command_line.trim_end(), told.image_bytes, acpi_root)?;
     Ok(loaded.kernel_load)
 }
 

@@ -1,7 +1,6 @@
 //! Takes a machine out of KVM and into files.
 
 use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -9,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::VcpuFd;
-use vm_memory::{Bytes, GuestMemory, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryRegion};
 use vmm_sys_util::signal::{Killable, SIGRTMIN};
 
 use crate::arch::vcpu_state::{VcpuState, VcpuStateError};
@@ -21,8 +20,6 @@ use crate::snapshot::{RELEASE, Snapshot, SnapshotError};
 use crate::vcpu::Parking;
 use crate::virtio::pci::{SaveError as DeviceError, VirtioPci};
 
-/// What is looked at as one: zeros are left out by pages.
-const PAGE_BYTES: usize = 4096;
 /// How long vCPUs may take to leave the guest, and how often they are told to.
 const PATIENCE: Duration = Duration::from_secs(10);
 const TELL_AGAIN: Duration = Duration::from_millis(1);
@@ -151,20 +148,14 @@ pub(super) fn image_offset(memory_mib: u32) -> u64 {
 fn write_memory(ram: &GuestRam, file: &File) -> std::io::Result<Vec<u16>> {
     let length = ram.iter().map(GuestMemoryRegion::len).sum();
     file.set_len(length)?;
-    let mut page = [0; PAGE_BYTES];
+    // What is behind the last whole one has no number.
     let mut used = vec![0; (length / HUGE_PAGE_BYTES) as usize];
     let mut offset = 0;
     for region in ram.iter() {
-        for at in (0..region.len()).step_by(PAGE_BYTES) {
-            ram.read_slice(&mut page, vm_memory::GuestAddress(region.start_addr().0 + at))
-                .map_err(std::io::Error::other)?;
-            if page != [0; PAGE_BYTES] {
-                file.write_all_at(&page, offset + at)?;
-                // What is behind the last whole one has no number.
-                let huge = used.get_mut(((offset + at) / HUGE_PAGE_BYTES) as usize);
-                huge.into_iter().for_each(|pages| *pages += 1);
-            }
-        }
+        let start = region.start_addr().0;
+        memory::write_pages(file, offset, region.len(), &mut used, |at, page| {
+            ram.read_slice(page, GuestAddress(start + at)).map_err(std::io::Error::other)
+        })?;
         offset += region.len();
     }
     Ok(used)
@@ -178,8 +169,6 @@ fn empty(used: &[u16]) -> Vec<u32> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::MetadataExt;
-
-    use vm_memory::GuestAddress;
 
     use super::*;
     use crate::devices::mem::Room;

@@ -3,11 +3,12 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::FileExt;
 use std::ptr::null_mut;
 
 /// Bytes of a huge page, as a table of the processor's maps it.
 pub const HUGE_PAGE_BYTES: u64 = 2 << 20;
-pub(super) const PAGE_BYTES: usize = 4096;
+const PAGE_BYTES: usize = 4096;
 /// A huge page is worth its memory when so many of its pages are more than zeros.
 const GATHERED_FROM: u16 = (HUGE_PAGE_BYTES as usize / PAGE_BYTES * 3 / 4) as u16;
 
@@ -36,6 +37,31 @@ pub fn gather(file: &File, used: &[u16]) -> io::Result<u32> {
     // SAFETY: as above; nothing points into it any more.
     unsafe { libc::munmap(start.cast(), bytes as usize) };
     Ok(gathered)
+}
+
+/// Writes `bytes` bytes into a file from `offset` on, page by page as `read` has them by their place behind that, and leaves holes
+/// for pages of zeros. `used` is, for each huge page of the file, how many of its pages are more than that; what is behind its
+/// end is not counted.
+///
+/// # Errors
+/// The host's, of writing, and those of `read`.
+pub fn write_pages(
+    file: &File,
+    offset: u64,
+    bytes: u64,
+    used: &mut [u16],
+    mut read: impl FnMut(u64, &mut [u8]) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut page = [0; PAGE_BYTES];
+    for at in (0..bytes).step_by(PAGE_BYTES) {
+        read(at, &mut page)?;
+        if page != [0; PAGE_BYTES] {
+            file.write_all_at(&page, offset + at)?;
+            let huge = used.get_mut(((offset + at) / HUGE_PAGE_BYTES) as usize);
+            huge.into_iter().for_each(|pages| *pages += 1);
+        }
+    }
+    Ok(())
 }
 
 /// Maps nothing but zeros in place of huge pages of a file, by their numbers, in the mappings of the file, one behind the

@@ -5,7 +5,6 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
 
 use vial_vmm_api::{IMAGE_UNIT_BYTES, MAX_IMAGE_BYTES};
 
@@ -29,9 +28,9 @@ pub enum ImageError {
 }
 
 /// A mapped image. It stays mapped for as long as the process lives, as the machine does.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Image {
-    file: Arc<File>,
+    file: File,
     offset: u64,
     bytes: u64,
     address: u64,
@@ -66,7 +65,7 @@ impl Image {
         let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
         let address = huge::map(&file, offset, bytes, libc::PROT_READ, flags);
         let address = address.map_err(ImageError::Map)? as u64;
-        Ok(Self { file: Arc::new(file), offset, bytes, address })
+        Ok(Self { file, offset, bytes, address })
     }
 
     /// How long it is: a multiple of [`IMAGE_UNIT_BYTES`].
@@ -79,23 +78,17 @@ impl Image {
         self.address
     }
 
-    /// Writes it into another file, at an offset. Returns for each of its huge pages how many of their pages are more than
+    /// Writes it into another file, at an offset that is a huge page's. Returns for each of its huge pages how many of their pages are more than
     /// zeros, which alone are written.
     ///
     /// # Errors
     /// The host's, of reading or writing.
     pub fn save(&self, to: &File, offset: u64) -> io::Result<Vec<u16>> {
-        let mut page = [0; huge::PAGE_BYTES];
-        let mut used = vec![0; (self.bytes / huge::HUGE_PAGE_BYTES) as usize];
         to.set_len(offset + self.bytes)?;
-        for at in (0..self.bytes).step_by(page.len()) {
-            self.file.read_exact_at(&mut page, self.offset + at)?;
-            if page != [0; huge::PAGE_BYTES] {
-                to.write_all_at(&page, offset + at)?;
-                used[(at / huge::HUGE_PAGE_BYTES) as usize] += 1;
-            }
-        }
-        Ok(used)
+        let mut used = vec![0; ((offset + self.bytes) / huge::HUGE_PAGE_BYTES) as usize];
+        let read = |at, page: &mut [u8]| self.file.read_exact_at(page, self.offset + at);
+        huge::write_pages(to, offset, self.bytes, &mut used, read)?;
+        Ok(used.split_off((offset / huge::HUGE_PAGE_BYTES) as usize))
     }
 }
 

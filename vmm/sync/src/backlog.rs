@@ -148,13 +148,7 @@ mod models {
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
-
-    struct Silent;
-
-    impl Bell for Silent {
-        fn ring(&self) {}
-        fn clear(&self) {}
-    }
+    use crate::plain::Silent;
 
     #[test]
     fn no_more_wait_than_may() {

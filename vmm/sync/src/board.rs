@@ -144,13 +144,7 @@ mod models {
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
-
-    struct Silent;
-
-    impl Bell for Silent {
-        fn ring(&self) {}
-        fn clear(&self) {}
-    }
+    use crate::plain::Silent;
 
     #[test]
     fn what_is_offered_is_bounded_and_what_must_arrive_is_not() {
