@@ -1,12 +1,17 @@
 //! Whether this machine can run what Vial starts, and what to do if not.
 
+mod containerd;
+
 use std::{
+    fs::File,
     io::Read,
-    os::fd::AsFd,
+    os::{fd::AsFd, unix::fs::FileExt},
     path::Path,
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
+
+use vial_vmm_api::{IMAGE_MAGIC, IMAGE_MAGIC_AT, IMAGE_UNIT_BYTES, MAX_IMAGE_BYTES};
 
 use crate::{
     config::{Config, VhostNet},
@@ -19,8 +24,6 @@ use crate::{
     template::{self, NoTemplate, ahead},
 };
 
-/// The oldest containerd that speaks the task API of this shim.
-pub const CONTAINERD_MAJOR: u32 = 2;
 /// How long a program that is asked may take.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// The most output of a program that is looked at, in bytes.
@@ -74,15 +77,15 @@ fn finding(subject: &'static str, verdict: Verdict, text: impl Into<String>) -> 
     Finding { subject, verdict, text: text.into(), required: true }
 }
 
-/// Looks at everything.
-pub fn run() -> Vec<Finding> {
+/// Looks at everything. `containerd` is the file that containerd's configuration begins with.
+pub fn run(containerd: &Path) -> Vec<Finding> {
     let mut findings = Vec::new();
     let mut vhost_net = VhostNet::default();
     match Config::load() {
         Ok(config) => {
             findings.push(finding("configuration", Verdict::Ok, "read"));
-            findings.push(file("kernel", &config.kernel, "set `kernel` or install it there"));
-            findings.push(file("guest image", &config.image, "set `image` or install it there"));
+            findings.push(kernel(&config.kernel));
+            findings.push(image(&config.image));
             let vmm = file("VMM", &config.vmm, "set `vmm` or install it there");
             let usable = vmm.verdict == Verdict::Ok;
             findings.push(vmm);
@@ -97,7 +100,7 @@ pub fn run() -> Vec<Finding> {
             findings.push(kvm(None));
         }
     }
-    findings.push(containerd());
+    findings.extend(containerd::look(containerd));
     findings.push(cgroups());
     findings.push(numa());
     findings.push(huge_pages());
@@ -198,8 +201,49 @@ fn jail(config: &Config) -> Finding {
     finding("jail", Verdict::Ok, format!("user ids {base} to {}", base + (count - 1)))
 }
 
+fn kernel(path: &Path) -> Finding {
+    inside(file("kernel", path, "set `kernel` or install it there"), path, |file| {
+        let mut begin = [0; 20];
+        let read = file.read_exact_at(&mut begin, 0);
+        // ELF's e_ident: magic, ELFCLASS64, ELFDATA2LSB; e_machine: EM_X86_64.
+        let is_kernel = begin.starts_with(b"\x7fELF\x02\x01") && begin[18..] == [62, 0];
+        Ok((read.is_ok() && is_kernel)
+            .then_some(())
+            .ok_or("no uncompressed kernel (vmlinux, ELF, x86-64); kernel-config/build makes one"))
+    })
+}
+
+fn image(path: &Path) -> Finding {
+    inside(file("guest image", path, "set `image` or install it there"), path, |file| {
+        let bytes = file.metadata()?.len();
+        let mut magic = [0; IMAGE_MAGIC.len()];
+        let read = file.read_exact_at(&mut magic, IMAGE_MAGIC_AT);
+        let fits = bytes.is_multiple_of(IMAGE_UNIT_BYTES) && bytes <= MAX_IMAGE_BYTES;
+        Ok((read.is_ok() && magic == IMAGE_MAGIC && fits)
+            .then_some(())
+            .ok_or("no guest image of this version; vial-mkimage makes one"))
+    })
+}
+
+/// Looks into a file that is there.
+fn inside(
+    found: Finding,
+    path: &Path,
+    look: impl FnOnce(&File) -> std::io::Result<Result<(), &'static str>>,
+) -> Finding {
+    if found.verdict != Verdict::Ok {
+        return found;
+    }
+    let text = match File::open(path).and_then(|file| look(&file)) {
+        Ok(Ok(())) => return found,
+        Ok(Err(wrong)) => format!("{}: {wrong}", path.display()),
+        Err(error) => format!("{}: {error}", path.display()),
+    };
+    Finding { verdict: Verdict::Broken, text, ..found }
+}
+
 fn file(subject: &'static str, path: &Path, remedy: &str) -> Finding {
-    match std::fs::File::open(path) {
+    match File::open(path) {
         Ok(_) => finding(subject, Verdict::Ok, path.display().to_string()),
         Err(error) => {
             let verdict = match error.kind() {
@@ -235,30 +279,12 @@ fn kvm(vmm: Option<&Path>) -> Finding {
         );
     };
     match ask(Command::new(vmm).arg("probe")) {
-        Ok(Answer { success: true, text }) => finding("KVM", Verdict::Ok, text),
-        Ok(Answer { text, .. }) => finding("KVM", Verdict::Broken, text),
+        Ok(answer) => {
+            let verdict = if answer.success { Verdict::Ok } else { Verdict::Broken };
+            finding("KVM", verdict, answer.first_line())
+        }
         Err(error) => finding("KVM", Verdict::Broken, format!("cannot try it: {error}")),
     }
-}
-
-fn containerd() -> Finding {
-    let remedy = "Vial needs containerd 2.0 or newer";
-    match ask(Command::new("containerd").arg("--version")) {
-        Ok(Answer { text, .. }) => match major_version(&text) {
-            Some(major) if major >= CONTAINERD_MAJOR => finding("containerd", Verdict::Ok, text),
-            _ => finding("containerd", Verdict::Broken, format!("{text}; {remedy}")),
-        },
-        Err(error) => finding("containerd", Verdict::Missing, format!("{error}; {remedy}")),
-    }
-}
-
-/// The first number of the first word that looks like a version.
-fn major_version(text: &str) -> Option<u32> {
-    text.split_ascii_whitespace().find_map(|word| {
-        let word = word.strip_prefix('v').unwrap_or(word);
-        let (major, _) = word.split_once('.')?;
-        major.parse().ok()
-    })
 }
 
 fn cgroups() -> Finding {
@@ -304,10 +330,18 @@ struct Answer {
     text: String,
 }
 
-/// Runs a program with a time limit and takes the first line that it prints.
+impl Answer {
+    fn first_line(&self) -> &str {
+        self.text.lines().next().unwrap_or_default().trim()
+    }
+}
+
+/// Runs a program with a time limit and takes what it prints, standard output first.
 fn ask(command: &mut Command) -> std::io::Result<Answer> {
     let mut child =
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    // One that has more to say than a pipe holds must not wait for who waits for it.
+    let streams = [child.stdout.take().map(listen), child.stderr.take().map(listen)];
     let since = Instant::now();
     let status = loop {
         if let Some(status) = child.try_wait()? {
@@ -321,32 +355,27 @@ fn ask(command: &mut Command) -> std::io::Result<Answer> {
         std::thread::sleep(Duration::from_millis(5));
     };
     let mut output = Vec::new();
-    if let Some(stdout) = child.stdout.take() {
-        stdout.take(MAX_OUTPUT_BYTES).read_to_end(&mut output)?;
+    for stream in streams.into_iter().flatten() {
+        output.extend(stream.join().unwrap_or_else(|_| Ok(Vec::new()))?);
     }
-    if let Some(stderr) = child.stderr.take() {
-        stderr.take(MAX_OUTPUT_BYTES).read_to_end(&mut output)?;
-    }
-    let text = String::from_utf8_lossy(&output);
-    let text = text.lines().next().unwrap_or_default().trim().to_string();
-    Ok(Answer { success: status.success(), text })
+    Ok(Answer { success: status.success(), text: String::from_utf8_lossy(&output).into_owned() })
+}
+
+type Listener = std::thread::JoinHandle<std::io::Result<Vec<u8>>>;
+
+/// Reads to the end, and keeps the beginning.
+fn listen(mut stream: impl Read + Send + 'static) -> Listener {
+    std::thread::spawn(move || {
+        let mut output = Vec::new();
+        stream.by_ref().take(MAX_OUTPUT_BYTES).read_to_end(&mut output)?;
+        std::io::copy(&mut stream, &mut std::io::sink())?;
+        Ok(output)
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn versions_of_containerd_are_read() {
-        for (text, major) in [
-            ("containerd containerd.io 1.7.24 abc", Some(1)),
-            ("containerd github.com/containerd/containerd/v2 2.1.9 e1b5", Some(2)),
-            ("containerd github.com/containerd/containerd/v2 v2.2.0-rc.1 e1b5", Some(2)),
-            ("nothing", None),
-        ] {
-            assert_eq!(major_version(text), major, "{text}");
-        }
-    }
 
     #[test]
     fn absent_file_stands_in_the_way_unless_optional() {
@@ -382,7 +411,38 @@ mod tests {
 
     #[test]
     fn program_that_answers_is_heard() {
-        let answer = ask(Command::new("sh").args(["-c", "echo one; exit 3"])).unwrap();
-        assert_eq!((answer.success, answer.text.as_str()), (false, "one"));
+        let answer = ask(Command::new("sh").args(["-c", "echo two >&2; echo one; exit 3"]));
+        let answer = answer.unwrap();
+        assert_eq!((answer.success, answer.text.as_str()), (false, "one\ntwo\n"));
+        assert_eq!(answer.first_line(), "one");
+        let long = ask(Command::new("sh").args(["-c", "yes | head -c 500000"])).unwrap();
+        assert!(long.success && long.text.len() as u64 == MAX_OUTPUT_BYTES, "{}", long.text.len());
+    }
+
+    #[test]
+    fn files_that_are_something_else_are_broken() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        let with = |at: usize, bytes: &[u8], length: u64| {
+            let mut all = vec![0; at];
+            all.extend(bytes);
+            std::fs::write(&path, all).unwrap();
+            File::options().write(true).open(&path).unwrap().set_len(length).unwrap();
+        };
+        let magic_at = IMAGE_MAGIC_AT as usize;
+        with(magic_at, &IMAGE_MAGIC, IMAGE_UNIT_BYTES);
+        assert_eq!((image(&path).verdict, kernel(&path).verdict), (Verdict::Ok, Verdict::Broken));
+        for (at, length) in
+            [(magic_at - 1, IMAGE_UNIT_BYTES), (magic_at, IMAGE_UNIT_BYTES + 1), (magic_at, 1025)]
+        {
+            with(at, &IMAGE_MAGIC, length);
+            let found = image(&path);
+            assert!(found.verdict == Verdict::Broken && found.stands_in_the_way(), "{found}");
+        }
+        with(0, b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0", 64);
+        assert_eq!(kernel(&path).verdict, Verdict::Ok);
+        with(0, b"\x7fELF", 5);
+        let short = kernel(&path);
+        assert!(short.verdict == Verdict::Broken && short.text.contains("vmlinux"), "{short}");
     }
 }

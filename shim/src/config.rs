@@ -60,6 +60,10 @@ pub enum VhostNet {
     Off,
 }
 
+/// Keys of older versions, and what became of them.
+const RENAMED: [(&str, &str); 1] =
+    [("initrd", "since the guest image is a file system that is mapped, it is `image`")];
+
 /// The file, as it is written. Every key may be left out.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -236,8 +240,7 @@ impl Config {
             ConfigError::Parse {
                 path: path.into(),
                 line: before.matches('\n').count() + 1,
-                // In one line: containerd shows it as part of one.
-                text: error.message().replace('\n', ", "),
+                text: with_new_name(error.message()),
             }
         })?;
         Self::check(file, path)
@@ -403,6 +406,15 @@ fn within<T: PartialOrd + std::fmt::Display>(
     Err(wrong(path, key, value.to_string(), expected))
 }
 
+/// In one line, since containerd shows it as part of one; and where a key had another name once, its name of now.
+fn with_new_name(message: &str) -> String {
+    let line = message.replace('\n', ", ");
+    match RENAMED.iter().find(|(old, _)| line.contains(&format!("unknown field `{old}`"))) {
+        Some((_, new)) => format!("{line}; {new}"),
+        None => line,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -433,6 +445,9 @@ mod tests {
         let error = parse("vcpus = 1\nmemory_mb = 64").unwrap_err();
         assert!(error.contains("line 2") && !error.contains('\n'), "{error}");
         assert!(error.contains("memory_mb") && error.contains("/etc/vial/config.toml"), "{error}");
+        assert!(!error.contains("since"), "{error}");
+        let error = parse("initrd = \"/usr/lib/vial/initrd.img\"").unwrap_err();
+        assert!(error.contains("it is `image`") && !error.contains('\n'), "{error}");
     }
 
     #[test]

@@ -54,6 +54,8 @@ use crate::{
 
 /// The name that containerd knows the runtime by.
 pub const RUNTIME: &str = "io.containerd.vial.v2";
+/// What containerd takes for its program.
+pub const PROGRAM: &str = "containerd-shim-vial-v2";
 
 /// Tells the process that serves when the one that containerd ran began, in nanoseconds of
 /// `CLOCK_MONOTONIC`.

@@ -8,7 +8,9 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
+use cel::{Context, Program, Value};
 use serde::Deserialize;
+use serde_json::json;
 
 type Words = BTreeMap<String, String>;
 
@@ -83,6 +85,46 @@ kinds! {
     HostPath { path: String, r#type: Option<String> }
     EmptyDir { medium: Option<String>, size_limit: Option<String> }
     ConfigMapVolume { name: String }
+    Policy { metadata: Metadata, spec: PolicySpec }
+    PolicySpec {
+        failure_policy: FailurePolicy,
+        match_constraints: MatchConstraints,
+        match_conditions: Vec<MatchCondition>,
+        validations: Vec<Validation>,
+    }
+    MatchConstraints { resource_rules: Vec<Rule> }
+    Rule {
+        api_groups: Vec<String>,
+        api_versions: Vec<String>,
+        operations: Vec<Operation>,
+        resources: Vec<String>,
+    }
+    MatchCondition { name: String, expression: String }
+    Validation { expression: String, message: Option<String> }
+    PolicyBinding { metadata: Metadata, spec: PolicyBindingSpec }
+    PolicyBindingSpec { policy_name: String, validation_actions: Vec<ValidationAction> }
+}
+
+#[derive(Debug, Deserialize)]
+enum FailurePolicy {
+    Fail,
+    Ignore,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+enum Operation {
+    Create,
+    Update,
+    Delete,
+    Connect,
+}
+
+#[derive(Debug, Deserialize)]
+enum ValidationAction {
+    Deny,
+    Warn,
+    Audit,
 }
 
 #[derive(Debug, Deserialize)]
@@ -117,6 +159,8 @@ enum Object {
     Pod(Pod),
     DaemonSet(DaemonSet),
     ConfigMap(ConfigMap),
+    Policy(Policy),
+    PolicyBinding(PolicyBinding),
 }
 
 fn object(mut document: serde_yaml_ng::Mapping) -> Result<Object, String> {
@@ -133,6 +177,12 @@ fn object(mut document: serde_yaml_ng::Mapping) -> Result<Object, String> {
         ("v1", "Pod") => typed(document).map(Object::Pod),
         ("v1", "ConfigMap") => typed(document).map(Object::ConfigMap),
         ("apps/v1", "DaemonSet") => typed(document).map(Object::DaemonSet),
+        ("admissionregistration.k8s.io/v1", "ValidatingAdmissionPolicy") => {
+            typed(document).map(Object::Policy)
+        }
+        ("admissionregistration.k8s.io/v1", "ValidatingAdmissionPolicyBinding") => {
+            typed(document).map(Object::PolicyBinding)
+        }
         _ => Err(format!("no rules for {kind:?}")),
     }
 }
@@ -233,6 +283,13 @@ fn check(text: &str) -> Result<Vec<Object>, String> {
                 &set.metadata.name
             }
             Object::ConfigMap(map) => &map.metadata.name,
+            Object::Policy(policy) => {
+                for expression in expressions(&policy.spec) {
+                    Program::compile(expression).map_err(|error| error.to_string())?;
+                }
+                &policy.metadata.name
+            }
+            Object::PolicyBinding(binding) => &binding.metadata.name,
         };
         if !is_label(name) {
             return Err(format!("{name:?} is no name"));
@@ -240,6 +297,30 @@ fn check(text: &str) -> Result<Vec<Object>, String> {
         objects.push(object);
     }
     Ok(objects)
+}
+
+fn expressions(policy: &PolicySpec) -> impl Iterator<Item = &str> {
+    let conditions = policy.match_conditions.iter().map(|condition| &condition.expression);
+    conditions.chain(policy.validations.iter().map(|one| &one.expression)).map(String::as_str)
+}
+
+/// What an expression says of a pod.
+fn holds(expression: &str, pod: &serde_json::Value) -> bool {
+    let mut context = Context::default();
+    context.add_variable("object", pod).unwrap();
+    match Program::compile(expression).unwrap().execute(&context) {
+        Ok(Value::Bool(answer)) => answer,
+        other => panic!("{expression}: {other:?}"),
+    }
+}
+
+/// The messages with which a policy refuses a pod; none when it says nothing of such pods.
+fn refusals<'a>(policy: &'a PolicySpec, pod: &serde_json::Value) -> Vec<&'a str> {
+    if !policy.match_conditions.iter().all(|one| holds(&one.expression, pod)) {
+        return Vec::new();
+    }
+    let refused = policy.validations.iter().filter(|one| !holds(&one.expression, pod));
+    refused.map(|one| one.message.as_deref().unwrap()).collect()
 }
 
 fn manifests(directory: &Path) -> Vec<(String, String)> {
@@ -262,7 +343,7 @@ fn directory() -> std::path::PathBuf {
 #[test]
 fn every_manifest_is_what_kubernetes_takes() {
     let manifests = manifests(&directory());
-    assert!(manifests.len() >= 6, "{} manifests", manifests.len());
+    assert!(manifests.len() >= 7, "{} manifests", manifests.len());
     for (path, text) in manifests {
         check(&text).unwrap_or_else(|error| panic!("{path}: {error}"));
     }
@@ -286,6 +367,27 @@ fn examples_run_with_the_runtime_class() {
                 );
             }
         }
+    }
+}
+
+#[test]
+fn policy_refuses_namespaces_of_the_host_for_pods_of_the_runtime_class() {
+    let text = fs::read_to_string(directory().join("policy.yaml")).unwrap();
+    let objects = check(&text).unwrap();
+    let [Object::Policy(policy), Object::PolicyBinding(binding)] = &objects[..] else {
+        panic!("not one policy and its binding");
+    };
+    assert_eq!(binding.spec.policy_name, policy.metadata.name);
+    let refused = |spec| refusals(&policy.spec, &json!({ "spec": spec }));
+    assert_eq!(refused(json!({ "runtimeClassName": "vial" })), [""; 0]);
+    for (field, of_the_host) in
+        [("hostNetwork", true), ("hostPID", true), ("hostIPC", true), ("hostUsers", false)]
+    {
+        let messages = refused(json!({ "runtimeClassName": "vial", field: of_the_host }));
+        assert!(messages.len() == 1 && messages[0].starts_with(field), "{messages:?}");
+        assert_eq!(refused(json!({ "runtimeClassName": "vial", field: !of_the_host })), [""; 0]);
+        assert_eq!(refused(json!({ "runtimeClassName": "runc", field: of_the_host })), [""; 0]);
+        assert_eq!(refused(json!({ field: of_the_host })), [""; 0]);
     }
 }
 

@@ -1,6 +1,7 @@
 //! The `vial` command: looks at a machine and at the sandboxes on it.
 
 use std::io::{ErrorKind, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -23,7 +24,11 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Tells whether this machine can run microVMs behind containerd, and what to do if not.
-    Check,
+    Check {
+        /// The file that containerd's configuration begins with.
+        #[arg(long, value_name = "FILE", default_value = "/etc/containerd/config.toml")]
+        containerd_config: PathBuf,
+    },
     /// Lists the PCI functions that pods can be given, and who has them.
     Devices {
         /// Print JSON instead of a table.
@@ -117,8 +122,8 @@ fn tell_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
 
 fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
-        Command::Check => {
-            let findings = check::run();
+        Command::Check { containerd_config } => {
+            let findings = check::run(&containerd_config);
             for finding in &findings {
                 tell(format_args!("{finding}\n"))?;
             }

@@ -1,9 +1,10 @@
 //! What wrong input gets: a line that says what is wrong and what to do, and nothing left behind.
 
+use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use vial_tests::node::{self, Configuration};
 
 use super::bed::{Bed, Runtime, run};
@@ -15,11 +16,16 @@ pub(crate) fn wrong_configuration_is_named(bed: &Bed) -> Result<()> {
         text.lines().filter(|line| !line.starts_with(key)).map(|line| format!("{line}\n")).collect()
     };
     let path = node::path().display().to_string();
+    let zeros = tempfile::NamedTempFile::new()?;
+    zeros.as_file().set_len(2 << 20)?;
+    let zeros = zeros.path().display();
     let cases = [
         (format!("colour = \"blue\"\n{text}"), "colour"),
         (format!("memory_mib = 8\n{}", without("memory_mib")), "memory_mib"),
         (format!("kernel = \"/etc/passwd\"\n{}", without("kernel")), "uncompressed 64-bit ELF"),
         (format!("kernel = \"/no/such/kernel\"\n{}", without("kernel")), "/no/such/kernel"),
+        (format!("image = \"{zeros}\"\n{}", without("image")), "no EROFS"),
+        (format!("initrd = \"/usr/lib/vial/initrd.img\"\n{}", without("image")), "it is `image`"),
         ("this is no configuration".to_owned(), &path),
     ];
     for (config, words) in cases {
@@ -69,5 +75,31 @@ fn find(program: &str) -> String {
 pub(crate) fn check_says_that_this_host_is_fit(_: &Bed) -> Result<()> {
     let outcome = run(Command::new(find("vial")).arg("check"))?.expect(0)?;
     ensure!(outcome.stdout.contains("KVM"), "{outcome:?}");
+    Ok(())
+}
+
+pub(crate) fn check_reads_the_configuration_of_containerd(_: &Bed) -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let (file, drop_in) =
+        (directory.path().join("config.toml"), directory.path().join("vial.toml"));
+    fs::write(&file, format!("version = 3\nimports = [\"{}\"]\n", drop_in.display()))?;
+    let runtime = "[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.vial]\n\
+                   runtime_type = 'io.containerd.vial.v2'\n";
+    let fit = "privileged_without_host_devices = true\npod_annotations = ['io.vial/*']\n";
+    for (text, due) in [
+        (String::new(), ["missing", "no runtime is of type"]),
+        (format!("{runtime}{fit}"), ["ok", "vial (pod sandbox controller)"]),
+        (format!("{runtime}{fit}sandboxer = 'shim'\n"), ["CRI handlers", "vial (Sandbox API)"]),
+        (runtime.to_owned(), ["broken", "set `pod_annotations = ['io.vial/*']`"]),
+        ("plugins = 1\n".to_owned(), ["broken", "containerd"]),
+    ] {
+        fs::write(&drop_in, format!("version = 3\n{text}"))?;
+        let mut check = Command::new(find("vial"));
+        // Containers by ctr run without any of it.
+        let told = run(check.arg("check").arg("--containerd-config").arg(&file))?.expect(0)?;
+        let line = told.stdout.lines().find(|line| line.contains("CRI handlers"));
+        let line = line.with_context(|| format!("no line for {text:?}: {told:?}"))?;
+        ensure!(due.iter().all(|words| line.contains(words)), "{due:?} was due in {line:?}");
+    }
     Ok(())
 }

@@ -113,6 +113,7 @@ pub(crate) fn cases() -> Vec<Case> {
         input::wrong_configuration_is_named,
         input::wrong_command_lines_are_refused,
         input::check_says_that_this_host_is_fit,
+        input::check_reads_the_configuration_of_containerd,
     ];
     cases.extend(cases![
         Template:

@@ -30,6 +30,10 @@ pub const MAX_COMMAND_LINE_BYTES: usize = 1536;
 pub const IMAGE_UNIT_BYTES: u64 = 2 << 20;
 /// The largest guest image, in bytes.
 pub const MAX_IMAGE_BYTES: u64 = 128 << 20;
+/// Where in a guest image its file system says what it is (Linux: fs/erofs/erofs_fs.h, `EROFS_SUPER_OFFSET`), in bytes.
+pub const IMAGE_MAGIC_AT: u64 = 1024;
+/// What it says: `EROFS_SUPER_MAGIC_V1`.
+pub const IMAGE_MAGIC: [u8; 4] = 0xe0f5_e1e2_u32.to_le_bytes();
 /// The most devices a VM can have: one PCI bus less the host bridge.
 pub const MAX_DEVICES: usize = 31;
 

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use vial_vmm_api::{IMAGE_UNIT_BYTES, MAX_IMAGE_BYTES};
+use vial_vmm_api::{IMAGE_MAGIC, IMAGE_MAGIC_AT, IMAGE_UNIT_BYTES, MAX_IMAGE_BYTES};
 
 use super::huge;
 
@@ -19,6 +19,9 @@ pub enum ImageError {
          {MAX_IMAGE_BYTES}; make it with vial-mkimage"
     )]
     Size(u64),
+    /// It is something else.
+    #[error("map the guest image: it is no EROFS file system; make it with vial-mkimage")]
+    Kind,
     /// The file that was saved with a machine ends before it.
     #[error("map the saved guest image: the file ends before it does; make it again")]
     Short,
@@ -40,9 +43,17 @@ impl Image {
     /// Maps a file that is an image and nothing else.
     ///
     /// # Errors
-    /// It has another size than an image can have, or cannot be mapped.
+    /// It has another size than an image can have, is something else, or cannot be mapped.
     pub fn of_file(file: File) -> Result<Self, ImageError> {
         let bytes = file.metadata().map_err(ImageError::Map)?.len();
+        if !is_size(bytes) {
+            return Err(ImageError::Size(bytes));
+        }
+        let mut magic = [0; IMAGE_MAGIC.len()];
+        file.read_exact_at(&mut magic, IMAGE_MAGIC_AT).map_err(ImageError::Map)?;
+        if magic != IMAGE_MAGIC {
+            return Err(ImageError::Kind);
+        }
         Self::map(file, 0, bytes)
     }
 
@@ -78,8 +89,8 @@ impl Image {
         self.address
     }
 
-    /// Writes it into another file, at an offset that is a huge page's. Returns for each of its huge pages how many of their pages are more than
-    /// zeros, which alone are written.
+    /// Writes it into another file, at an offset that is a huge page's. Returns for each of its huge pages how many of
+    /// their pages are more than zeros, which alone are written.
     ///
     /// # Errors
     /// The host's, of reading or writing.
@@ -105,7 +116,7 @@ mod tests {
     fn image_is_saved_behind_other_memory_and_mapped_from_there() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(2 * IMAGE_UNIT_BYTES).unwrap();
-        file.write_all_at(b"begin", 0).unwrap();
+        file.write_all_at(&IMAGE_MAGIC, IMAGE_MAGIC_AT).unwrap();
         file.write_all_at(b"end", 2 * IMAGE_UNIT_BYTES - 3).unwrap();
         let image = Image::of_file(file).unwrap();
         assert_eq!((image.bytes(), image.address() % huge::HUGE_PAGE_BYTES), (4 << 20, 0));
@@ -122,6 +133,14 @@ mod tests {
         assert!(matches!(saved(6 << 20), Err(ImageError::Short)));
         let beyond = Image::saved(memory.try_clone().unwrap(), u64::MAX, 2 << 20);
         assert!(matches!(beyond, Err(ImageError::Short)));
+    }
+
+    #[test]
+    fn files_with_something_else_are_no_images() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(IMAGE_UNIT_BYTES).unwrap();
+        file.write_all_at(b"070701", 0).unwrap();
+        assert!(matches!(Image::of_file(file), Err(ImageError::Kind)));
     }
 
     #[test]
