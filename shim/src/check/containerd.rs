@@ -69,7 +69,10 @@ fn configured(config: &Path, version: Version) -> Finding {
     let mut dump = Command::new("containerd");
     let text = match ask(dump.arg("--config").arg(config).args(["config", "dump"])) {
         Ok(Answer { success: true, text }) => text,
-        Ok(answer) => return told(Verdict::Broken, answer.first_line().to_owned()),
+        Ok(answer) => {
+            let text = format!("containerd config dump: {}", answer.first_line());
+            return told(Verdict::Broken, text);
+        }
         Err(error) => return told(Verdict::Broken, format!("containerd config dump: {error}")),
     };
     match handlers(&text) {
@@ -83,7 +86,7 @@ fn configured(config: &Path, version: Version) -> Finding {
         }
         Ok(found) => {
             let shown: Vec<String> = found.iter().map(Handler::shown).collect();
-            let wrong: Vec<String> = found.iter().flat_map(|one| one.complaints(version)).collect();
+            let wrong = complaints(&found, version);
             let verdict = if wrong.is_empty() { Verdict::Ok } else { Verdict::Broken };
             let all: Vec<String> = std::iter::once(shown.join(", ")).chain(wrong).collect();
             told(verdict, all.join("; "))
@@ -105,31 +108,32 @@ impl Handler {
         let way = if self.sandbox_api { "Sandbox API" } else { "pod sandbox controller" };
         format!("{} ({way})", self.name)
     }
+}
 
-    /// What an operator meets with it that was hardly meant.
-    fn complaints(&self, version: Version) -> Vec<String> {
-        let name = &self.name;
-        let mut wrong = Vec::new();
-        if self.sandbox_api && version < HOST_NETWORK_IS_SAFE {
-            wrong.push(format!(
-                "{name}: a pod with hostNetwork ends this containerd, before Vial can refuse it; \
-                 take `sandboxer` away, let runtimeclass/policy.yaml refuse such pods, or use \
-                 containerd 2.3"
-            ));
-        }
-        if !self.privileged {
-            wrong.push(format!(
-                "{name}: privileged containers ask for all devices of the host, and are refused; \
-                 set `privileged_without_host_devices`"
-            ));
-        }
-        if !self.annotations {
-            wrong.push(format!(
-                "{name}: annotations of pods do not arrive; set `pod_annotations = ['io.vial/*']`"
-            ));
-        }
-        wrong
-    }
+/// What an operator meets with them that was hardly meant.
+fn complaints(handlers: &[Handler], version: Version) -> Vec<String> {
+    let of = |is: &dyn Fn(&Handler) -> bool, text: &str| {
+        let names: Vec<&str> =
+            handlers.iter().filter(|one| is(one)).map(|one| one.name.as_str()).collect();
+        (!names.is_empty()).then(|| format!("{}: {text}", names.join(", ")))
+    };
+    let all = [
+        of(
+            &|one| one.sandbox_api && version < HOST_NETWORK_IS_SAFE,
+            "a pod with hostNetwork ends this containerd, before Vial can refuse it; take \
+             `sandboxer` away, let runtimeclass/policy.yaml refuse such pods, or use containerd 2.3",
+        ),
+        of(
+            &|one| !one.privileged,
+            "privileged containers ask for all devices of the host, and are refused; set \
+             `privileged_without_host_devices`",
+        ),
+        of(
+            &|one| !one.annotations,
+            "annotations of pods do not arrive; set `pod_annotations = ['io.vial/*']`",
+        ),
+    ];
+    all.into_iter().flatten().collect()
 }
 
 /// The runtimes in a configuration that are Vial's, by their type or by the path of their shim.
@@ -188,7 +192,7 @@ mod tests {
         let found = handlers(drop_in).unwrap();
         assert_eq!(found.len(), 1);
         assert_eq!(found[0].shown(), "vial (pod sandbox controller)");
-        assert_eq!(found[0].complaints(OLDEST), Vec::<String>::new());
+        assert_eq!(complaints(&found, OLDEST), [""; 0]);
     }
 
     #[test]
@@ -200,11 +204,14 @@ mod tests {
              two = { runtime_path = '/opt/containerd-shim-vial-v2', pod_annotations = ['a/*'] }\n";
         let found = handlers(text).unwrap();
         assert_eq!(found.iter().map(|one| one.name.as_str()).collect::<Vec<_>>(), ["one", "two"]);
-        assert_eq!(found[0].complaints(HOST_NETWORK_IS_SAFE), Vec::<String>::new());
-        let old = found[0].complaints(Version(2, 2));
-        assert!(old.len() == 1 && old[0].contains("hostNetwork"), "{old:?}");
-        let wrong = found[1].complaints(Version(2, 2));
-        assert!(wrong.len() == 2 && wrong[1].contains("io.vial/*"), "{wrong:?}");
+        assert_eq!(complaints(&found[..1], HOST_NETWORK_IS_SAFE), [""; 0]);
+        let old = complaints(&found[..1], Version(2, 2));
+        assert!(old.len() == 1 && old[0].starts_with("one: a pod with hostNetwork"), "{old:?}");
+        let wrong = complaints(&found, HOST_NETWORK_IS_SAFE);
+        assert!(wrong.len() == 2 && wrong[1].starts_with("two: annotations"), "{wrong:?}");
+        let both = [&found[1], &found[1]].map(|one| Handler { name: one.name.clone(), ..*one });
+        let wrong = complaints(&both, HOST_NETWORK_IS_SAFE);
+        assert!(wrong[0].starts_with("two, two: privileged"), "{wrong:?}");
     }
 
     #[test]

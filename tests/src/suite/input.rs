@@ -16,7 +16,8 @@ pub(crate) fn wrong_configuration_is_named(bed: &Bed) -> Result<()> {
         text.lines().filter(|line| !line.starts_with(key)).map(|line| format!("{line}\n")).collect()
     };
     let path = node::path().display().to_string();
-    let zeros = tempfile::NamedTempFile::new()?;
+    // Not where it is looked for what VMs leave behind.
+    let zeros = tempfile::NamedTempFile::new_in("/var/tmp")?;
     zeros.as_file().set_len(2 << 20)?;
     let zeros = zeros.path().display();
     let cases = [

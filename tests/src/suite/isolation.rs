@@ -1,16 +1,14 @@
 //! What a VMM can reach: a running one looked at from outside, and a hostile program in its place.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use rustix::process::Pid;
-use rustix::thread::{CoreSchedulingScope, core_scheduling_cookie};
 use vial_tests::node::Configuration;
 
 use super::bed::{Bed, Runtime};
-use super::faults::{process, processes};
+use super::faults::process;
 use super::network::Network;
 
 pub(crate) const ADVERSARY: &str = "/usr/local/bin/vial-adversary";
@@ -159,52 +157,6 @@ fn run_with(bed: &Bed, change: &str, options: &[&str]) -> Result<super::bed::Out
     let lines: Vec<&str> = others.chain([change]).collect();
     configuration.write(&(lines.join("\n") + "\n"))?;
     bed.run(Runtime::Vial, options, &["true"])
-}
-
-/// With `vial-host run --cpus 2 --smt` there are cores of two threads; elsewhere there is nothing to keep off them. A
-/// kernel that cannot keep anything off refuses.
-pub(crate) fn pod_has_its_cores_to_itself(bed: &Bed) -> Result<()> {
-    let annotation = |value| format!("io.vial/core-scheduling={value}");
-    let wrong = bed.run(Runtime::Vial, &["--annotation", &annotation("maybe")], &["true"])?;
-    ensure!(wrong.status != 0 && wrong.stderr.contains("'maybe'"), "{wrong:?}");
-
-    let cookies = |pid: i32| -> Result<BTreeSet<u64>> {
-        let pids = fs::read_dir(format!("/proc/{pid}/task"))?
-            .map(|entry| Ok(entry?.file_name().to_string_lossy().parse()?));
-        let pids: Vec<i32> = pids.collect::<Result<_>>()?;
-        let pids = pids.into_iter().filter_map(Pid::from_raw);
-        Ok(pids
-            .map(|pid| core_scheduling_cookie(pid, CoreSchedulingScope::Thread))
-            .collect::<Result<_, _>>()?)
-    };
-    let log = bed.log_length();
-    let asks = annotation("true");
-    let smt = fs::read_to_string("/sys/devices/system/cpu/smt/active").unwrap_or_default();
-    let kernel = fs::read_to_string("/proc/kallsyms")?;
-    if smt.trim() == "1" && !kernel.contains(" sched_core_share_pid") {
-        let refused = bed.run(Runtime::Vial, &["--annotation", &asks], &["true"])?;
-        ensure!(refused.status != 0, "it runs on cores that it shares: {refused:?}");
-        ensure!(refused.stderr.contains("CONFIG_SCHED_CORE"), "{refused:?}");
-        return Ok(());
-    }
-    let (mut pods, mut vmms) = (Vec::new(), Vec::new());
-    for options in [&["--annotation", &asks][..], &["--annotation", &asks], &[]] {
-        let pod = bed.detached_with(Runtime::Vial, options, &["sleep", "1000"])?;
-        pod.reaches("RUNNING")?;
-        pods.push(pod);
-        let mut all = processes("vial-vmm", "--api-fd")?.into_iter();
-        vmms.push(all.find(|pid| !vmms.contains(pid)).context("the pod has no VMM")?);
-    }
-    if smt.trim() != "1" {
-        let told = bed.lines_since(log, "no core of this host has two threads");
-        ensure!(told.len() == 2, "a host without SMT is told of {} times", told.len());
-        return Ok(());
-    }
-    let [first, second, none] = [cookies(vmms[0])?, cookies(vmms[1])?, cookies(vmms[2])?];
-    ensure!(first.len() == 1 && second.len() == 1, "threads of one VMM: {first:?}, {second:?}");
-    ensure!(first != second && !first.contains(&0) && !second.contains(&0), "no cookie of its own");
-    ensure!(none == BTreeSet::from([0]), "who has not asked has one: {none:?}");
-    Ok(())
 }
 
 pub(crate) fn hostile_program_in_place_of_the_vmm_gets_nowhere(bed: &Bed) -> Result<()> {

@@ -4,6 +4,7 @@ pub(crate) mod bed;
 pub(crate) mod calls;
 mod compare;
 mod control;
+mod cores;
 mod devices;
 pub(crate) mod faults;
 mod growth;
@@ -77,7 +78,7 @@ pub(crate) fn cases() -> Vec<Case> {
         machine::end_of_the_guest_is_told,
         machine::returns_of_the_guests_kernel_are_all_patched,
         isolation::vmm_is_jailed_with_each_of_its_threads,
-        isolation::pod_has_its_cores_to_itself,
+        cores::pod_has_its_cores_to_itself,
         isolation::hostile_program_in_place_of_the_vmm_gets_nowhere,
         isolation::vmm_without_user_namespaces_is_jailed_and_warned_of,
         isolation::vmm_without_a_jail_runs_and_is_warned_of,
