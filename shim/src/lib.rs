@@ -22,7 +22,7 @@
 //!   and nodes of the host its VM is.
 //! - [`life`] holds the states as pure functions; [`state_dir`], [`timeline`] and [`cleanup`]
 //!   what is kept on disk, and how it goes away after a crash.
-//! - [`config`] is the operator's file; [`check`] and [`ps`] are behind the `vial` command.
+//! - [`config`] is the operator's file; [`check`], [`ps`] and [`export`] are behind the `vial` command.
 
 pub mod agent;
 pub mod check;
@@ -35,6 +35,7 @@ pub mod devices;
 pub mod disks;
 pub mod error;
 pub mod events;
+pub mod export;
 mod forward;
 pub mod jail;
 pub mod life;

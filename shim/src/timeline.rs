@@ -26,6 +26,13 @@ pub fn now_ns() -> u64 {
     now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs()
 }
 
+/// How far the host's `CLOCK_REALTIME` is ahead of its `CLOCK_MONOTONIC` now, in nanoseconds.
+pub fn since_epoch_ns() -> u64 {
+    let epoch = std::time::SystemTime::UNIX_EPOCH;
+    let now = std::time::SystemTime::now().duration_since(epoch).unwrap_or_default();
+    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX).saturating_sub(now_ns())
+}
+
 /// The marks of one sandbox, in no order until they are read.
 #[derive(Debug, Default)]
 pub struct Timeline {

@@ -1,15 +1,18 @@
 //! The `vial` command: looks at a machine and at the sandboxes on it.
 
 use std::io::{ErrorKind, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::{Parser, Subcommand};
 use vial_shim::{
     check,
     config::Config,
     devices::{list, pci::Sysfs},
-    ps, template,
+    export::{metrics, trace},
+    jail::cgroup,
+    ps, template, timeline,
 };
 use vial_vmm_api::{MEMORY_MIB, VCPUS};
 
@@ -46,6 +49,17 @@ enum Command {
         /// Print the phases of a sandbox's start, of all sandboxes without an ID.
         #[arg(long, value_name = "ID", num_args = 0..=1, default_missing_value = "")]
         timeline: Option<String>,
+    },
+    /// Prints numbers of the sandboxes and templates for Prometheus, as OpenMetrics text.
+    Metrics {
+        /// Write them to this file instead, beside its place and renamed: node_exporter's textfile collector reads *.prom.
+        #[arg(long, value_name = "FILE")]
+        output: Option<PathBuf>,
+    },
+    /// Prints the starts of the sandboxes as traces, in OpenTelemetry's JSON: a line each.
+    Trace {
+        /// Only that sandbox.
+        id: Option<String>,
     },
     /// Makes, lists and removes templates: guests that were booted once, for pods to start from.
     #[command(subcommand)]
@@ -144,8 +158,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             let config = Config::load()?;
             let mut sandboxes = ps::list(&config.state_directory)?;
             if let Some(id) = timeline.as_deref().filter(|id| !id.is_empty()) {
-                sandboxes.retain(|sandbox| sandbox.state.id == id);
-                anyhow::ensure!(!sandboxes.is_empty(), "no sandbox '{id}' runs here");
+                keep_only(&mut sandboxes, id)?;
             }
             if json {
                 tell_json(&sandboxes)?;
@@ -156,8 +169,45 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             }
             Ok(ExitCode::SUCCESS)
         }
+        Command::Metrics { output } => {
+            let config = Config::load()?;
+            let sandboxes = ps::list(&config.state_directory)?;
+            let templates = template::list::list(&config);
+            let text = metrics::text(&sandboxes, &templates, Path::new(cgroup::ROOT));
+            match output {
+                Some(path) => replace(&path, &text)?,
+                None => tell(text)?,
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Trace { id } => {
+            let mut sandboxes = ps::list(&Config::load()?.state_directory)?;
+            if let Some(id) = id {
+                keep_only(&mut sandboxes, &id)?;
+            }
+            tell(trace::lines(&sandboxes, timeline::since_epoch_ns()))?;
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Template(command) => run_template(command, Config::load()?),
     }
+}
+
+fn keep_only(sandboxes: &mut Vec<ps::Listed>, id: &str) -> anyhow::Result<()> {
+    sandboxes.retain(|sandbox| sandbox.state.id == id);
+    anyhow::ensure!(!sandboxes.is_empty(), "no sandbox '{id}' runs here");
+    Ok(())
+}
+
+/// Writes a file beside its place and renames it, so that a reader never sees half of one.
+fn replace(path: &Path, text: &str) -> anyhow::Result<()> {
+    let mut beside = path.to_owned().into_os_string();
+    beside.push(format!(".{}", std::process::id()));
+    let done = std::fs::write(&beside, text).and_then(|()| std::fs::rename(&beside, path));
+    if done.is_err() {
+        // What is there of it may be half.
+        let _ = std::fs::remove_file(&beside);
+    }
+    done.with_context(|| format!("cannot write {}", path.display()))
 }
 
 fn run_template(command: TemplateCommand, mut config: Config) -> anyhow::Result<ExitCode> {

@@ -6,6 +6,7 @@ mod compare;
 mod control;
 mod cores;
 mod devices;
+mod export;
 pub(crate) mod faults;
 mod growth;
 mod hot_plug;
@@ -118,6 +119,7 @@ pub(crate) fn cases() -> Vec<Case> {
     ];
     cases.extend(cases![
         Template:
+        export::metrics_and_traces_tell_of_a_pod,
         compare::kernel_inside_is_not_the_hosts,
         streams::stdin_reaches_its_end,
         streams::hundred_megabytes_arrive_whole_and_in_order,
