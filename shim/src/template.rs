@@ -3,7 +3,8 @@
 //! A template is a directory below `template_directory`, made whole or not at all:
 //!
 //! - `memory`: the guest's memory. Every VM maps it for itself alone, so that all of them share
-//!   what none has written.
+//!   what none has written. Nobody reads all of it to find out whether it is as it was: the
+//!   manifest has what the file system says of it ([`Seal`]).
 //! - `state`: the vCPUs and devices. The VMM reads it, and refuses what is damaged or of another
 //!   processor or release.
 //! - `template.json`: what it was made from ([`Manifest`]).
@@ -43,7 +44,7 @@ const MEMORY: &str = "memory";
 const STATE: &str = "state";
 const MANIFEST: &str = "template.json";
 /// The version of [`Manifest`]'s shape.
-const MANIFEST_VERSION: u32 = 2;
+const MANIFEST_VERSION: u32 = 3;
 /// The largest manifest that is read, in bytes.
 const MAX_MANIFEST_BYTES: u64 = 64 << 10;
 /// What the names of templates begin with that are not whole yet.
@@ -81,6 +82,22 @@ fn identity(metadata: &fs::Metadata) -> (u64, u64, u64, i128) {
     (metadata.dev(), metadata.ino(), metadata.len(), changed_ns)
 }
 
+/// What the file system says of a file that is written once: whoever writes, shortens or replaces it later changes that.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Seal {
+    inode: u64,
+    bytes: u64,
+    /// When content or inode last changed, in nanoseconds since 1970.
+    changed_ns: i128,
+}
+
+impl Seal {
+    fn of(metadata: &fs::Metadata) -> Self {
+        let (_, inode, bytes, changed_ns) = identity(metadata);
+        Self { inode, bytes, changed_ns }
+    }
+}
+
 /// What a template was made from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
@@ -106,6 +123,8 @@ pub struct Manifest {
     pub processor: String,
     /// When it was made, in seconds since 1970.
     pub created_unix_seconds: u64,
+    /// Its memory, as it was written. Known when the file has its name.
+    pub memory: Seal,
 }
 
 /// Why a pod does not start from a template.
@@ -157,6 +176,11 @@ pub enum NoTemplate {
         /// What is another one.
         what: &'static str,
     },
+    /// There is one whose memory is not what was saved.
+    #[error(
+        "{0}: {MEMORY}: it was changed after it was made; `vial template create` makes it anew"
+    )]
+    Changed(String),
     /// There is one that cannot be used.
     #[error("{name}: {file}: {error}; `vial template create` makes it anew")]
     Unreadable {
@@ -172,7 +196,10 @@ pub enum NoTemplate {
 impl NoTemplate {
     /// Whether a template made now would do.
     pub fn is_for_want_of_one(&self) -> bool {
-        matches!(self, Self::None { .. } | Self::Stale { .. } | Self::Unreadable { .. })
+        matches!(
+            self,
+            Self::None { .. } | Self::Stale { .. } | Self::Changed(_) | Self::Unreadable { .. }
+        )
     }
 }
 
@@ -305,14 +332,16 @@ pub fn find(config: &Config) -> Result<(String, Manifest), NoTemplate> {
         directory: config.template_directory.clone(),
     };
     for name in names(&config.template_directory) {
+        let path = config.template_directory.join(&name);
         let unreadable =
             |error| NoTemplate::Unreadable { name: name.clone(), file: MANIFEST, error };
-        match read_manifest(&config.template_directory.join(&name)) {
+        match read_manifest(&path) {
             Ok(manifest) if !manifest.begins_within(config) => {}
             Ok(Manifest { max_vcpus: most, .. }) if most < config.vcpus => {
                 reason = NoTemplate::Vcpus { name, most, vcpus: config.vcpus };
             }
             Ok(manifest) => match manifest.misfit(config).map_err(unreadable) {
+                Ok(None) if !manifest.is_whole(&path) => reason = NoTemplate::Changed(name),
                 Ok(None) if found.as_ref().is_some_and(|(_, best)| manifest.is_less(best)) => {}
                 Ok(None) => found = Some((name, manifest)),
                 Ok(Some(what)) => reason = NoTemplate::Stale { name, what },
@@ -330,6 +359,11 @@ impl Manifest {
         let gone = |stamp: &Stamp| !stamp.holds(&stamp.path).unwrap_or(false);
         self.release != env!("CARGO_PKG_VERSION")
             || [&self.kernel, &self.image, &self.vmm].into_iter().any(gone)
+    }
+
+    /// Whether the memory in that directory is as it was saved.
+    fn is_whole(&self, template: &Path) -> bool {
+        fs::metadata(template.join(MEMORY)).is_ok_and(|now| Seal::of(&now) == self.memory)
     }
 
     /// Whether its VM is no larger than that of the configuration, so that it can become that.

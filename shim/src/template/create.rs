@@ -27,7 +27,7 @@ use vial_vmm_api::{
 };
 
 use super::{
-    MANIFEST, MANIFEST_VERSION, MEMORY, Manifest, STATE, Stamp, UNFINISHED, ahead, max_vcpus,
+    MANIFEST, MANIFEST_VERSION, MEMORY, Manifest, STATE, Seal, Stamp, UNFINISHED, ahead, max_vcpus,
     prefix,
 };
 use crate::{
@@ -206,6 +206,7 @@ fn manifest(config: &Config) -> Result<Manifest, CreateError> {
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default()
             .as_secs(),
+        memory: Seal::default(),
     })
 }
 
@@ -367,7 +368,9 @@ fn put_in_place(
             let unnamed = format!("/proc/self/fd/{}", opened.as_raw_fd());
             rustix::fs::linkat(CWD, unnamed, CWD, new.join(name), AtFlags::SYMLINK_FOLLOW)?;
         }
-        let text = serde_json::to_vec_pretty(manifest)?;
+        // A name is a change, too.
+        let sealed = Manifest { memory: Seal::of(&memory.metadata()?), ..manifest.clone() };
+        let text = serde_json::to_vec_pretty(&sealed)?;
         let mut options = File::options();
         let mut file = options.write(true).create_new(true).mode(0o600).open(new.join(MANIFEST))?;
         io::Write::write_all(&mut file, &text)?;
@@ -415,6 +418,7 @@ mod tests {
             command_line: "quiet".into(),
             processor: "one".into(),
             created_unix_seconds: 5,
+            memory: Seal::default(),
         }
     }
 
@@ -454,6 +458,8 @@ mod tests {
             put_in_place(root.path(), "2x256-a", &manifest(), &memory, &state).unwrap();
             let text = fs::read_to_string(root.path().join("2x256-a/memory")).unwrap();
             assert_eq!(text, content);
+            let path = root.path().join("2x256-a");
+            assert!(super::super::read_manifest(&path).unwrap().is_whole(&path), "{content}");
         }
         assert_eq!(super::super::names(root.path()), ["2x256-a"]);
         let mut left: Vec<_> =

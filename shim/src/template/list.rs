@@ -42,6 +42,9 @@ fn listed(config: &Config, name: String) -> Listed {
             // Of its size it may be the right one, whatever the configuration's is.
             let (vcpus, memory_mib) = (manifest.vcpus, manifest.memory_mib);
             match manifest.misfit(&Config { vcpus, memory_mib, ..config.clone() }) {
+                Ok(None) if !manifest.is_whole(&path) => {
+                    Some("its memory was changed after it was made".into())
+                }
                 Ok(misfit) => misfit.map(|what| format!("made with another {what}")),
                 Err(error) => Some(error.to_string()),
             }

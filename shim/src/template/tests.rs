@@ -15,6 +15,9 @@ fn made(root: &Path) -> (Config, String) {
         let (device, inode, bytes, changed_ns) = identity(&fs::metadata(path).unwrap());
         Stamp { path: path.into(), device, inode, bytes, changed_ns, digest: "d".into() }
     };
+    let name = format!("{}0123456789abcdef", prefix(config.vcpus, config.memory_mib));
+    let directory = config.template_directory.join(&name);
+    fs::create_dir_all(&directory).unwrap();
     let manifest = Manifest {
         version: MANIFEST_VERSION,
         release: env!("CARGO_PKG_VERSION").into(),
@@ -27,12 +30,42 @@ fn made(root: &Path) -> (Config, String) {
         command_line: command_line(&config, config.vcpus),
         processor: "any".into(),
         created_unix_seconds: 1,
+        memory: memory_of(&directory),
     };
-    let name = format!("{}0123456789abcdef", prefix(config.vcpus, config.memory_mib));
-    let directory = config.template_directory.join(&name);
-    fs::create_dir_all(&directory).unwrap();
     fs::write(directory.join(MANIFEST), serde_json::to_vec(&manifest).unwrap()).unwrap();
     (config, name)
+}
+
+/// Writes the memory of a template.
+fn memory_of(directory: &Path) -> Seal {
+    fs::write(directory.join(MEMORY), "memory").unwrap();
+    Seal::of(&fs::metadata(directory.join(MEMORY)).unwrap())
+}
+
+#[test]
+fn template_whose_memory_was_changed_is_refused() {
+    let spoil: [fn(&Path); 4] = [
+        |path| fs::write(path, "MEMORY").unwrap(),
+        |path| File::options().write(true).open(path).unwrap().set_len(1).unwrap(),
+        |path| fs::remove_file(path).unwrap(),
+        |path| {
+            // The same size and time of change in content, as a copy may have them.
+            let modified = fs::metadata(path).unwrap().modified().unwrap();
+            fs::write(path, "mEmory").unwrap();
+            File::options().write(true).open(path).unwrap().set_modified(modified).unwrap();
+        },
+    ];
+    for spoil in spoil {
+        let root = tempfile::tempdir().unwrap();
+        let (config, name) = made(root.path());
+        assert!(find(&config).is_ok());
+        // The clock that a file system takes its times from goes in steps of up to 10 ms.
+        std::thread::sleep(std::time::Duration::from_millis(25));
+        spoil(&config.template_directory.join(&name).join(MEMORY));
+        let error = find(&config).unwrap_err();
+        assert!(matches!(&error, NoTemplate::Changed(named) if *named == name), "{error}");
+        assert!(error.is_for_want_of_one() && error.to_string().contains("was changed"), "{error}");
+    }
 }
 
 #[test]
@@ -82,6 +115,7 @@ fn pod_of_any_size_finds_the_largest_that_it_has_room_for() {
     let large = format!("{}0123456789abcdef", prefix(1, 1024));
     let directory = config.template_directory.join(&large);
     fs::create_dir(&directory).unwrap();
+    manifest.memory = memory_of(&directory);
     fs::write(directory.join(MANIFEST), serde_json::to_vec(&manifest).unwrap()).unwrap();
     for (vcpus, memory_mib, expected) in
         [(1, 128, &small), (8, 1023, &small), (1, 1024, &large), (8, 65536, &large)]
@@ -115,7 +149,7 @@ fn manifest_that_is_damaged_is_named() {
     let (config, name) = made(root.path());
     let path = config.template_directory.join(&name).join(MANIFEST);
     let good = fs::read_to_string(&path).unwrap();
-    let other = good.replacen("\"version\":2", "\"version\":1", 1);
+    let other = good.replacen("\"version\":3", "\"version\":1", 1);
     let large = " ".repeat(MAX_MANIFEST_BYTES as usize + 1);
     for bad in ["", "{}", &good[..good.len() / 2], &other, &large] {
         fs::write(&path, bad).unwrap();

@@ -200,8 +200,13 @@ pub(crate) fn template_that_is_damaged_is_named_and_the_pod_boots(bed: &Bed) -> 
         }),
         ("bytes behind its header", &|| Ok(fs::write(&state, &good[..good.len() / 2])?)),
         ("version", &|| Ok(File::options().write(true).open(&state)?.write_all_at(&[99], 8)?)),
-        ("the saved guest image", &|| shorten(length - 1)),
-        ("the file has", &|| shorten(1 << 20)),
+        ("it was changed", &|| {
+            let (file, at) = (File::options().read(true).write(true).open(&memory)?, length / 2);
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, at)?;
+            Ok(file.write_all_at(&[!byte[0]], at)?)
+        }),
+        ("it was changed", &|| shorten(1 << 20)),
     ];
     for (words, spoil) in spoil {
         fs::write(&state, &good)?;
