@@ -20,7 +20,7 @@ use vial_agent_protocol::{
 use vial_netlink::network::{self, Cidr, CidrError, Link, Neighbour, Route};
 use vial_netlink::{Message, Socket};
 
-pub(crate) use self::change::change;
+pub(crate) use self::change::{await_change, change};
 
 /// The longest name of an interface (IFNAMSIZ with its NUL).
 const MAX_NAME_BYTES: usize = 15;
@@ -181,7 +181,8 @@ impl Plan {
             let addresses: Result<_, CidrError> =
                 wire.addresses.iter().map(|text| text.parse()).collect();
             let number = wire.function;
-            if number != 0 && !(FUNCTION_DEVICES.contains(&number) && functions.insert(number)) {
+            let function = read_function(number)?;
+            if function.is_some() && !functions.insert(number) {
                 return Err(NetworkError::Function(number));
             }
             interfaces.push(Interface {
@@ -189,7 +190,7 @@ impl Plan {
                 mac,
                 mtu: wire.mtu,
                 addresses: addresses?,
-                function: (number != 0).then(|| format!("0000:00:{number:02x}.0")),
+                function,
             });
         }
         let place = |name: &str| {
@@ -203,6 +204,14 @@ impl Plan {
         let neighbours = neighbours.collect::<Result<_, _>>()?;
         Ok(Self { interfaces, routes, neighbours })
     }
+}
+
+/// The address of a function by its device number, of which 0 is none.
+fn read_function(number: u32) -> Result<Option<String>, NetworkError> {
+    if number != 0 && !FUNCTION_DEVICES.contains(&number) {
+        return Err(NetworkError::Function(number));
+    }
+    Ok((number != 0).then(|| format!("0000:00:{number:02x}.0")))
 }
 
 fn read_route(wire: &agent::Route, index: i32) -> Result<Route, NetworkError> {
@@ -242,8 +251,16 @@ pub(crate) async fn await_functions(request: &ConfigureNetworkRequest) -> Result
 
 async fn await_at(bus: &Path, request: &ConfigureNetworkRequest) -> Result<(), NetworkError> {
     let plan = Plan::read(request)?;
-    let mut awaited: Vec<&Interface> =
-        plan.interfaces.iter().filter(|interface| interface.function.is_some()).collect();
+    let of_function = |one: Interface| Some((one.name, one.function?));
+    await_interfaces(bus, plan.interfaces.into_iter().filter_map(of_function)).await
+}
+
+/// Waits until there is an interface of each function. They come as names to be and addresses.
+async fn await_interfaces(
+    bus: &Path,
+    interfaces: impl Iterator<Item = (String, String)>,
+) -> Result<(), NetworkError> {
+    let mut awaited: Vec<(String, String)> = interfaces.collect();
     let start = Instant::now();
     while !awaited.is_empty() {
         let listed = Socket::open().and_then(|mut socket| network::links(&mut socket));
@@ -251,11 +268,10 @@ async fn await_at(bus: &Path, request: &ConfigureNetworkRequest) -> Result<(), N
             let action = "list the interfaces".into();
             NetworkError::Kernel { action, source }
         })?;
-        awaited.retain(|interface| !links.iter().any(|link| interface.is(link)));
-        let Some(Interface { name, function: Some(address), .. }) = awaited.first() else {
-            continue;
-        };
-        let (name, address) = (name.clone(), address.clone());
+        let is_there =
+            |address: &String| links.iter().any(|l| l.function.as_ref() == Some(address));
+        awaited.retain(|(_, address)| !is_there(address));
+        let Some((name, address)) = awaited.first().cloned() else { continue };
         // The kernel's own drivers have looked at it before the agent was started.
         if !bus.join(&address).join("driver").exists() {
             return Err(NetworkError::NoDriver { name, address });

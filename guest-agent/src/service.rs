@@ -190,9 +190,10 @@ impl agent_ttrpc::Agent for AgentService {
         _: &TtrpcContext,
         request: ChangeNetworkRequest,
     ) -> Answer<Empty> {
+        let wrong = |error: network::NetworkError| failed(&error, error.is_of_the_request());
+        network::await_change(&request).await.map_err(wrong)?;
         // A few messages to the kernel, which answers each at once; a few thousand if all is replaced.
-        let changed = network::change(&request);
-        changed.map_err(|error| failed(&error, error.is_of_the_request()))?;
+        network::change(&request).map_err(wrong)?;
         Ok(Empty::new())
     }
 

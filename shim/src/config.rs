@@ -36,6 +36,11 @@ const GUEST_DRIVERS: [&str; 3] = ["igbvf", "ixgbevf", "iavf"];
 /// How many drivers can be listed.
 const MAX_DRIVERS: usize = 32;
 
+/// Where CNI's library keeps results for containerd, and for Multus.
+const CNI_CACHES: [&str; 2] = ["/var/lib/cni", "/var/lib/cni/multus"];
+/// How many such directories can be listed.
+const MAX_CACHES: usize = 8;
+
 /// When pods start from templates ([`crate::template`]).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -108,6 +113,8 @@ pub struct File {
     pub hot_plug_devices: Option<bool>,
     /// Drivers whose virtual functions go to the guest when CNI has moved them.
     pub network_functions: Option<Vec<String>>,
+    /// Where CNI's results are kept.
+    pub cni_caches: Option<Vec<PathBuf>>,
     /// Whether the kernel carries the packets of pods.
     pub vhost_net: Option<VhostNet>,
     /// Whether each VMM has its cores to itself.
@@ -166,6 +173,9 @@ pub struct Config {
     /// Drivers of the host whose virtual functions go to the guest when CNI has moved them into a
     /// pod's network namespace, see [`crate::network::functions`].
     pub network_functions: Vec<String>,
+    /// Where CNI's results are kept, which tell of functions that no interface tells of, see
+    /// [`crate::network::chosen`].
+    pub cni_caches: Vec<PathBuf>,
     /// Whether the kernel carries the packets of pods.
     pub vhost_net: VhostNet,
     /// Whether each VMM has the cores to itself on which it runs, see [`crate::core_scheduling`].
@@ -307,6 +317,7 @@ impl Config {
             pci_devices,
             hot_plug_devices: file.hot_plug_devices.unwrap_or(true),
             network_functions: drivers(path, file.network_functions)?,
+            cni_caches: caches(path, file.cni_caches)?,
             vhost_net: file.vhost_net.unwrap_or_default(),
             core_scheduling: file.core_scheduling.unwrap_or(false),
             disk_cache: file.disk_cache.unwrap_or_default(),
@@ -355,6 +366,16 @@ fn drivers(path: &Path, given: Option<Vec<String>>) -> Result<Vec<String>, Confi
         return Err(wrong(path, "network_functions", format!("{names:?}"), expected));
     }
     Ok(names)
+}
+
+/// Directories; by default that of the library by which CNI's plugins are called, and Multus'.
+fn caches(path: &Path, given: Option<Vec<PathBuf>>) -> Result<Vec<PathBuf>, ConfigError> {
+    let caches = given.unwrap_or_else(|| CNI_CACHES.map(PathBuf::from).into());
+    if caches.len() > MAX_CACHES || !caches.iter().all(|cache| cache.is_absolute()) {
+        let expected = format!("a list of at most {MAX_CACHES} absolute paths");
+        return Err(wrong(path, "cni_caches", format!("{caches:?}"), expected));
+    }
+    Ok(caches)
 }
 
 /// What pods may name, each by a name of its own.
@@ -470,6 +491,7 @@ mod tests {
             ("template_directory = \"templates\"", "absolute"),
             ("network_functions = [\"../igbvf\"]", "igbvf"),
             ("network_functions = [\"\"]", "at most 32"),
+            ("cni_caches = [\"cni\"]", "at most 8 absolute"),
             ("vhost_net = \"on\"", "expected `auto` or `off`"),
         ] {
             let error = parse(text).unwrap_err();

@@ -4,13 +4,16 @@
 //! comes in at one goes out at the other, so that the guest stands where the namespace stood. The
 //! interface keeps its addresses; nothing reaches the namespace's own stack any more. The guest
 //! is told names, addresses, routes and neighbours by the agent. An interface of a virtual function
-//! gets no tap but goes to the guest with its function, see [`functions`].
+//! gets no tap but goes to the guest with its function, see [`functions`]. What CNI chose for a function
+//! that has no interface there, it has written down: see [`chosen`].
 //!
 //! Three steps, so that what is to be undone is on disk before it is done: [`look`] changes
 //! nothing, [`attach`] makes taps and joins them, [`detach`] takes both back, after a crash too.
 //! Each runs on a thread that enters the namespace and ends in it. What changes there later is seen
 //! by [`Followed`], and told by a [`difference()`].
 
+pub mod chosen;
+pub(crate) mod described;
 mod difference;
 mod follow;
 pub mod functions;
@@ -36,6 +39,7 @@ pub use self::{
     steer::Loopback,
 };
 use crate::{
+    agent::AgentError,
     config::VhostNet,
     devices::{DeviceError, address::Address, pci::Sysfs},
 };
@@ -99,6 +103,22 @@ pub enum NetworkError {
         interfaces: String,
         /// What went wrong.
         error: DeviceError,
+    },
+    /// What CNI has chosen cannot be told.
+    #[error(transparent)]
+    Choice(#[from] chosen::ChoiceError),
+    /// The guest's interface of a function cannot be what CNI has chosen.
+    #[error(
+        "cannot make {interface} of the PCI function {address} what CNI has chosen for it: {error}; with \
+         `cni_caches = []` in Vial's configuration, such interfaces are left to the container"
+    )]
+    Chosen {
+        /// Its name.
+        interface: String,
+        /// Its function.
+        address: Address,
+        /// What went wrong.
+        error: AgentError,
     },
     /// The driver does not make the interface.
     #[error(

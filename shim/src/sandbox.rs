@@ -302,7 +302,9 @@ impl Sandbox {
         };
         let start = Size { vcpus: config.vcpus, memory_mib: config.memory_mib };
         let growth = Growth::new(plan.own, start, made.reach, means);
-        let functions = Functions::begin(state, made.functions.as_ref(), hot_plug)?;
+        let (added, caches) = (made.functions.as_ref(), &config.cni_caches);
+        let functions = Functions::begin(state, added, hot_plug, caches)?;
+        functions.configure_first(&agent).await?;
         let functions = Arc::new(tokio::sync::Mutex::new(functions));
         if let Some(attachment) = attachment {
             let (agent, vmm) = (agent.clone(), client.clone());

@@ -6,6 +6,7 @@
 
 use std::fs;
 use std::io;
+use std::path::Path;
 
 use rustix::io::Errno;
 use vial_agent_protocol::agent::{ChangeNetworkRequest, InterfaceChange};
@@ -14,8 +15,8 @@ use vial_netlink::network::{self, Cidr, CidrError, Link, Neighbour, Route};
 use vial_netlink::{Message, Socket};
 
 use super::{
-    MTU, NetworkError, add_route, apply, at_most, exists, is_name, mac, read_neighbour, read_route,
-    shown,
+    FUNCTIONS, MTU, NetworkError, add_route, apply, at_most, await_interfaces, exists, is_name,
+    mac, read_function, read_neighbour, read_route, shown,
 };
 
 /// What the kernel answers when there is nothing to be removed.
@@ -29,6 +30,8 @@ struct Interface {
     mac: Option<[u8; 6]>,
     mtu: Option<u32>,
     comes: bool,
+    /// The address of the PCI function that it is of, if it comes and is one's.
+    function: Option<String>,
     goes: bool,
     added: Vec<Cidr>,
     removed: Vec<Cidr>,
@@ -83,11 +86,17 @@ impl Change {
             return Err(NetworkError::Mtu { name: wire.name.clone(), mtu: wire.mtu });
         }
         let mac = if wire.mac.is_empty() { None } else { Some(mac(&wire.mac)?) };
+        let function = read_function(wire.function)?;
+        let is_same = |other: &Interface| function.is_some() && other.function == function;
+        if function.is_some() && !wire.comes || self.interfaces.iter().any(is_same) {
+            return Err(NetworkError::Function(wire.function));
+        }
         Ok(Interface {
             place,
             mac: mac.filter(|mac| *mac != [0; 6]),
             mtu: Some(wire.mtu).filter(|mtu| *mtu != 0),
             comes: wire.comes,
+            function,
             goes: wire.goes,
             added: cidrs(&wire.added_addresses)?,
             removed: cidrs(&wire.removed_addresses)?,
@@ -109,6 +118,17 @@ impl Change {
     }
 }
 
+/// Waits until the drivers of functions have made the interfaces that come.
+///
+/// # Errors
+/// [`NetworkError`]; nothing is changed.
+pub(crate) async fn await_change(request: &ChangeNetworkRequest) -> Result<(), NetworkError> {
+    let Change { names, interfaces, .. } = Change::read(request)?;
+    let of_function =
+        |one: Interface| Some((names.get(one.place as usize)?.clone(), one.function?));
+    await_interfaces(Path::new(FUNCTIONS), interfaces.into_iter().filter_map(of_function)).await
+}
+
 /// Changes the guest's network as far as that goes.
 ///
 /// # Errors
@@ -128,6 +148,25 @@ pub(crate) fn change(request: &ChangeNetworkRequest) -> Result<(), NetworkError>
 
 fn find(links: &[Link], name: &str) -> Option<i32> {
     links.iter().find(|link| link.name == name).map(|link| link.index)
+}
+
+/// Whether it is the one that has come. What containers make of an interface can have its address, but
+/// is up as a rule.
+fn is_new(link: &Link, interface: &Interface) -> bool {
+    match &interface.function {
+        Some(function) => link.function.as_ref() == Some(function),
+        None => {
+            interface.mac.is_some_and(|mac| link.mac == mac) && link.flags & network::IFF_UP == 0
+        }
+    }
+}
+
+/// A function's interface that has the name of another by chance, since drivers count theirs in the order
+/// in which functions were found. One that is not up nobody uses yet: the two change names.
+fn in_the_way<'a>(links: &'a [Link], name: &str) -> Option<&'a Link> {
+    links.iter().find(|link| {
+        link.name == name && link.function.is_some() && link.flags & network::IFF_UP == 0
+    })
 }
 
 /// What remains to be told when all is tried.
@@ -203,17 +242,25 @@ impl Changing {
     /// All of an interface but what goes of it.
     fn change_link(&mut self, change: &Change, interface: &Interface) {
         let Some(name) = change.names.get(interface.place as usize) else { return };
-        if interface.comes && self.index(interface.place).is_none() {
-            let named = self.name_new(name, interface.mac);
-            match named {
-                Ok(index) => self.indices[interface.place as usize] = Some(index),
-                Err(error) => self.failures.push(error),
+        let mut before = None;
+        // The name that a function's is to have may be one that the kernel has given to another.
+        if interface.comes
+            && (interface.function.is_some() || self.index(interface.place).is_none())
+        {
+            match self.name_new(name, interface) {
+                Ok(link) => {
+                    self.indices[interface.place as usize] = Some(link.index);
+                    before = Some(link.mac);
+                }
+                Err(error) => return self.failures.push(error),
             }
         }
         let Some(index) = self.index(interface.place) else { return };
         let socket = &mut self.socket;
         let mut results = Vec::new();
-        if let Some(mac) = interface.mac {
+        // A physical function that has set it refuses it from the guest.
+        let differs = |mac: &[u8; 6]| before.as_deref() != Some(mac.as_slice());
+        if let Some(mac) = interface.mac.filter(differs) {
             let message = network::set_mac(index, &mac);
             results.push(apply(socket, message, || format!("give {name} its MAC address")));
         }
@@ -231,22 +278,32 @@ impl Changing {
         results.into_iter().for_each(|result| self.note(result));
     }
 
-    /// Finds an interface that has come to the guest by its address, and gives it its name.
-    fn name_new(&mut self, name: &str, mac: Option<[u8; 6]>) -> Result<i32, NetworkError> {
+    /// Finds an interface that has come to the guest by its function or its address, and gives it its
+    /// name.
+    fn name_new(&mut self, name: &str, interface: &Interface) -> Result<Link, NetworkError> {
         let failed = |source| {
             let action = "list the interfaces".into();
             NetworkError::Kernel { action, source }
         };
         let links = network::links(&mut self.socket).map_err(failed)?;
-        // What containers make of an interface can have its address, but is up as a rule.
-        let is_new = |link: &&Link| {
-            mac.is_some_and(|mac| link.mac == mac) && link.flags & network::IFF_UP == 0
+        let link = links.iter().find(|link| is_new(link, interface));
+        let link = link.ok_or_else(|| NetworkError::Absent(name.to_owned()))?;
+        if link.name == name {
+            return Ok(link.clone());
+        }
+        let other = in_the_way(&links, name).filter(|_| interface.function.is_some());
+        let mut rename = |index: i32, to: &str| {
+            let message = network::rename(index, to);
+            apply(&mut self.socket, message, || format!("name an interface {name}"))
         };
-        let link = links.iter().find(is_new);
-        let index = link.ok_or_else(|| NetworkError::Absent(name.to_owned()))?.index;
-        let message = network::rename(index, name);
-        apply(&mut self.socket, message, || format!("name an interface {name}"))?;
-        Ok(index)
+        if let Some(other) = other {
+            rename(other.index, &format!("vial-{}", other.index))?;
+        }
+        rename(link.index, name)?;
+        if let Some(other) = other {
+            rename(other.index, &link.name)?;
+        }
+        Ok(link.clone())
     }
 
     /// Returns those to be tried again when others are removed, which the kernel takes for the same.

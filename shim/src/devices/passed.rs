@@ -135,6 +135,12 @@ impl Passed {
         self.sets.iter().flat_map(Set::records)
     }
 
+    /// All functions, and their device numbers.
+    pub fn devices(&self) -> impl Iterator<Item = (&Record, u8)> {
+        let functions = self.sets.iter().flat_map(|set| &set.functions);
+        functions.map(|(record, device)| (record, *device))
+    }
+
     /// What each function is called on the host and in the guest.
     pub fn names(&self) -> Vec<(Address, Address)> {
         let functions = self.sets.iter().flat_map(|set| &set.functions);

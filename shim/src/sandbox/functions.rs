@@ -6,16 +6,21 @@
 //! or not, and they are given back. The VMM holds the only descriptors, so that its end, however
 //! it comes, is the end of all that.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{collections::BTreeSet, path::PathBuf, time::Duration};
 
 use tokio::time::timeout;
-use vial_agent_protocol::agent::{ConfigureNetworkRequest, FunctionName};
+use vial_agent_protocol::agent::{
+    ChangeNetworkRequest, ConfigureNetworkRequest, FunctionName, InterfaceChange,
+};
 use vial_vmm_api::{Action, AddedFunctions, MAX_PASSED_FUNCTIONS, Reply};
 
 use super::{Given, Plan, Sandbox, vmm};
 use crate::{
+    agent::Agent,
     devices::{
-        DeviceError, binding,
+        DeviceError,
+        address::Address,
+        binding,
         binding::Record,
         handles::{self, Handles},
         passed::{Passed, Set, WrongNumbers},
@@ -23,7 +28,11 @@ use crate::{
         wanted::Wanted,
     },
     error::ServiceError,
-    network::{NetworkError, functions::Moved},
+    network::{
+        NetworkError,
+        chosen::{self, Chosen},
+        functions::Moved,
+    },
     state_dir::{State, StateDir},
     undo::UndoStack,
     vmm_client::VmmError,
@@ -38,6 +47,8 @@ const REMOVE_PATIENCE: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub(super) struct Functions {
     pub(super) passed: Passed,
+    /// Where CNI's results are kept.
+    pub(super) caches: Vec<PathBuf>,
     /// As on disk.
     pub(super) state: State,
     /// Whether more can come.
@@ -68,13 +79,75 @@ impl Functions {
         state: State,
         listed: Option<&AddedFunctions>,
         hot_plug: bool,
+        caches: &[PathBuf],
     ) -> Result<Self, ServiceError> {
         let mut passed = Passed::default();
         if let Some(AddedFunctions { set, devices }) = listed {
             passed.add(None, *set, &state.devices, devices)?;
         }
-        Ok(Self { passed, state, hot_plug })
+        Ok(Self { passed, caches: caches.into(), state, hot_plug })
     }
+
+    /// What CNI has chosen for those of the functions that no interface tells of.
+    fn chosen(&self, records: &[Record]) -> Result<Vec<Chosen>, NetworkError> {
+        let told: Vec<Address> = moved(&self.state).iter().map(|one| one.address).collect();
+        let addresses = records.iter().map(|record| record.address);
+        let addresses: Vec<Address> = addresses.filter(|one| !told.contains(one)).collect();
+        match addresses.is_empty() {
+            true => Ok(Vec::new()),
+            false => Ok(chosen::search(&self.caches, &self.state.id, &addresses)?),
+        }
+    }
+
+    /// Lets the interfaces of the functions that the VM was started with be what CNI has chosen.
+    pub(super) async fn configure_first(&self, agent: &Agent) -> Result<(), ServiceError> {
+        let chosen = self.chosen(&self.state.devices)?;
+        if chosen.is_empty() {
+            return Ok(());
+        }
+        let devices: Vec<u32> = self.passed.devices().map(|(_, device)| device.into()).collect();
+        let drivers = agent.add_functions(devices).await?;
+        let places = self.passed.devices().map(|(record, device)| (record.address, device));
+        Ok(configure(agent, &chosen, places.zip(drivers)).await?)
+    }
+}
+
+/// Lets the guest's interfaces of functions be what CNI has chosen. `places` are functions, where the
+/// guest has them, and with which drivers.
+async fn configure(
+    agent: &Agent,
+    chosen: &[Chosen],
+    places: impl Iterator<Item = ((Address, u8), String)>,
+) -> Result<(), NetworkError> {
+    for ((address, device), driver) in places {
+        let Some(one) = chosen.iter().find(|one| one.address == address) else { continue };
+        let interface = one.interface.clone();
+        if driver.is_empty() {
+            tracing::warn!(
+                "{interface} of the pod's network is not there: the guest's kernel has no driver for \
+                 {address}"
+            );
+            continue;
+        }
+        let change = InterfaceChange {
+            name: interface.clone(),
+            mac: one.mac.map(Vec::from).unwrap_or_default(),
+            mtu: one.mtu.unwrap_or_default().into(),
+            comes: true,
+            added_addresses: one.addresses.clone(),
+            function: device.into(),
+            ..Default::default()
+        };
+        let request = ChangeNetworkRequest {
+            interfaces: vec![change],
+            added_routes: one.routes.clone(),
+            ..Default::default()
+        };
+        let failed = |error| NetworkError::Chosen { interface: interface.clone(), address, error };
+        agent.change_network(&request).await.map_err(failed)?;
+        tracing::info!("the guest's {interface}, of {address}, is what CNI has chosen");
+    }
+    Ok(())
 }
 
 /// The functions that the pod gets, once all of them are fit: what it asks for, and what CNI has
@@ -190,14 +263,17 @@ impl Sandbox {
         if let Some(kept) = records.iter().find(|record| functions.state.devices.contains(record)) {
             return Err(DeviceError::Kept(kept.address).into());
         }
+        let chosen = functions.chosen(&records)?;
         functions.state.devices.extend(records.iter().cloned());
         self.dir.write_state(&functions.state)?;
-        self.hand_over(functions, container, &records).await.map_err(|NotGiven { why, absent }| {
-            if absent {
-                self.forget(&mut functions.state, &records);
-            }
-            why
-        })
+        self.hand_over(functions, container, &records, &chosen).await.map_err(
+            |NotGiven { why, absent }| {
+                if absent {
+                    self.forget(&mut functions.state, &records);
+                }
+                why
+            },
+        )
     }
 
     async fn hand_over(
@@ -205,6 +281,7 @@ impl Sandbox {
         functions: &mut Functions,
         container: &str,
         records: &[Record],
+        chosen: &[Chosen],
     ) -> Result<(), NotGiven> {
         let handles = handles::open_all(records).map_err(NotGiven::absent)?;
         // Each set is an address space of its own, which counts all memory by itself.
@@ -217,23 +294,30 @@ impl Sandbox {
             self.remove_from_vm(set).await.map_err(NotGiven::perhaps_kept)?;
             return Err(NotGiven::absent(error));
         }
-        let devices = devices.into_iter().map(u32::from).collect();
-        match self.agent.add_functions(devices).await {
-            Ok(drivers) => {
-                for (record, driver) in records.iter().zip(drivers) {
-                    let driver: String = driver.chars().take(32).collect();
-                    tracing::info!("the guest has {}; its driver: {driver:?}", record.address);
-                }
-                Ok(())
-            }
-            Err(error) => {
-                // Strikes out what the VM lets go of.
-                for set in functions.passed.leave(container) {
-                    self.unplug(functions, &set).await;
-                }
-                Err(NotGiven::perhaps_kept(error))
-            }
+        let Err(error) = self.let_find(records, &devices, chosen).await else { return Ok(()) };
+        // Strikes out what the VM lets go of.
+        for set in functions.passed.leave(container) {
+            self.unplug(functions, &set).await;
         }
+        Err(NotGiven::perhaps_kept(error))
+    }
+
+    /// Lets the guest find functions that have come, and have its interfaces of them be what CNI has
+    /// chosen.
+    async fn let_find(
+        &self,
+        records: &[Record],
+        devices: &[u8],
+        chosen: &[Chosen],
+    ) -> Result<(), ServiceError> {
+        let drivers =
+            self.agent.add_functions(devices.iter().copied().map(u32::from).collect()).await?;
+        for (record, driver) in records.iter().zip(&drivers) {
+            let driver: String = driver.chars().take(32).collect();
+            tracing::info!("the guest has {}; its driver: {driver:?}", record.address);
+        }
+        let places = records.iter().map(|record| record.address).zip(devices.iter().copied());
+        Ok(configure(&self.agent, chosen, places.zip(drivers)).await?)
     }
 
     async fn ask_vmm(

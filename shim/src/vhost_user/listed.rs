@@ -1,14 +1,12 @@
 //! A device as the configuration lists it.
 
-use std::{
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    path::PathBuf,
-};
+use std::path::PathBuf;
 
 use serde::Deserialize;
 use vial_agent_protocol::{agent, is_plain_path};
-use vial_netlink::network::Cidr;
 use vial_vmm_api::VHOST_USER_QUEUES;
+
+use crate::network::described::{SCOPE_LINK, is_cidr, on_link, parse_mac};
 
 /// The longest name, in bytes: that of an interface.
 pub const MAX_NAME_BYTES: usize = 15;
@@ -18,9 +16,6 @@ const DEFAULT_MTU: u16 = 1500;
 const MAX_ADDRESSES: usize = 16;
 /// How rtnetlink(7) numbers what an administrator has set.
 const PROTOCOL_STATIC: u32 = 4;
-/// And what comes with an address.
-const PROTOCOL_KERNEL: u32 = 2;
-const SCOPE_LINK: u32 = 253;
 
 /// An entry of the file, as it is written.
 #[derive(Debug, Deserialize)]
@@ -144,16 +139,7 @@ impl Listed {
             addresses: addresses.clone(),
             ..Default::default()
         });
-        // The guest's addresses bring none by themselves.
-        let on_link = addresses.iter().filter_map(|address| Some((network_of(address)?, address)));
-        network.routes.extend(on_link.map(|(destination, address)| agent::Route {
-            device: self.name.clone(),
-            destination,
-            source: address.split('/').next().unwrap_or_default().into(),
-            scope: SCOPE_LINK,
-            protocol: PROTOCOL_KERNEL,
-            ..Default::default()
-        }));
+        network.routes.extend(on_link(&self.name, addresses));
         network.routes.extend(routes.iter().map(|route| agent::Route {
             device: self.name.clone(),
             destination: route.destination.clone(),
@@ -203,37 +189,10 @@ impl Kind {
     }
 }
 
-fn parse_mac(text: &str) -> Option<[u8; 6]> {
-    let mut mac = [0; 6];
-    let mut words = text.split(':');
-    for place in &mut mac {
-        let word = words.next().filter(|word| word.len() == 2)?;
-        *place = u8::from_str_radix(word, 16).ok()?;
-    }
-    let is_one = words.next().is_none() && mac != [0; 6] && mac[0] & 1 == 0;
-    is_one.then_some(mac)
-}
-
-/// The network that an address is in, as in `10.0.0.0/24`.
-fn network_of(address: &str) -> Option<String> {
-    let Cidr { address, prefix } = address.parse().ok()?;
-    Some(match address {
-        IpAddr::V4(address) => {
-            let mask = u32::MAX.checked_shl(32 - u32::from(prefix)).unwrap_or(0);
-            format!("{}/{prefix}", Ipv4Addr::from_bits(address.to_bits() & mask))
-        }
-        IpAddr::V6(address) => {
-            let mask = u128::MAX.checked_shl(128 - u32::from(prefix)).unwrap_or(0);
-            format!("{}/{prefix}", Ipv6Addr::from_bits(address.to_bits() & mask))
-        }
-    })
-}
-
 fn check_addresses(addresses: &[String], routes: &[Route]) -> Result<(), String> {
     if addresses.len() > MAX_ADDRESSES || routes.len() > MAX_ADDRESSES {
         return Err(format!("at most {MAX_ADDRESSES} addresses, and as many routes"));
     }
-    let is_cidr = |text: &str| text.contains('/') && text.parse::<Cidr>().is_ok();
     if let Some(other) = addresses.iter().find(|text| !is_cidr(text)) {
         return Err(format!("an address such as \"10.0.0.2/24\", not {other:?}"));
     }
@@ -281,20 +240,6 @@ mod tests {
         };
         assert_eq!(route(0), ("10.0.0.0/24", "", "10.0.0.2", SCOPE_LINK));
         assert_eq!(route(1), ("10.1.0.0/16", "10.0.0.1", "", 0));
-    }
-
-    #[test]
-    fn network_of_an_address_has_its_prefix() {
-        for (address, network) in [
-            ("10.77.3.9/24", Some("10.77.3.0/24")),
-            ("10.77.3.9/32", Some("10.77.3.9/32")),
-            ("10.77.3.9/0", Some("0.0.0.0/0")),
-            ("fd00:1:2::9/48", Some("fd00:1:2::/48")),
-            ("fd00::9/0", Some("::/0")),
-            ("x", None),
-        ] {
-            assert_eq!(network_of(address).as_deref(), network, "{address}");
-        }
     }
 
     #[test]

@@ -29,7 +29,7 @@ const SEEN: &str = "for at in /sys/bus/pci/devices/*; do \
     [ $(cat $at/device) = 0x10ca ] && basename $at; done; true";
 
 /// A container that a kubelet asks for after a device plugin has given it the function.
-fn with(bound: &Bound, mut container: ContainerConfig) -> Result<ContainerConfig> {
+pub(super) fn with(bound: &Bound, mut container: ContainerConfig) -> Result<ContainerConfig> {
     let device = |path: String| Device {
         container_path: path.clone(),
         host_path: path,
@@ -55,7 +55,7 @@ fn listed(function: &str) -> Result<String> {
 }
 
 /// Nobody has the function: its group can be opened, which only one can, and nobody is listed.
-fn is_free(bound: &Bound) -> Result<()> {
+pub(super) fn is_free(bound: &Bound) -> Result<()> {
     eventually(|| {
         File::options().read(true).write(true).open(bound.node()?).context("it is in use")?;
         let line = listed(&bound.function)?;

@@ -2,6 +2,7 @@
 
 pub(crate) mod bed;
 pub(crate) mod calls;
+mod chosen;
 mod compare;
 mod control;
 mod cores;
@@ -167,6 +168,8 @@ pub(crate) fn cases_of_devices() -> Vec<Case> {
         hot_plug::cri_function_comes_into_a_vm_from_a_template,
         hot_plug::cri_function_is_free_when_vmm_or_shim_is_killed_after_it_came,
         hot_plug::cri_pod_that_gets_no_functions_later_refuses_them_and_lives,
+        chosen::cri_function_bound_to_vfio_is_what_cni_chose,
+        chosen::cri_results_of_cni_that_say_nothing_or_two_things_are_told_of,
         placement::memory_comes_from_the_node_that_the_spec_names,
         placement::pod_that_asks_for_no_place_has_none,
         placement::strict_pod_that_is_apart_is_refused,

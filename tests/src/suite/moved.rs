@@ -91,7 +91,7 @@ impl Drop for Moved {
 }
 
 /// What a container tells of its interface, and of the data that it exchanges with the host through it.
-fn script(name: &str) -> String {
+pub(super) fn script(name: &str) -> String {
     format!(
         "echo driver $(basename $(readlink /sys/class/net/{name}/device/driver)); \
          cat /sys/class/net/{name}/address /sys/class/net/{name}/mtu; \
@@ -103,7 +103,7 @@ fn script(name: &str) -> String {
     )
 }
 
-fn data_is_whole(stdout: &str) -> Result<()> {
+pub(super) fn data_is_whole(stdout: &str) -> Result<()> {
     let sums: Vec<&str> = stdout.lines().filter(|line| line.ends_with("  -")).collect();
     ensure!(sums.len() == 2 && sums[0] == sums[1], "the data has changed: {stdout}");
     Ok(())
@@ -205,21 +205,26 @@ pub(crate) fn function_that_cni_moved_and_cannot_be_passed_is_refused(bed: &Bed)
     Ok(())
 }
 
-/// The networks of pods of [`HANDLERS`], until dropped: a bridge, and the function by CNI's plugin host-device.
-struct Networks;
+/// The networks of pods of [`HANDLERS`], until dropped: a bridge, and another.
+pub(super) struct Networks;
 
 impl Networks {
+    /// The function by CNI's plugin host-device.
     fn of(function: &str) -> Result<Self> {
-        let bridge = r#"{"type": "bridge", "bridge": "cni0", "isGateway": true,
-            "ipam": {"type": "host-local", "subnet": "10.88.0.0/16", "routes": [{"dst": "0.0.0.0/0"}]}}"#;
-        let moved = format!(
+        Self::with(&format!(
             r#"{{"type": "host-device", "pciBusID": "{function}",
             "ipam": {{"type": "host-local", "subnet": "10.99.0.0/24", "rangeStart": "10.99.0.50",
             "routes": [{{"dst": "10.77.0.0/16", "gw": "{HOST}"}}]}}}}"#
-        );
+        ))
+    }
+
+    /// What a plugin makes that is configured so.
+    pub(super) fn with(plugin: &str) -> Result<Self> {
+        let bridge = r#"{"type": "bridge", "bridge": "cni0", "isGateway": true,
+            "ipam": {"type": "host-local", "subnet": "10.88.0.0/16", "routes": [{"dst": "0.0.0.0/0"}]}}"#;
         let networks = Self;
         fs::create_dir_all(NETWORKS)?;
-        for (name, plugin) in [("10-bridge", bridge), ("20-function", &moved)] {
+        for (name, plugin) in [("10-bridge", bridge), ("20-function", plugin)] {
             let text = format!(
                 r#"{{"cniVersion": "1.0.0", "name": "suite-{name}", "plugins": [{plugin}]}}"#
             );

@@ -262,3 +262,64 @@ fn more_than_the_bounds_and_what_is_wrong_is_refused() {
         assert!(matches!(error, NetworkError::Name(_)), "{error}");
     }
 }
+
+fn of_function(function: u32, comes: bool) -> InterfaceChange {
+    InterfaceChange { function, comes, ..interface(&[], &[]) }
+}
+
+#[test]
+fn interface_of_a_function_is_one_that_comes_and_each_function_has_one() {
+    let read = |interfaces: Vec<InterfaceChange>| {
+        Change::read(&request(|one| one.interfaces = interfaces)).map(|change| change.interfaces)
+    };
+    let other = |function| InterfaceChange { name: "net1".into(), ..of_function(function, true) };
+    let interfaces = read(vec![of_function(5, true), other(31)]).unwrap();
+    let functions: Vec<_> = interfaces.into_iter().map(|one| one.function).collect();
+    assert_eq!(functions, ["0000:00:05.0", "0000:00:1f.0"].map(|text| Some(text.to_owned())));
+    assert_eq!(read(vec![of_function(0, true)]).unwrap()[0].function, None);
+    for wrong in [
+        vec![of_function(32, true)],
+        vec![of_function(u32::MAX, true)],
+        vec![of_function(5, false)],
+        vec![of_function(5, true), other(5)],
+    ] {
+        let error = read(wrong.clone()).unwrap_err();
+        assert!(matches!(error, NetworkError::Function(_)), "{wrong:?}: {error}");
+        assert!(error.is_of_the_request());
+    }
+}
+
+#[tokio::test]
+async fn function_without_a_driver_is_told_and_nothing_else_is_waited_for() {
+    await_change(&request(|one| one.interfaces = vec![interface(&[], &[])])).await.unwrap();
+    let one = of_function(31, true);
+    let error = await_change(&request(|all| all.interfaces = vec![one])).await.unwrap_err();
+    assert!(matches!(&error, NetworkError::NoDriver { name, .. } if name == "eth0"), "{error}");
+}
+
+#[test]
+fn interface_of_a_function_is_found_by_it_and_another_is_in_its_way_until_it_is_up() {
+    let link = |name: &str, function: Option<&str>, flags| Link {
+        index: 7,
+        name: name.into(),
+        hardware: network::ARPHRD_ETHER,
+        flags,
+        mac: vec![2, 0, 0, 0, 0, 1],
+        mtu: 1500,
+        alias: String::new(),
+        function: function.map(str::to_owned),
+        stands_on: None,
+        part_of: None,
+    };
+    let mut change = Change::default();
+    let found = change.read_interface(&of_function(5, true)).unwrap();
+    let (own, other) = (Some("0000:00:05.0"), Some("0000:00:06.0"));
+    assert!(is_new(&link("eth3", own, network::IFF_UP), &found));
+    assert!(!is_new(&link("eth3", other, 0), &found) && !is_new(&link("eth3", None, 0), &found));
+    let links =
+        [link("eth0", other, 0), link("eth1", other, network::IFF_UP), link("eth2", None, 0)];
+    assert_eq!(in_the_way(&links, "eth0").map(|link| link.name.as_str()), Some("eth0"));
+    for name in ["eth1", "eth2", "eth3"] {
+        assert_eq!(in_the_way(&links, name).map(|link| &link.name), None);
+    }
+}
