@@ -230,8 +230,8 @@ fn arguments(
     let mut add = |words: &[&str]| all.extend(words.iter().map(OsString::from));
     let (board, words) = match machine.devices {
         // Interrupts are remapped, too.
-        true => ("q35,vmport=off,kernel-irqchip=split", devices::APPEND),
-        false => ("q35,vmport=off", ""),
+        Some(_) => ("q35,vmport=off,kernel-irqchip=split", devices::APPEND),
+        None => ("q35,vmport=off", ""),
     };
     add(&["-name", "vial-host", "-M", board]);
     // mttcg is fast and has two CPUs; counting instructions needs one thread and one CPU.
@@ -243,8 +243,8 @@ fn arguments(
         add(&["-accel", "tcg,thread=multi", "-smp", &cpus]);
     }
     let memory_mib = match machine.devices {
-        true => machine.memory.min(devices::MEMORY_MIB_MAX),
-        false => machine.memory,
+        Some(_) => machine.memory.min(devices::MEMORY_MIB_MAX),
+        None => machine.memory,
     };
     add(&["-cpu", "max,+svm", "-m", &memory_mib.to_string(), "-nodefaults"]);
     // A panicking kernel reboots at once, and a reboot ends QEMU: a dead host is seen without a wait.
@@ -289,8 +289,8 @@ fn arguments(
         let path = existing_directory(out, "--out")?;
         all.extend(share_arguments("out", &path, false));
     }
-    if machine.devices {
-        all.extend(devices::arguments(machine.cpus, memory_mib, directory)?);
+    if let Some(layout) = machine.devices {
+        all.extend(devices::arguments(layout, machine.cpus, memory_mib, directory)?);
     }
     all.extend(machine.qemu.iter().map(OsString::from));
     Ok(all)

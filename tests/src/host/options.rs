@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use super::devices::Layout;
+
 /// The time limit was reached and the emulated host was killed.
 pub(crate) const STATUS_TIME_LIMIT: u8 = 124;
 /// The emulated host died: panic, silence, or QEMU gone, before the command's status came.
@@ -75,10 +77,17 @@ pub(crate) struct Machine {
     #[arg(long, conflicts_with = "cpus")]
     pub(crate) icount: bool,
 
-    /// Give it an IOMMU, two NUMA nodes, and on the second a network card with SR-IOV and an NVMe disk, none of whose
+    /// Give it an IOMMU, NUMA nodes, and on one of them a network card with SR-IOV and an NVMe disk, none of whose
     /// drivers is loaded; at most 2048 MiB of memory then
-    #[arg(long, conflicts_with = "icount")]
-    pub(crate) devices: bool,
+    #[arg(
+        long,
+        value_name = "LAYOUT",
+        conflicts_with = "icount",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "two-nodes"
+    )]
+    pub(crate) devices: Option<Layout>,
 
     /// Do not start containerd
     #[arg(long)]

@@ -30,7 +30,7 @@ pub(super) const PORT: u16 = 7099;
 /// How long a driver may take to have bound a function.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-fn text(function: &str, name: &str) -> Result<String> {
+pub(super) fn text(function: &str, name: &str) -> Result<String> {
     let path = Path::new(FUNCTIONS).join(function).join(name);
     let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
     Ok(text.trim().to_owned())
@@ -366,12 +366,12 @@ pub(crate) fn group_with_a_function_of_another_driver_is_refused(bed: &Bed) -> R
     refused(bed, &["--device", &node], &[&members[0], "not bound to vfio-pci"])
 }
 
-/// The only disk of the NVMe function, once its driver has made it.
+/// The first disk of the NVMe function, once its driver has made it.
 pub(super) fn disk(function: &str) -> Result<PathBuf> {
     let start = Instant::now();
     let at = Path::new(FUNCTIONS).join(function).join("nvme");
     while start.elapsed() < PATIENCE {
-        // The controller's only namespace; where several paths can lead to it, it is not below the controller.
+        // The controller's first namespace; where several paths can lead to it, it is not below the controller.
         let controller = fs::read_dir(&at).into_iter().flatten().flatten().next();
         if let Some(controller) = controller {
             let node = format!("/dev/{}n1", controller.file_name().to_string_lossy());
@@ -439,6 +439,11 @@ pub(crate) fn nvme_disk_holds_what_the_guest_wrote(bed: &Bed) -> Result<()> {
     let place = 1 << 20;
     File::options().write(true).open(disk(&function)?)?.write_all_at(&data(1), place)?;
     run(&mut Command::new("sync"))?.expect(0)?;
+    let serial =
+        run(Command::new("sh")
+            .args(["-c", &format!("cat {FUNCTIONS}/{function}/nvme/nvme*/serial")]))?
+        .expect(0)?
+        .stdout;
     let _configuration = listed(&[&function])?;
     let script = "until [ -b /dev/nvme0n1 ]; do sleep 0.1; done; \
          dd if=/dev/nvme0n1 bs=1M skip=1 count=4 2>/dev/null | sha256sum; \
@@ -448,7 +453,7 @@ pub(crate) fn nvme_disk_holds_what_the_guest_wrote(bed: &Bed) -> Result<()> {
     let options = ["--annotation", annotation.as_str(), "--privileged"];
     let outcome = bed.run(Runtime::Vial, &options, &["sh", "-c", script])?.expect(0)?;
     ensure!(
-        outcome.stdout.contains("copied") && outcome.stdout.contains("vial-nvme"),
+        outcome.stdout.contains("copied") && outcome.stdout.contains(serial.trim()),
         "the disk did not work: {outcome:?}"
     );
     reaches_driver(&function, Some("nvme"))?;

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use vial_tests::node::Configuration;
 
 use super::bed::{Bed, Detached, Runtime, run};
-use super::devices::{annotation, detached, driver, listed, refused, virtual_function};
+use super::devices::{annotation, detached, driver, listed, refused, text, virtual_function};
 use super::faults::process;
 use super::sizes;
 use super::templates::Node;
@@ -27,8 +27,8 @@ const HUGE_PAGES: &str = "hugepages/hugepages-2048kB";
 #[derive(Debug, Default)]
 pub(crate) struct Mapping {
     policy: String,
-    huge: bool,
-    pages: BTreeMap<String, u64>,
+    pub(crate) huge: bool,
+    pub(crate) pages: BTreeMap<String, u64>,
 }
 
 /// The mappings that hold a guest's memory: those with more than anything else of the VMM's has.
@@ -119,35 +119,40 @@ pub(crate) fn strict_pod_that_is_apart_is_refused(bed: &Bed) -> Result<()> {
     refused(bed, &apart, &["CPUs are on NUMA node 0", "memory on node 1", "io.vial/numa"])?;
     refused(bed, &["--annotation", "io.vial/numa=yes"], &["'yes'", "preferred, strict or none"])?;
     refused(bed, &["--cpuset-cpus", "0,77"], &["CPUs 77"])?;
-    refused(bed, &["--cpuset-mems", "0-9"], &["memory nodes 2-9"])?;
+    let nodes = fs::read_to_string("/sys/devices/system/node/online")?;
+    let last: u32 = nodes.trim().rsplit(['-', ',']).next().unwrap_or_default().parse()?;
+    let absent = format!("memory nodes {}-9", last + 1);
+    refused(bed, &["--cpuset-mems", "0-9"], &[&absent])?;
 
     // The function's node has no CPU at all.
     let function = virtual_function(0)?;
+    let node = text(&function, "numa_node")?;
     let _configuration = listed(&[&function])?;
     let annotation = annotation(&[&function]);
     let before = driver(&function);
     let with = [&strict[..], &["--annotation", annotation.as_str()]].concat();
-    refused(bed, &with, &[&function, "on NUMA node 1", "CPUs are on node 0"])?;
+    refused(bed, &with, &[&function, &format!("on NUMA node {node}"), "CPUs are on node 0"])?;
     ensure!(driver(&function) == before, "the refused pod keeps {function}");
     let log = bed.log_length();
     bed.run(Runtime::Vial, &["--annotation", &annotation], &["true"])?.expect(0)?;
-    let warned = bed.lines_since(log, "is on NUMA node 1, and the pod's CPUs are on node 0");
+    let words = format!("is on NUMA node {node}, and the pod's CPUs are on node 0");
+    let warned = bed.lines_since(log, &words);
     ensure!(warned.len() == 1, "{} warnings of the function's node", warned.len());
     Ok(())
 }
 
-/// Huge pages of the second node, until dropped.
-struct Reserved(PathBuf);
+/// Huge pages of a node, until dropped.
+pub(super) struct Reserved(PathBuf);
 
 impl Reserved {
-    fn new(pages: u32) -> Result<Self> {
-        let reserved = Self(Path::new("/sys/devices/system/node/node1").join(HUGE_PAGES));
+    pub(super) fn new(node: &str, pages: u32) -> Result<Self> {
+        let reserved = Self(Path::new("/sys/devices/system/node").join(node).join(HUGE_PAGES));
         fs::write(reserved.0.join("nr_hugepages"), pages.to_string())?;
         ensure!(reserved.count("nr_hugepages")? == pages, "the host has too little memory");
         Ok(reserved)
     }
 
-    fn count(&self, file: &str) -> Result<u32> {
+    pub(super) fn count(&self, file: &str) -> Result<u32> {
         Ok(fs::read_to_string(self.0.join(file))?.trim().parse()?)
     }
 }
@@ -164,7 +169,7 @@ pub(crate) fn huge_pages_are_the_vms_from_its_start_and_given_back(bed: &Bed) ->
     let options = ["--annotation", "io.vial/hugepages=2Mi", "--cpuset-cpus", "0", "--cpuset-mems"];
     let of = |node: &'static str| [&options[..], &[node]].concat();
     refused(bed, &of("1"), &["needs 64 free pages of 2 MiB", "there are 0", "nr_hugepages"])?;
-    let reserved = Reserved::new(80)?;
+    let reserved = Reserved::new("node1", 80)?;
     refused(bed, &of("0"), &["needs 64 free pages of 2 MiB on NUMA node 0", "there are 0"])?;
     let gigantic = ["--annotation", "io.vial/hugepages=1Gi"];
     refused(bed, &gigantic, &["needs 1 free pages of 1024 MiB", "there are 0"])?;
