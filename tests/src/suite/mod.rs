@@ -108,6 +108,7 @@ pub(crate) fn cases() -> Vec<Case> {
         vhost_net::cri_vhost_net_carries_the_packets_of_a_vm_that_boots,
         queues::cri_network_of_several_cpus_has_its_queues_in_a_vm_that_boots,
         vhost_user::vhost_disk_holds_every_byte_though_its_backend_is_killed,
+        vhost_user::vhost_disk_of_a_vm_in_huge_pages_holds_every_byte,
         vhost_user::vhost_device_that_cannot_be_had_is_refused,
         vhost_user::vhost_file_system_is_the_hosts_directory,
         vhost_user::vhost_networks_of_two_pods_are_joined_by_a_switch_that_restarts,

@@ -12,6 +12,9 @@ use vial_tests::node::Configuration;
 
 use super::bed::{Bed, Runtime, run};
 use super::devices::{detached, refused};
+use super::faults;
+use super::placement::{Reserved, guest_memory};
+use crate::cri::pod::eventually;
 
 /// Where backends have their sockets and data. Not where containers leave traces.
 const PLACE: &str = "/var/lib/vial-suite-backends";
@@ -245,6 +248,52 @@ pub(crate) fn vhost_disk_holds_every_byte_though_its_backend_is_killed(bed: &Bed
     let outcome = bed.run(Runtime::Vial, &options, &["sh", "-c", &read])?.expect(0)?;
     ensure!(outcome.stdout == sha256(&file)?, "another VM reads other data: {outcome:?}");
     Ok(())
+}
+
+/// The memory of such a VM is a file of huge pages, which the backend has mapped as well, each anew.
+pub(crate) fn vhost_disk_of_a_vm_in_huge_pages_holds_every_byte(bed: &Bed) -> Result<()> {
+    let reserved = Reserved::new("node0", 80)?;
+    let place = Place::new()?;
+    let (file, socket) = (place.at("disk.img"), place.at("disk.sock"));
+    sparse(&file, 32 * MIB)?;
+    let mut backend = Backend::disk(&file, &socket, true)?;
+    let _configuration = listed("disk1", "blk", &socket, "path = \"/dev/fast\"\nqueues = 2")?;
+    let annotations =
+        ["--annotation", "io.vial/vhost-user=disk1", "--annotation", "io.vial/hugepages=2Mi"];
+    let container = detached(bed, &annotations)?;
+    let huge = |process: i32| -> Result<u64> {
+        let found = guest_memory(process)?;
+        let pages = found.iter().filter(|mapping| mapping.huge).flat_map(|one| one.pages.values());
+        Ok(pages.sum())
+    };
+    let vmm = huge(faults::process("vial-vmm", "")?)?;
+    ensure!(vmm == 64, "the VM has {vmm} huge pages");
+    ensure!(reserved.count("free_hugepages")? == 16, "others are free");
+    let disk = File::open(&file)?;
+    let script = writers();
+    let outcome = std::thread::scope(|scope| {
+        let writing = scope.spawn(|| container.exec(&[], &["sh", "-c", &script]));
+        let killed = reaches_round(&disk, 2).and_then(|()| {
+            let killed = std::mem::replace(&mut backend, Backend(Command::new("true").spawn()?));
+            killed.kill()?;
+            backend = Backend::disk(&file, &socket, true)?;
+            Ok(())
+        });
+        let outcome = writing.join().map_err(|_| anyhow::anyhow!("the writers' thread ended"));
+        killed.and_then(|()| outcome?)
+    })?
+    .expect(0)?;
+    ensure!(outcome.stdout == sha256(&file)?, "the guest reads other data: {outcome:?}");
+    ensure!(fs::read(&file)?[..REGIONS * REGION_BYTES] == written(), "the disk has other data");
+    let mapped = huge(i32::try_from(backend.0.id())?)?;
+    ensure!(mapped > 0, "the backend has mapped no huge pages");
+    drop(container);
+    bed.nothing_left()?;
+    // The backend holds the file, too, until it lets go of the connection that has ended.
+    eventually(|| {
+        ensure!(reserved.count("free_hugepages")? == 80, "they are not given back");
+        Ok(())
+    })
 }
 
 pub(crate) fn vhost_device_that_cannot_be_had_is_refused(bed: &Bed) -> Result<()> {
