@@ -2,7 +2,7 @@
 
 use std::ffi::{CString, c_long};
 
-use crate::{Tally, call, text};
+use crate::{Tally, call, taps, text};
 
 /// The most descriptors on one message.
 const MOST: usize = 64;
@@ -50,13 +50,7 @@ pub(crate) fn try_all(tally: &mut Tally, handed: &[i32]) {
             reopen(tally, *directory, *descriptor);
         }
     }
-    // TUNSETPERSIST, TUNSETOWNER, TUNSETIFF; KVM's own are what a VMM is for.
-    for request in [0x4004_54cb, 0x4004_54cc, 0x4004_54ca] {
-        for descriptor in handed {
-            let set = [(*descriptor).into(), request, 1, 0, 0, 0];
-            tally.call("change a tap", libc::SYS_ioctl, set);
-        }
-    }
+    taps::try_all(tally, handed);
     let mut found = handed.iter().filter(|descriptor| is_vhost_net(**descriptor));
     match found.next() {
         Some(vhost) => misuse_vhost_net(tally, *vhost),
@@ -84,6 +78,12 @@ fn misuse_vhost_net(tally: &mut Tally, vhost: i32) {
         let ask = [vhost.into(), request, argument.as_mut_ptr() as c_long, 0, 0, 0];
         tally.call(&format!("{what} by vhost-net"), libc::SYS_ioctl, ask);
     }
+    // A ring of packets for what is no network: itself, a standard stream, nothing (VHOST_NET_SET_BACKEND).
+    for descriptor in [vhost, 2, 1000] {
+        let backend = [0i32, descriptor];
+        let ask = [vhost.into(), 0x4008_af30, backend.as_ptr() as c_long, 0, 0, 0];
+        tally.call(&format!("carry packets for {descriptor}"), libc::SYS_ioctl, ask);
+    }
 }
 
 fn status(descriptor: i32) -> Option<libc::stat> {
@@ -100,8 +100,14 @@ fn is_of_a_path(descriptor: i32) -> bool {
 
 /// `/dev/vhost-net` (`VHOST_NET_MINOR`, linux/miscdevice.h).
 fn is_vhost_net(descriptor: i32) -> bool {
+    is_character_device(descriptor, (10, 238))
+}
+
+/// Whether it is one of these numbers.
+pub(crate) fn is_character_device(descriptor: i32, (major, minor): (u32, u32)) -> bool {
     status(descriptor).is_some_and(|status| {
-        status.st_mode & libc::S_IFMT == libc::S_IFCHR && status.st_rdev == libc::makedev(10, 238)
+        status.st_mode & libc::S_IFMT == libc::S_IFCHR
+            && status.st_rdev == libc::makedev(major, minor)
     })
 }
 

@@ -8,11 +8,16 @@
 //! `vial-adversary --driver INTERFACE`, in a privileged container of a pod, is a hostile guest
 //! instead ([`driver`]): it ends with 0 when each of its attempts broke the device and nothing
 //! else.
+//!
+//! `vial-adversary --without REQUEST PROGRAM ARGUMENT...` runs a program on a host that lacks something
+//! ([`without`]).
 #![allow(unsafe_code)]
 
 mod attempts;
 mod driver;
 mod handed;
+mod taps;
+mod without;
 
 use std::ffi::c_long;
 
@@ -65,6 +70,10 @@ fn main() {
                 std::process::exit(2);
             }
         }
+    }
+    if std::env::args().nth(1).as_deref() == Some("--without") {
+        eprintln!("nothing is run: {}", without::run(std::env::args().skip(2)));
+        std::process::exit(2);
     }
     let mut arguments = std::env::args().skip_while(|word| word != "--api-fd").skip(1);
     let socket = arguments.next().and_then(|number| number.parse().ok());

@@ -79,6 +79,8 @@ pub(crate) fn cases() -> Vec<Case> {
         queues::network_of_several_cpus_has_a_pair_of_queues_for_each,
         queues::network_of_several_cpus_has_its_queues_without_vhost_net,
         queues::network_has_the_pairs_of_the_cpus_that_were_there_when_it_came,
+        queues::network_has_one_pair_where_the_host_has_no_taps_of_several,
+        queues::network_of_several_cpus_leaves_nothing_when_vmm_or_shim_is_killed,
         volumes::volumes_are_the_same_as_with_runc,
         sockets::sockets_are_the_same_as_with_runc,
         sockets::sockets_of_a_pod_whose_shim_is_killed_are_let_go,

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::{IpAddr, TcpListener};
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
@@ -14,6 +15,7 @@ use super::vhost_net::{carriers_are_confined, configured, has_carriers, is_there
 use super::wire::*;
 use crate::suite::bed::{Bed, Runtime};
 use crate::suite::faults::{kill, process};
+use crate::suite::isolation::ADVERSARY;
 use crate::suite::network::echo_at_once;
 use crate::suite::sizes::limits;
 
@@ -230,4 +232,63 @@ pub(crate) fn network_has_the_pairs_of_the_cpus_that_were_there_when_it_came(
     flows(&container, GATEWAY)?;
     pod.end()?;
     bed.nothing_left()
+}
+
+/// The shim in a filter of system calls that knows no TUNSETQUEUE (linux/if_tun.h), as on a kernel without taps of
+/// several queues, until dropped.
+struct OneQueue;
+
+const SHIM: &str = "/usr/local/bin/containerd-shim-vial-v2";
+const KEPT: &str = "/usr/local/bin/containerd-shim-vial-v2.kept";
+
+impl OneQueue {
+    fn new() -> Result<Self> {
+        fs::rename(SHIM, KEPT)?;
+        let one = Self;
+        fs::write(
+            SHIM,
+            format!("#!/bin/sh\nexec {ADVERSARY} --without 0x400454d9 {KEPT} \"$@\"\n"),
+        )?;
+        fs::set_permissions(SHIM, fs::Permissions::from_mode(0o755))?;
+        Ok(one)
+    }
+}
+
+impl Drop for OneQueue {
+    fn drop(&mut self) {
+        if let Err(error) = fs::rename(KEPT, SHIM) {
+            println!("    | the shim is still called {KEPT}: {error}");
+        }
+    }
+}
+
+pub(crate) fn network_has_one_pair_where_the_host_has_no_taps_of_several(bed: &Bed) -> Result<()> {
+    let lacking = OneQueue::new()?;
+    let log = bed.log_length();
+    let pod = pod_of(2000)?;
+    let container = privileged(&pod)?;
+    ensure!(pairs(&container, "eth0")? == "1 of 1", "it has {}", pairs(&container, "eth0")?);
+    let cpus = container.exec("nproc")?;
+    ensure!(cpus.trim() == "2", "the pod has {cpus:?} CPUs");
+    let warned = bed.lines_since(log, "has one queue, not 2");
+    ensure!(warned.len() == 1, "{} warnings of one queue", warned.len());
+    flows(&container, GATEWAY)?;
+    pod.end()?;
+    drop(lacking);
+    bed.nothing_left()
+}
+
+pub(crate) fn network_of_several_cpus_leaves_nothing_when_vmm_or_shim_is_killed(
+    bed: &Bed,
+) -> Result<()> {
+    for (program, word) in [("vial-vmm", "--api-fd"), ("containerd-shim", "vial")] {
+        let pod = pod_of(2000)?;
+        let container = privileged(&pod)?;
+        ensure!(pairs(&container, "eth0")? == "2 of 2", "it has {}", pairs(&container, "eth0")?);
+        kill(process(program, word)?)?;
+        container.reaches(ContainerState::Exited)?;
+        pod.end()?;
+        bed.nothing_left().with_context(|| program)?;
+    }
+    Ok(())
 }
