@@ -172,15 +172,14 @@ impl Share {
         make_dir(&root)?;
         mount_root(&root, bundle, root_mounts, spec).await?;
         let binds = stage(spec, &staging, &dir)?;
-        // The kernel makes the table of all mounts of the host anew for each reading, so it is read once for all of these.
         // Until each is safe, it is where nothing spreads from: the VMM's file server, to which what is published comes at
         // once, has no way to the staging directory.
-        let staged = mounts_below(&staging).map_err(io("list the mounts below", &staging))?;
+        let staged = staged(&staging, &root, root_mounts, &binds)?;
         make_host_safe(&staged, &root, ReadOnly::None)?;
         publish(&root, &dir.join("rootfs"))?;
         let mut mounts = Vec::with_capacity(binds.len());
         for bind in binds {
-            let Bind { index, mount, name, receives } = bind;
+            let Bind { index, mount, name, receives, .. } = bind;
             let from = staging.join(&name);
             let read_only = ReadOnly::of(mount);
             let has_below = make_host_safe(&staged, &from, read_only)?;
@@ -196,7 +195,7 @@ impl Share {
                 sockets: false,
             });
         }
-        remove_tree(&staging).map_err(io("remove", &staging))?;
+        remove_places(&staging).map_err(io("remove", &staging))?;
         Ok(Shared { root: format!("{id}/rootfs"), mounts })
     }
 
@@ -263,6 +262,27 @@ impl ReadOnly {
     }
 }
 
+/// What is mounted in the staging directory of a container.
+///
+/// For each reading, the kernel makes the table of all mounts of the host anew, those of all other pods among them. So it is
+/// read once, and only if a mount may have brought others along.
+fn staged(
+    staging: &Path,
+    root: &Path,
+    root_mounts: &[RootMount],
+    binds: &[Bind<'_>],
+) -> Result<Vec<PathBuf>, ShareError> {
+    let root_is_one = match root_mounts {
+        [mount] => !mount.options.iter().any(|option| option == "rbind"),
+        _ => false,
+    };
+    if root_is_one && !binds.iter().any(|bind| bind.recursive) {
+        let binds = binds.iter().map(|bind| staging.join(&bind.name));
+        return Ok(std::iter::once(root.to_path_buf()).chain(binds).collect());
+    }
+    mounts_below(staging).map_err(io("list the mounts below", staging))
+}
+
 /// Makes those of all staged mounts safe for the host that are at and below a finished one, and
 /// answers whether there are any below. Those are few: what was mounted below a volume's source.
 fn make_host_safe(
@@ -318,6 +338,8 @@ struct Bind<'a> {
     name: String,
     /// Whether it receives what the host mounts below its source later.
     receives: bool,
+    /// Whether what is mounted below its source came with it.
+    recursive: bool,
 }
 
 /// Binds all volumes of a container in `staging`, and makes their places in `dir`.
@@ -333,15 +355,21 @@ fn stage<'a>(spec: &'a Spec, staging: &Path, dir: &Path) -> Result<Vec<Bind<'a>>
             )));
         }
         let name = index.to_string();
-        let receives = bind(mount, &staging.join(&name), &dir.join("mounts").join(&name))?;
-        binds.push(Bind { index, mount, name, receives });
+        let bound = bind(mount, &staging.join(&name), &dir.join("mounts").join(&name))?;
+        let Bound { receives, recursive } = bound;
+        binds.push(Bind { index, mount, name, receives, recursive });
     }
     Ok(binds)
 }
 
-/// Binds the source of `mount` at `staged`, with a like file or directory made at `place`. Answers whether it receives what the
-/// host mounts below the source later.
-fn bind(mount: &Mount, staged: &Path, place: &Path) -> Result<bool, ShareError> {
+/// What a bind mount has that its source has. See [`Bind`].
+struct Bound {
+    receives: bool,
+    recursive: bool,
+}
+
+/// Binds the source of `mount` at `staged`, with a like file or directory made at `place`.
+fn bind(mount: &Mount, staged: &Path, place: &Path) -> Result<Bound, ShareError> {
     let Some(source) = mount.source.as_ref().filter(|source| source.is_absolute()) else {
         return Err(ShareError::Spec(format!(
             "the mount at {} has no absolute source",
@@ -368,10 +396,11 @@ fn bind(mount: &Mount, staged: &Path, place: &Path) -> Result<bool, ShareError> 
             std::fs::File::create_new(path).map_err(io("create", path))?;
         }
     }
-    let bound = if mount.has_option("bind") && !mount.has_option("rbind") {
-        rustix::mount::mount_bind(source, staged)
-    } else {
-        rustix::mount::mount_bind_recursive(source, staged)
+    // Nothing is mounted below what is no directory.
+    let recursive = kind.is_dir() && (mount.has_option("rbind") || !mount.has_option("bind"));
+    let bound = match recursive {
+        true => rustix::mount::mount_bind_recursive(source, staged),
+        false => rustix::mount::mount_bind(source, staged),
     };
     bound.map_err(|error| absent(error.into()))?;
     // What the host mounts below the source later is the container's to see only when its spec
@@ -384,7 +413,7 @@ fn bind(mount: &Mount, staged: &Path, place: &Path) -> Result<bool, ShareError> 
         MountPropagationFlags::PRIVATE | MountPropagationFlags::REC
     };
     rustix::mount::mount_change(staged, propagation).map_err(io("isolate", staged))?;
-    Ok(receives)
+    Ok(Bound { receives, recursive })
 }
 
 /// `/dev/null` and its like, which the guest's kernel has too: the "mem" class, major 1, less
@@ -449,6 +478,19 @@ pub fn remove_tree(dir: &Path) -> std::io::Result<()> {
     }
 }
 
+/// Removes `dir` with the empty places for mounts that are in it. None of them can be one where something is mounted, or of
+/// which something is left: so no table of mounts needs to be looked at before.
+fn remove_places(dir: &Path) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        match entry.file_type()?.is_dir() {
+            true => std::fs::remove_dir(entry.path())?,
+            false => std::fs::remove_file(entry.path())?,
+        }
+    }
+    std::fs::remove_dir(dir)
+}
+
 /// The mount points at and below `dir`, in the order of their mounting.
 fn mounts_below(dir: &Path) -> std::io::Result<Vec<PathBuf>> {
     let table = std::fs::read("/proc/self/mountinfo")?;
@@ -502,17 +544,89 @@ mod tests {
         );
     }
 
+    fn volume(source: &Path, option: &str) -> Mount {
+        Mount {
+            destination: "/data".into(),
+            kind: Some("bind".into()),
+            source: Some(source.into()),
+            options: vec![option.into()],
+        }
+    }
+
+    /// Unmounts what a test has mounted, however it ends.
+    struct Mounted<'a>(&'a Path);
+
+    impl Drop for Mounted<'_> {
+        fn drop(&mut self) {
+            let _ = unmount_below(self.0);
+        }
+    }
+
+    #[test]
+    fn places_are_removed_and_what_is_mounted_there_is_not() {
+        let make_file = |path: &Path| std::fs::write(path, b"kept").unwrap();
+        let make_directory = |path: &Path| make_dir(path).unwrap();
+        for make in [&make_file as &dyn Fn(&Path), &make_directory] {
+            let dir = tempfile::tempdir().unwrap();
+            let (source, places) = (dir.path().join("source"), dir.path().join("places"));
+            let place = places.join("0");
+            make_directory(&places);
+            make_directory(&places.join("empty"));
+            make(&source);
+            make(&place);
+            rustix::mount::mount_bind(&source, &place).expect("run the tests as root");
+            let mounted = Mounted(dir.path());
+            let error = remove_places(&places).unwrap_err();
+            assert_eq!(error.kind(), std::io::ErrorKind::ResourceBusy);
+            drop(mounted);
+            remove_places(&places).unwrap();
+            assert!(!places.exists() && source.exists());
+        }
+    }
+
+    #[test]
+    fn mounts_that_may_have_come_along_are_looked_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let [source, file, staging, places] =
+            ["source", "source/file", "staging", "places"].map(|name| dir.path().join(name));
+        for path in [&source, &staging, &places] {
+            make_dir(path).unwrap();
+        }
+        std::fs::write(&file, b"text").unwrap();
+        make_dir(&source.join("below")).unwrap();
+        let _mounted = Mounted(dir.path());
+        let below = source.join("below");
+        rustix::mount::mount_bind(&below, &below).expect("run the tests as root");
+
+        let root = staging.join("rootfs");
+        let volumes = [(&file, "rbind"), (&source, "bind"), (&source, "rbind")];
+        let volumes = volumes.map(|(source, option)| volume(source, option));
+        let mut binds = Vec::new();
+        for (index, mount) in (0..).zip(&volumes) {
+            let name = index.to_string();
+            let bound = bind(mount, &staging.join(&name), &places.join(&name)).unwrap();
+            let Bound { receives, recursive } = bound;
+            binds.push(Bind { index, mount, name, receives, recursive });
+        }
+        let overlay =
+            |option: &str| vec![RootMount { options: vec![option.into()], ..RootMount::default() }];
+        let list = |options: &str, binds: &[Bind<'_>]| {
+            let mounts = staged(&staging, &root, &overlay(options), binds).unwrap();
+            let names = mounts.iter().map(|mount| mount.strip_prefix(&staging).unwrap());
+            names.map(|name| name.to_str().unwrap().to_owned()).collect::<Vec<_>>()
+        };
+        // Nothing is mounted as root here, so the table does not have it.
+        assert_eq!(list("lowerdir=/a", &binds[..2]), ["rootfs", "0", "1"]);
+        assert_eq!(list("lowerdir=/a", &binds), ["0", "1", "2", "2/below"]);
+        assert_eq!(list("rbind", &binds[..2]), ["0", "1", "2", "2/below"]);
+    }
+
     #[test]
     fn absent_source_is_named() {
         let dir = tempfile::tempdir().unwrap();
-        let mount = Mount {
-            destination: "/data".into(),
-            kind: Some("bind".into()),
-            source: Some("/nowhere/data".into()),
-            options: vec!["rbind".into()],
-        };
+        let mount = volume(Path::new("/nowhere/data"), "rbind");
         let (staged, place) = (dir.path().join("0"), dir.path().join("1"));
-        let error = bind(&mount, &staged, &place).unwrap_err().to_string();
+        let error = bind(&mount, &staged, &place).map(|_| ()).unwrap_err().to_string();
         assert!(error.contains("/nowhere/data") && error.contains("/data"), "{error}");
     }
 }
