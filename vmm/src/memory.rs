@@ -17,7 +17,7 @@ use vm_memory::{
     FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap, GuestRegionMmap, MmapRegion,
 };
 
-pub use self::huge::{HUGE_PAGE_BYTES, gather, write_pages};
+pub use self::huge::{HUGE_PAGE_BYTES, gather, keep_small, write_pages};
 pub use self::image::{Image, ImageError};
 use crate::arch::layout::{HIGH_RAM_START, LOW_RAM_END};
 use crate::devices::mem::Room;

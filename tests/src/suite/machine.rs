@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use vial_rootfs::erofs::{self, Content, Entry};
@@ -66,8 +66,24 @@ fn machine(script: &str, disks: &[(&Path, bool)]) -> Result<Ended> {
 /// As [`machine`], its kernel told some more words.
 fn machine_told(script: &str, disks: &[(&Path, bool)], words: &str) -> Result<Ended> {
     let scratch = tempfile::tempdir()?;
-    let console = scratch.path().join("console");
-    let root = scratch.path().join("image");
+    let (mut vmm, console) = started(scratch.path(), script, disks, words)?;
+    let (reason, status) = vmm.ended()?;
+    let Some(status) = status.code() else {
+        bail!("signal {:?} ended the VMM", status.signal());
+    };
+    let console = String::from_utf8_lossy(&fs::read(&console)?).replace('\r', "");
+    Ok(Ended { console, reason, status })
+}
+
+/// Starts a machine, with its files in a directory, and tells where its console is.
+fn started(
+    scratch: &Path,
+    script: &str,
+    disks: &[(&Path, bool)],
+    words: &str,
+) -> Result<(Vmm, PathBuf)> {
+    let console = scratch.join("console");
+    let root = scratch.join("image");
     fs::write(&root, image(script)?)?;
     let mut files = Files::default();
     let both = || OpenOptions::new().read(true).write(true).clone();
@@ -101,12 +117,7 @@ fn machine_told(script: &str, disks: &[(&Path, bool)], words: &str) -> Result<En
     let program = setting("vmm", "/usr/lib/vial/vial-vmm")?;
     let mut vmm = Vmm::start(&PathBuf::from(program), PATIENCE)?;
     vmm.boot(config, &files)?;
-    let (reason, status) = vmm.ended()?;
-    let Some(status) = status.code() else {
-        bail!("signal {:?} ended the VMM", status.signal());
-    };
-    let console = String::from_utf8_lossy(&fs::read(&console)?).replace('\r', "");
-    Ok(Ended { console, reason, status })
+    Ok((vmm, console))
 }
 
 /// A disk of zeros but for its last sector.
@@ -202,7 +213,7 @@ pub(crate) fn end_of_the_guest_is_told(_: &Bed) -> Result<()> {
     Ok(())
 }
 
-/// The kernel's own change (`kernel-config/returns.c`) makes no difference but in time, whichever way this processor wants
+/// The kernel's own change (`kernel-config/sight.c`) makes no difference but in time, whichever way this processor wants
 /// its returns.
 pub(crate) fn returns_of_the_guests_kernel_are_all_patched(_: &Bed) -> Result<()> {
     let script = r#"
@@ -223,4 +234,43 @@ pub(crate) fn returns_of_the_guests_kernel_are_all_patched(_: &Bed) -> Result<()
         }
     }
     Ok(())
+}
+
+/// The most of a huge page that is brought in where the kernel's file leaves padding out, in KiB: an eighth is worth it.
+const MOST_SPARSE_KIB: u64 = 256;
+
+/// What little lies alone in the kernel costs little memory, and the kernel, its text for user processes there, works with
+/// and without page tables of their own for those.
+pub(crate) fn padding_of_the_guests_kernel_takes_no_memory(_: &Bed) -> Result<()> {
+    for words in ["mitigations=off", "mitigations=auto pti=on"] {
+        let scratch = tempfile::tempdir()?;
+        let (vmm, console) = started(scratch.path(), "echo 'up now'; sleep 1000", &[], words)?;
+        let begun = Instant::now();
+        while !String::from_utf8_lossy(&fs::read(&console)?).contains("up now") {
+            ensure!(begun.elapsed() < PATIENCE, "{words}: the guest says nothing");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        let path = format!("/proc/{}/smaps", vmm.pid());
+        let maps = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
+        let kib = small_pages(&maps).with_context(|| format!("{words}: {maps}"))?;
+        ensure!((1..=MOST_SPARSE_KIB).contains(&kib), "{words}: {kib} KiB are brought in");
+    }
+    Ok(())
+}
+
+/// How many KiB are there of the mapping that is as large as a huge page and is to have none
+/// (Documentation/filesystems/proc.rst, smaps).
+fn small_pages(maps: &str) -> Result<u64> {
+    let mut sizes = (0, 0);
+    for line in maps.lines() {
+        let mut words = line.split_whitespace();
+        let name = words.next().unwrap_or_default();
+        match name {
+            "Size:" => sizes.0 = words.next().context("no size")?.parse()?,
+            "Rss:" => sizes.1 = words.next().context("no size")?.parse()?,
+            "VmFlags:" if sizes.0 == 2048 && words.any(|flag| flag == "nh") => return Ok(sizes.1),
+            _ => {}
+        }
+    }
+    bail!("no mapping of 2 MiB is without huge pages")
 }

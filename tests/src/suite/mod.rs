@@ -79,6 +79,7 @@ pub(crate) fn cases() -> Vec<Case> {
         machine::disk_that_is_read_only_stays_as_it_is,
         machine::end_of_the_guest_is_told,
         machine::returns_of_the_guests_kernel_are_all_patched,
+        machine::padding_of_the_guests_kernel_takes_no_memory,
         isolation::vmm_is_jailed_with_each_of_its_threads,
         cores::pod_has_its_cores_to_itself,
         isolation::hostile_program_in_place_of_the_vmm_gets_nowhere,

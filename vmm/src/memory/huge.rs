@@ -6,6 +6,10 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 use std::ptr::null_mut;
 
+use vm_memory::{GuestAddress, GuestMemory};
+
+use super::GuestRam;
+
 /// Bytes of a huge page, as a table of the processor's maps it.
 pub const HUGE_PAGE_BYTES: u64 = 2 << 20;
 const PAGE_BYTES: usize = 4096;
@@ -37,6 +41,18 @@ pub fn gather(file: &File, used: &[u16]) -> io::Result<u32> {
     // SAFETY: as above; nothing points into it any more.
     unsafe { libc::munmap(start.cast(), bytes as usize) };
     Ok(gathered)
+}
+
+/// Asks the kernel to bring in the huge page of guest memory that begins at `start` by pages of the usual size, as they are
+/// touched. Of memory that is in huge pages whatever the kernel is asked (hugetlbfs), or on a kernel that knows none, it is
+/// no more than asked.
+pub fn keep_small(ram: &GuestRam, start: u64) {
+    let bytes = HUGE_PAGE_BYTES as usize;
+    if let Ok(slice) = ram.get_slice(GuestAddress(start), bytes) {
+        let at = slice.ptr_guard_mut().as_ptr().cast();
+        // SAFETY: the range is a mapping of guest memory, and what is in it stays as it is.
+        unsafe { libc::madvise(at, bytes, libc::MADV_NOHUGEPAGE) };
+    }
 }
 
 /// Writes `bytes` bytes into a file from `offset` on, page by page as `read` has them by their place behind that, and leaves holes
@@ -154,7 +170,7 @@ pub(super) fn map(
 mod tests {
     use std::os::unix::fs::FileExt;
 
-    use vm_memory::{Bytes, GuestAddress, GuestMemory};
+    use vm_memory::Bytes;
 
     use super::*;
     use crate::devices::mem::Room;

@@ -11,7 +11,8 @@ use super::layout::{
     ACPI_REGION_END, ACPI_START, BASE_RAM_END, COMMAND_LINE_MAX, COMMAND_LINE_START, ECAM_SIZE,
     ECAM_START, HIGH_RAM_START, IMAGE_START, KERNEL_START, LOW_RAM_END, ZERO_PAGE_START,
 };
-use crate::memory::GuestRam;
+use super::segments;
+use crate::memory::{self, GuestRam};
 
 /// Why a kernel could not be made ready to boot.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +52,11 @@ pub const IMAGE_ROOT: &str =
 /// # Errors
 /// It is no 64-bit ELF file, it is cut off, or it does not fit.
 pub fn load_kernel(ram: &GuestRam, kernel: &mut File) -> Result<KernelLoaderResult, BootError> {
+    // A file that has no such headers is refused below.
+    let segments = segments::read(kernel).unwrap_or_default();
+    for page in segments::sparse(&segments, low_ram_end(ram)) {
+        memory::keep_small(ram, page);
+    }
     let loaded = Elf::load(ram, None, kernel, None).map_err(BootError::Kernel)?;
     let ram_end = low_ram_end(ram);
     let (start, end) = (loaded.kernel_load.0, loaded.kernel_end);
@@ -164,6 +170,34 @@ mod tests {
         assert_eq!(loaded.kernel_load, GuestAddress(0x100_0000));
         let text: [u8; 4] = ram.read_obj(GuestAddress(0x100_0000)).unwrap();
         assert_eq!(&text, b"boot");
+    }
+
+    #[test]
+    fn kernel_with_little_alone_in_a_huge_page_is_loaded_all_the_same() {
+        let ram = map_ram(32 << 20).unwrap();
+        let place = [(0x100_0000, 0x1000), (0x120_0000, 1), (0x140_0000, 0x1000)];
+        let mut bytes = vec![0; 64 + 3 * 56];
+        bytes[..8].copy_from_slice(&[0x7f, b'E', b'L', b'F', 2, 1, 1, 0]);
+        bytes[16..20].copy_from_slice(&[2, 0, 0x3e, 0]);
+        bytes[20] = 1;
+        bytes[24..32].copy_from_slice(&0x100_0000u64.to_le_bytes());
+        bytes[32..40].copy_from_slice(&64u64.to_le_bytes());
+        bytes[54..58].copy_from_slice(&[56, 0, 3, 0]);
+        for (number, (address, length)) in place.into_iter().enumerate() {
+            let header = &mut bytes[64 + number * 56..][..56];
+            header[0] = 1;
+            let numbers = [0, address, address, length, length, 0x1000u64];
+            for (at, number) in (8..).step_by(8).zip(numbers) {
+                header[at..at + 8].copy_from_slice(&number.to_le_bytes());
+            }
+        }
+        bytes.resize(0x1000, 7);
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&bytes).unwrap();
+        let loaded = load_kernel(&ram, &mut file).unwrap();
+        assert_eq!(loaded.kernel_end, 0x140_1000);
+        let of_huge_page: [u8; 2] = ram.read_obj(GuestAddress(0x120_0000)).unwrap();
+        assert_eq!(of_huge_page, [0x7f, 0]);
     }
 
     #[test]

@@ -7,4 +7,5 @@ pub mod cpuid;
 pub mod generation;
 pub mod layout;
 pub mod registers;
+mod segments;
 pub mod vcpu_state;
