@@ -110,12 +110,13 @@ mod tests {
             segment(TYPE_LOAD, MIB, 0),
             segment(TYPE_LOAD + 1, MIB, MIB),
             segment(TYPE_LOAD, 2 * MIB, MIB),
+            segment(TYPE_LOAD, 4 * MIB, 1),
         ];
         for (place, segment) in (64..).step_by(size_of::<Elf64_Phdr>()).zip(segments) {
             file.write_all_at(segment.as_slice(), place).unwrap();
         }
-        file.write_all_at(header(64, 4).as_slice(), 0).unwrap();
-        assert_eq!(read(&file).unwrap(), [2 * MIB..3 * MIB]);
+        file.write_all_at(header(64, 5).as_slice(), 0).unwrap();
+        assert_eq!(read(&file).unwrap(), [2 * MIB..3 * MIB, 4 * MIB..4 * MIB + 1]);
     }
 
     proptest! {
