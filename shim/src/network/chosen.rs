@@ -17,6 +17,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use base64::{Engine, prelude::BASE64_STANDARD as STANDARD};
 use serde::Deserialize;
 use serde_json::Value;
 use vial_agent_protocol::{MAX_ADDRESSES, MAX_INTERFACES, MAX_ROUTES, agent};
@@ -100,8 +101,8 @@ pub enum ReadError {
     #[error("it is not of CNI's form: {0}")]
     Form(#[from] serde_json::Error),
     /// Its configuration is not what the library writes.
-    #[error("its configuration is not written in base64")]
-    Base64,
+    #[error("its configuration is not written in base64: {0}")]
+    Base64(#[from] base64::DecodeError),
     /// A value is none.
     #[error("its {what} is {value:?}")]
     Value {
@@ -314,7 +315,7 @@ fn configured(cached: &Cached) -> Result<Vec<String>, ReadError> {
     };
     add(cached.capability_args.get("deviceID"));
     if let Some(config) = &cached.config {
-        let config: Value = serde_json::from_slice(&from_base64(config)?)?;
+        let config: Value = serde_json::from_slice(&STANDARD.decode(config)?)?;
         let plugins = config.get("plugins").and_then(Value::as_array);
         for one in std::iter::once(&config).chain(plugins.into_iter().flatten()) {
             // sriov-cni's key, host-device's, and what a runtime hands to a plugin that asks for it.
@@ -417,33 +418,6 @@ fn at_most(what: &'static str, count: usize, limit: usize) -> Result<(), ReadErr
 
 fn wrong(what: &'static str, value: &str) -> ReadError {
     ReadError::Value { what, value: value.chars().take(64).collect() }
-}
-
-/// The bytes that a text in base64 stands for (RFC 4648, section 4).
-fn from_base64(text: &str) -> Result<Vec<u8>, ReadError> {
-    let digits = text.trim_end_matches('=').as_bytes();
-    if !text.len().is_multiple_of(4) || text.len() - digits.len() > 2 {
-        return Err(ReadError::Base64);
-    }
-    let mut bytes = Vec::with_capacity(text.len() / 4 * 3);
-    for group in digits.chunks(4) {
-        let mut bits = 0_u32;
-        for digit in group {
-            let value = match digit {
-                b'A'..=b'Z' => digit - b'A',
-                b'a'..=b'z' => digit - b'a' + 26,
-                b'0'..=b'9' => digit - b'0' + 52,
-                b'+' => 62,
-                b'/' => 63,
-                _ => return Err(ReadError::Base64),
-            };
-            bits = bits << 6 | u32::from(value);
-        }
-        // Of a group that is short, what is missing was zero.
-        let whole = bits << (6 * (4 - group.len()));
-        bytes.extend_from_slice(&whole.to_be_bytes()[1..group.len()]);
-    }
-    Ok(bytes)
 }
 
 #[cfg(test)]

@@ -12,18 +12,7 @@ fn functions() -> Vec<Address> {
 }
 
 fn to_base64(bytes: &[u8]) -> String {
-    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut text = String::new();
-    for group in bytes.chunks(3) {
-        let mut whole = [0; 4];
-        whole[1..=group.len()].copy_from_slice(group);
-        let bits = u32::from_be_bytes(whole);
-        for at in 0..4 {
-            let digit = DIGITS[(bits >> (18 - 6 * at)) as usize & 63];
-            text.push(if at > group.len() { '=' } else { digit.into() });
-        }
-    }
-    text
+    STANDARD.encode(bytes)
 }
 
 /// A file as Multus leaves it of sriov-cni's result for a function that is bound to vfio-pci.
@@ -174,7 +163,7 @@ fn what_is_wrong_is_said() {
     assert!(error.to_string().contains(OTHER), "{error}");
     let mut file = file(&config(), result());
     file["config"] = json!("!");
-    assert!(matches!(told(&file), Err(ReadError::Base64)));
+    assert!(matches!(told(&file), Err(ReadError::Base64(_))));
 }
 
 /// A cache with these files, and a second that is absent.
@@ -229,11 +218,6 @@ fn results_that_contradict_each_other_are_refused() {
 
 proptest! {
     #[test]
-    fn base64_is_read_as_it_is_written(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
-        prop_assert_eq!(from_base64(&to_base64(&bytes)).unwrap(), bytes);
-    }
-
-    #[test]
     fn no_file_breaks_the_reader(bytes in proptest::collection::vec(any::<u8>(), 0..256), at in 0..900_usize) {
         let _ = read(&bytes, ID, &functions());
         let mut text = file(&config(), result()).to_string().into_bytes();
@@ -241,6 +225,5 @@ proptest! {
         let end = text.len().min(at + bytes.len());
         text[at..end].copy_from_slice(&bytes[..end - at]);
         let _ = read(&text, ID, &functions());
-        let _ = from_base64(&String::from_utf8_lossy(&bytes));
     }
 }
