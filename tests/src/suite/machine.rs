@@ -18,6 +18,8 @@ use super::bed::{Bed, run};
 /// How long a machine may be silent.
 const PATIENCE: Duration = Duration::from_secs(120);
 const DISK_BYTES: u64 = 64 << 20;
+/// What memory a machine has.
+const MACHINE_BYTES: u64 = 128 << 20;
 /// What the guest finds at the last sector of a disk, where a size that is rounded shows.
 const LAST_WORDS: &[u8; 16] = b"the last sector!";
 
@@ -101,7 +103,7 @@ fn started(
         version: API_VERSION,
         kvm: files.add(both().open("/dev/kvm")?),
         vcpus: 1,
-        memory_mib: 128,
+        memory_mib: (MACHINE_BYTES >> 20) as u32,
         kernel: files.add(File::open(&kernel).with_context(|| format!("open {kernel}"))?),
         image: Some(files.add(File::open(&root)?)),
         command_line: format!(
@@ -258,19 +260,38 @@ pub(crate) fn padding_of_the_guests_kernel_takes_no_memory(_: &Bed) -> Result<()
     Ok(())
 }
 
-/// How many KiB are there of the mapping that is as large as a huge page and is to have none
+/// How many KiB are brought in of the guest's memory that is to have no huge page: one in the middle of it
 /// (Documentation/filesystems/proc.rst, smaps).
 fn small_pages(maps: &str) -> Result<u64> {
-    let mut sizes = (0, 0);
+    #[derive(Default)]
+    struct Mapping {
+        range: (u64, u64),
+        resident_kib: u64,
+        small: bool,
+    }
+    let mut mappings = Vec::<Mapping>::new();
     for line in maps.lines() {
         let mut words = line.split_whitespace();
         let name = words.next().unwrap_or_default();
-        match name {
-            "Size:" => sizes.0 = words.next().context("no size")?.parse()?,
-            "Rss:" => sizes.1 = words.next().context("no size")?.parse()?,
-            "VmFlags:" if sizes.0 == 2048 && words.any(|flag| flag == "nh") => return Ok(sizes.1),
-            _ => {}
+        let mut number = || words.next().context("no size")?.parse().context("a size");
+        if let Some((start, end)) = name.split_once('-') {
+            let range = (u64::from_str_radix(start, 16)?, u64::from_str_radix(end, 16)?);
+            mappings.push(Mapping { range, ..Mapping::default() });
+        } else if let Some(mapping) = mappings.last_mut() {
+            match name {
+                "Rss:" => mapping.resident_kib = number()?,
+                "VmFlags:" => mapping.small = words.any(|flag| flag == "nh"),
+                _ => {}
+            }
         }
     }
-    bail!("no mapping of 2 MiB is without huge pages")
+    let memory = mappings.windows(3).find_map(|mappings| {
+        let [before, page, after] = mappings else { return None };
+        let together = before.range.1 == page.range.0 && page.range.1 == after.range.0;
+        let all = after.range.1.checked_sub(before.range.0)? == MACHINE_BYTES;
+        let one = page.range.1 - page.range.0 == 2 << 20;
+        let small = [before, page, after].map(|mapping| mapping.small);
+        (together && all && one && small == [false, true, false]).then_some(page.resident_kib)
+    });
+    memory.context("the guest's memory has no part of 2 MiB that is without huge pages")
 }
