@@ -12,7 +12,8 @@ use client::{Attachments, Vmm};
 use guests::{POWER_OFF, Request, attach, file, kernel, out, request, start, tap, tap_queues};
 use vial_vmm_api::{
     Action, Descriptor, DeviceConfig, DiskShape, Event, ExitReason, Failure, FailureKind,
-    MAX_LATE_DISKS, MAX_LATE_INTERFACES, MAX_PASSED_FUNCTIONS, Reply, VmState,
+    IMAGE_MAGIC, IMAGE_MAGIC_AT, MAX_LATE_DISKS, MAX_LATE_INTERFACES, MAX_PASSED_FUNCTIONS, Reply,
+    VmState,
 };
 
 /// `mov eax, [address]; mov dx, 0x3f8; out dx, al; shr eax, 8; …` for all four bytes.
@@ -92,6 +93,7 @@ fn image_is_there_to_read_and_what_a_guest_writes_to_it_goes_nowhere() {
     code.extend(out(POWER_OFF.0, POWER_OFF.1));
     let mut image = vec![0; 2 << 20];
     image[..4].copy_from_slice(b"head");
+    image[IMAGE_MAGIC_AT as usize..][..IMAGE_MAGIC.len()].copy_from_slice(&IMAGE_MAGIC);
     image[(2 << 20) - 8..].copy_from_slice(b"the tail");
     let mut file = file(&image);
     let mut console = tempfile::tempfile().unwrap();
