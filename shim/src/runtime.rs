@@ -54,6 +54,8 @@ use crate::{
 
 /// The name that containerd knows the runtime by.
 pub const RUNTIME: &str = "io.containerd.vial.v2";
+/// How containerd calls the OCI's features in what a shim says of itself.
+const FEATURES_URL: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
 /// What containerd takes for its program.
 pub const PROGRAM: &str = "containerd-shim-vial-v2";
 
@@ -159,12 +161,33 @@ fn bundle() -> Result<PathBuf, RuntimeError> {
 fn info() -> Result<Vec<u8>, RuntimeError> {
     let version =
         RuntimeVersion { version: env!("CARGO_PKG_VERSION").into(), ..Default::default() };
+    let features = Any {
+        type_url: FEATURES_URL.into(),
+        value: features().to_string().into_bytes(),
+        ..Default::default()
+    };
     let info = RuntimeInfo {
         name: RUNTIME.into(),
         version: MessageField::some(version),
+        features: MessageField::some(features),
         ..Default::default()
     };
     encode(&info)
+}
+
+/// What of the OCI specification is there (runtime-spec, features.md), as far as somebody asks: containerd, which offers the
+/// kubelet mounts that are read-only with all that is below them when the list has `rro`.
+fn features() -> serde_json::Value {
+    serde_json::json!({
+        "ociVersionMin": "1.0.0",
+        "ociVersionMax": "1.2.0",
+        "mountOptions": [
+            "bind", "rbind", "ro", "rw", "rro", "nosuid", "nodev", "noexec", "private", "rprivate", "slave",
+            "rslave", "shared", "rshared",
+        ],
+        // containerd 2 ends when there is none of this. User namespaces are not in the list.
+        "linux": { "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "uts"] },
+    })
 }
 
 fn encode(message: &impl Message) -> Result<Vec<u8>, RuntimeError> {
@@ -483,6 +506,19 @@ mod tests {
 
     fn flags() -> Flags {
         Flags { id: "demo".into(), namespace: "default".into(), ..Default::default() }
+    }
+
+    #[test]
+    fn shim_says_what_it_has_of_the_specification() {
+        let told = RuntimeInfo::parse_from_bytes(&info().unwrap()).unwrap();
+        assert_eq!(told.name, RUNTIME);
+        assert_eq!(told.features.type_url, FEATURES_URL);
+        // As containerd reads it.
+        let features: serde_json::Value = serde_json::from_slice(&told.features.value).unwrap();
+        let options = features["mountOptions"].as_array().unwrap();
+        assert!(options.iter().any(|option| option == "rro"));
+        let namespaces = features["linux"]["namespaces"].as_array().unwrap();
+        assert!(namespaces.iter().all(|namespace| namespace != "user"), "none are offered");
     }
 
     #[test]

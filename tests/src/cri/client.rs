@@ -1,5 +1,6 @@
 //! CRI as a kubelet calls it.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -40,6 +41,13 @@ impl Cri {
 
     pub(crate) fn version(&self) -> Result<VersionResponse> {
         self.call("Version", &VersionRequest::default())
+    }
+
+    /// What each handler offers, by its name.
+    pub(crate) fn handlers(&self) -> Result<BTreeMap<String, RuntimeHandlerFeatures>> {
+        let answer: StatusResponse = self.call("Status", &Empty {})?;
+        let handlers = answer.runtime_handlers.into_iter();
+        Ok(handlers.map(|one| (one.name, one.features.unwrap_or_default())).collect())
     }
 
     /// Names of all images.

@@ -82,6 +82,7 @@ pub(crate) fn cases() -> Vec<Case> {
         queues::network_has_one_pair_where_the_host_has_no_taps_of_several,
         queues::network_of_several_cpus_leaves_nothing_when_vmm_or_shim_is_killed,
         volumes::volumes_are_the_same_as_with_runc,
+        volumes::volumes_are_read_only_with_what_is_below,
         sockets::sockets_are_the_same_as_with_runc,
         sockets::sockets_of_a_pod_whose_shim_is_killed_are_let_go,
         disks::block_volumes_are_the_same_as_with_runc,

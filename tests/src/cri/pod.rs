@@ -220,6 +220,7 @@ impl ContainerConfig {
             host_path: host.display().to_string(),
             readonly,
             propagation: Propagation::Private.into(),
+            recursive_read_only: false,
         });
         self
     }

@@ -5,8 +5,9 @@ use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
+use super::client::Cri;
 use super::log::stream;
 use super::pod::{Pod, eventually, idle, same_in_a_pod, sh};
 use super::wire::*;
@@ -98,6 +99,35 @@ fn mounts_below(pod: &Pod) -> Result<String> {
     drop(mount);
     fs::remove_dir(&below)?;
     Ok(told + &container.exec("ls /ro /rw")?)
+}
+
+/// containerd asks shims of the type of runc's what they have, and lets pods of those alone ask for volumes that are
+/// read-only with all that is mounted below.
+pub(crate) fn volumes_are_read_only_with_what_is_below(bed: &Bed) -> Result<()> {
+    let offered = Cri::new().handlers()?;
+    for (handler, recursive) in [("runc", true), ("vial-features", true), ("vial", false)] {
+        let features = offered.get(handler).with_context(|| format!("no handler {handler}"))?;
+        ensure!(features.recursive_read_only_mounts == recursive, "{handler}: {features:?}");
+        ensure!(!handler.starts_with("vial") || !features.user_namespaces, "{features:?}");
+    }
+    // Where it is not offered a kubelet does not ask, and containerd 2.1 ends if one does.
+    for handler in ["runc", "vial-features"] {
+        let pod = Pod::of_handler(handler, |_| ())?;
+        let volume = pod.make_directory("above")?;
+        let below = volume.join("below");
+        let mount = HostMount::tmpfs(&below, "size=1m,mode=777")?;
+        let mut config = idle().volume(&volume, "/rro", true);
+        config.mounts[0].recursive_read_only = true;
+        let container = pod.start(config)?;
+        let told =
+            container.exec("echo one >/rro/file; echo $?; echo two >/rro/below/file; echo $?")?;
+        ensure!(told == "1\n1\n", "{handler}: {told:?}");
+        ensure!(!below.join("file").exists(), "{handler} writes to the host");
+        drop(container);
+        pod.end()?;
+        drop(mount);
+    }
+    bed.nothing_left()
 }
 
 fn memory(pod: &Pod) -> Result<String> {

@@ -79,6 +79,17 @@ messages! {
         [string] runtime_name: String = 2;
         [string] runtime_version: String = 3;
     }
+    StatusResponse {
+        [message, repeated] runtime_handlers: Vec<RuntimeHandler> = 3;
+    }
+    RuntimeHandler {
+        [string] name: String = 1;
+        [message, optional] features: Option<RuntimeHandlerFeatures> = 2;
+    }
+    RuntimeHandlerFeatures {
+        [bool] recursive_read_only_mounts: bool = 1;
+        [bool] user_namespaces: bool = 2;
+    }
     RunPodSandboxRequest {
         [message, optional] config: Option<PodSandboxConfig> = 1;
         [string] runtime_handler: String = 2;
@@ -234,6 +245,7 @@ messages! {
         [string] host_path: String = 2;
         [bool] readonly: bool = 3;
         [enumeration = "Propagation"] propagation: i32 = 5;
+        [bool] recursive_read_only: bool = 8;
     }
     Device {
         [string] container_path: String = 1;
