@@ -123,9 +123,9 @@ pub(crate) fn volumes_are_read_only_with_what_is_below(bed: &Bed) -> Result<()> 
             container.exec("echo one >/rro/file; echo $?; echo two >/rro/below/file; echo $?")?;
         ensure!(told == "1\n1\n", "{handler}: {told:?}");
         ensure!(!below.join("file").exists(), "{handler} writes to the host");
-        drop(container);
+        // The pod's directory goes with the pod, unless something is mounted there.
+        drop((container, mount));
         pod.end()?;
-        drop(mount);
     }
     bed.nothing_left()
 }
