@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use vial_vmm_api::{IMAGE_MAGIC, IMAGE_MAGIC_AT, IMAGE_UNIT_BYTES, MAX_IMAGE_BYTES};
+use vial_vmm_api::{IMAGE_MAGIC, IMAGE_MAGIC_AT, is_image_size};
 
 use crate::{
     config::{Config, VhostNet},
@@ -218,8 +218,7 @@ fn image(path: &Path) -> Finding {
         let bytes = file.metadata()?.len();
         let mut magic = [0; IMAGE_MAGIC.len()];
         let read = file.read_exact_at(&mut magic, IMAGE_MAGIC_AT);
-        let fits = bytes.is_multiple_of(IMAGE_UNIT_BYTES) && bytes <= MAX_IMAGE_BYTES;
-        Ok((read.is_ok() && magic == IMAGE_MAGIC && fits)
+        Ok((read.is_ok() && magic == IMAGE_MAGIC && is_image_size(bytes))
             .then_some(())
             .ok_or("no guest image of this version; vial-mkimage makes one"))
     })
@@ -375,6 +374,8 @@ fn listen(mut stream: impl Read + Send + 'static) -> Listener {
 
 #[cfg(test)]
 mod tests {
+    use vial_vmm_api::IMAGE_UNIT_BYTES;
+
     use super::*;
 
     #[test]

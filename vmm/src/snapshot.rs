@@ -18,11 +18,10 @@ use std::io::{Read, Write};
 
 use kvm_bindings::kvm_cpuid_entry2;
 use serde::{Deserialize, Serialize};
-use vial_vmm_api::{MAX_DEVICES, VCPUS};
+use vial_vmm_api::{MAX_DEVICES, VCPUS, is_image_size};
 
 use crate::arch::vcpu_state::VcpuState;
 use crate::kvm::VmState;
-use crate::memory::image;
 use crate::virtio::pci::DeviceState;
 
 const MAGIC: [u8; 8] = *b"VIALVMST";
@@ -206,7 +205,7 @@ impl Snapshot {
         if self.devices.len() > MAX_DEVICES {
             return Err(SnapshotError::Bounds("a number of devices"));
         }
-        if self.image_bytes.is_some_and(|bytes| !image::is_size(bytes)) {
+        if self.image_bytes.is_some_and(|bytes| !is_image_size(bytes)) {
             return Err(SnapshotError::Bounds("a size of the guest image"));
         }
         Ok(())

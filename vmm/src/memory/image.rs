@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use vial_vmm_api::{IMAGE_MAGIC, IMAGE_MAGIC_AT, IMAGE_UNIT_BYTES, MAX_IMAGE_BYTES};
+use vial_vmm_api::{IMAGE_MAGIC, IMAGE_MAGIC_AT, IMAGE_UNIT_BYTES, MAX_IMAGE_BYTES, is_image_size};
 
 use super::huge;
 
@@ -46,7 +46,7 @@ impl Image {
     /// It has another size than an image can have, is something else, or cannot be mapped.
     pub fn of_file(file: File) -> Result<Self, ImageError> {
         let bytes = file.metadata().map_err(ImageError::Map)?.len();
-        if !is_size(bytes) {
+        if !is_image_size(bytes) {
             return Err(ImageError::Size(bytes));
         }
         let mut magic = [0; IMAGE_MAGIC.len()];
@@ -70,7 +70,7 @@ impl Image {
     }
 
     fn map(file: File, offset: u64, bytes: u64) -> Result<Self, ImageError> {
-        if !is_size(bytes) {
+        if !is_image_size(bytes) {
             return Err(ImageError::Size(bytes));
         }
         let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
@@ -101,11 +101,6 @@ impl Image {
         huge::write_pages(to, offset, self.bytes, &mut used, read)?;
         Ok(used.split_off((offset / huge::HUGE_PAGE_BYTES) as usize))
     }
-}
-
-/// Whether an image can have that size.
-pub fn is_size(bytes: u64) -> bool {
-    (IMAGE_UNIT_BYTES..=MAX_IMAGE_BYTES).contains(&bytes) && bytes.is_multiple_of(IMAGE_UNIT_BYTES)
 }
 
 #[cfg(test)]
