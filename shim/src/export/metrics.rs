@@ -161,30 +161,11 @@ pub fn text(
 
 #[cfg(test)]
 mod tests {
-    use super::super::ADOPTED;
+    use super::super::{ADOPTED, listed};
     use super::*;
-    use crate::state_dir::{ProcessIdentity, STATE_VERSION, State};
 
     fn mark(name: &str, at_ns: u64) -> Mark {
         Mark { name: name.into(), at_ns }
-    }
-
-    fn sandbox(id: &str, alive: bool, timeline: Vec<Mark>) -> ps::Listed {
-        let state = State {
-            version: STATE_VERSION,
-            namespace: "k8s.io".into(),
-            id: id.into(),
-            shim: ProcessIdentity { pid: 1, start_ticks: 1 },
-            vmm: None,
-            network: None,
-            devices: Vec::new(),
-            jail: Some(crate::jail::Record { user_id: 1, cgroup: id.into() }),
-            socket: "/s".into(),
-            vcpus: 2,
-            memory_mib: 128,
-            created_unix_seconds: 1_700_000_000,
-        };
-        ps::Listed { state, alive, age_seconds: 1, placement: None, timeline }
     }
 
     #[test]
@@ -205,7 +186,7 @@ mod tests {
             mark("agent greeted", 1_250_000_000),
             mark(ADOPTED, 1_300_000_000),
         ];
-        let sandboxes = [sandbox("one", true, timeline), sandbox("two", false, Vec::new())];
+        let sandboxes = [listed("one", true, timeline), listed("two", false, Vec::new())];
         let text = text(&sandboxes, &[], cgroups.path());
         let of_one = "namespace=\"k8s.io\",sandbox=\"one\"";
         for line in [

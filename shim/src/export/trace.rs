@@ -99,26 +99,10 @@ fn identifier(key: &[&str], number: usize, bytes: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::state_dir::{ProcessIdentity, STATE_VERSION, State};
 
     fn listed(id: &str, marks: &[(&str, u64)]) -> Listed {
-        let state = State {
-            version: STATE_VERSION,
-            namespace: "default".into(),
-            id: id.into(),
-            shim: ProcessIdentity { pid: 1, start_ticks: 1 },
-            vmm: None,
-            network: None,
-            devices: Vec::new(),
-            jail: None,
-            socket: "/s".into(),
-            vcpus: 1,
-            memory_mib: 128,
-            created_unix_seconds: 1,
-        };
-        let timeline =
-            marks.iter().map(|&(name, at_ns)| Mark { name: name.into(), at_ns }).collect();
-        Listed { state, alive: true, age_seconds: 1, placement: None, timeline }
+        let mark = |&(name, at_ns): &(&str, u64)| Mark { name: name.into(), at_ns };
+        super::super::listed(id, true, marks.iter().map(mark).collect())
     }
 
     #[test]
