@@ -1,6 +1,7 @@
 //! Devices that other processes of the host serve: real backends, from the distribution's packages.
 
 use std::fs::{self, File};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -10,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use vial_tests::node::Configuration;
 
-use super::bed::{Bed, Runtime, run};
+use super::bed::{Bed, Detached, Runtime, run};
 use super::devices::{detached, refused};
 use super::faults;
 use super::placement::{Reserved, guest_memory};
@@ -215,6 +216,34 @@ fn sha256(bytes: &Path) -> Result<String> {
     Ok(run(Command::new("sh").args(["-c", &line]))?.expect(0)?.stdout)
 }
 
+/// Lets a container write the whole disk while its backend is killed and started again once in each of those rounds, and
+/// compares what the guest reads and what the disk has.
+fn is_written_while_killed(
+    container: &Detached,
+    backend: &mut Backend,
+    (file, socket): (&Path, &Path),
+    mut rounds: Range<usize>,
+) -> Result<()> {
+    let disk = File::open(file)?;
+    let script = writers();
+    let outcome = std::thread::scope(|scope| {
+        let writing = scope.spawn(|| container.exec(&[], &["sh", "-c", &script]));
+        let killed = rounds.try_for_each(|round| -> Result<()> {
+            reaches_round(&disk, round)?;
+            let killed = std::mem::replace(backend, Backend(Command::new("true").spawn()?));
+            killed.kill()?;
+            *backend = Backend::disk(file, socket, true)?;
+            Ok(())
+        });
+        let outcome = writing.join().map_err(|_| anyhow::anyhow!("the writers' thread ended"));
+        killed.and_then(|()| outcome?)
+    })?
+    .expect(0)?;
+    ensure!(fs::read(file)?[..REGIONS * REGION_BYTES] == written(), "the disk has other data");
+    ensure!(outcome.stdout == sha256(file)?, "the guest reads other data: {outcome:?}");
+    Ok(())
+}
+
 pub(crate) fn vhost_disk_holds_every_byte_though_its_backend_is_killed(bed: &Bed) -> Result<()> {
     let place = Place::new()?;
     let (file, socket) = (place.at("disk.img"), place.at("disk.sock"));
@@ -222,23 +251,7 @@ pub(crate) fn vhost_disk_holds_every_byte_though_its_backend_is_killed(bed: &Bed
     let mut backend = Backend::disk(&file, &socket, true)?;
     let _configuration = listed("disk1", "blk", &socket, "path = \"/dev/fast\"\nqueues = 2")?;
     let container = detached(bed, &["--annotation", "io.vial/vhost-user=disk1"])?;
-    let disk = File::open(&file)?;
-    let script = writers();
-    let outcome = std::thread::scope(|scope| {
-        let writing = scope.spawn(|| container.exec(&[], &["sh", "-c", &script]));
-        let killed = (1..ROUNDS).try_for_each(|round| -> Result<()> {
-            reaches_round(&disk, round)?;
-            let killed = std::mem::replace(&mut backend, Backend(Command::new("true").spawn()?));
-            killed.kill()?;
-            backend = Backend::disk(&file, &socket, true)?;
-            Ok(())
-        });
-        let outcome = writing.join().map_err(|_| anyhow::anyhow!("the writers' thread ended"));
-        killed.and_then(|()| outcome?)
-    })?
-    .expect(0)?;
-    ensure!(fs::read(&file)?[..REGIONS * REGION_BYTES] == written(), "the disk has other data");
-    ensure!(outcome.stdout == sha256(&file)?, "the guest reads other data: {outcome:?}");
+    is_written_while_killed(&container, &mut backend, (&file, &socket), 1..ROUNDS)?;
     let node = container.exec(&[], &["sh", "-c", "test -b /dev/fast && cat /proc/partitions"])?;
     ensure!(node.expect(0)?.stdout.contains("32768"), "the disk has another size");
     drop(container);
@@ -269,22 +282,7 @@ pub(crate) fn vhost_disk_of_a_vm_in_huge_pages_holds_every_byte(bed: &Bed) -> Re
     let vmm = huge(faults::process("vial-vmm", "")?)?;
     ensure!(vmm == 64, "the VM has {vmm} huge pages");
     ensure!(reserved.count("free_hugepages")? == 16, "others are free");
-    let disk = File::open(&file)?;
-    let script = writers();
-    let outcome = std::thread::scope(|scope| {
-        let writing = scope.spawn(|| container.exec(&[], &["sh", "-c", &script]));
-        let killed = reaches_round(&disk, 2).and_then(|()| {
-            let killed = std::mem::replace(&mut backend, Backend(Command::new("true").spawn()?));
-            killed.kill()?;
-            backend = Backend::disk(&file, &socket, true)?;
-            Ok(())
-        });
-        let outcome = writing.join().map_err(|_| anyhow::anyhow!("the writers' thread ended"));
-        killed.and_then(|()| outcome?)
-    })?
-    .expect(0)?;
-    ensure!(outcome.stdout == sha256(&file)?, "the guest reads other data: {outcome:?}");
-    ensure!(fs::read(&file)?[..REGIONS * REGION_BYTES] == written(), "the disk has other data");
+    is_written_while_killed(&container, &mut backend, (&file, &socket), 2..3)?;
     let mapped = huge(i32::try_from(backend.0.id())?)?;
     ensure!(mapped > 0, "the backend has mapped no huge pages");
     drop(container);
