@@ -200,7 +200,7 @@ const MOST_AGAIN: u32 = 1;
 ///
 /// What a case leaves behind on the host is a failure of that case. A case that failed while the
 /// host lost a VM (see [`Bed::vm_was_lost`]) is run again, once, and that is told: nested
-/// virtualisation under emulation loses a VM now and then. No other failure is.
+/// virtualisation under emulation loses a VM now and then. No other failure is, on the same host.
 pub(crate) fn run(
     cases: &[Case],
     image: &str,
@@ -221,7 +221,7 @@ pub(crate) fn run(
     let mut node = None;
     for case in cases {
         if record.has(case.name) {
-            println!("ok      {} (before the host died)", case.name);
+            println!("ok      {} (held before)", case.name);
             continue;
         }
         match case.life {
