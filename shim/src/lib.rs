@@ -6,8 +6,8 @@
 //! the agent by `vial-agent-protocol`; nothing else of those two is used here.
 //!
 //! - [`runtime`] is what containerd runs; [`task`] answers it by what [`pod`] does to each
-//!   [`container`] and [`process`], [`sandbox_service`] for the pod itself, and [`events`] tells it
-//!   what happened.
+//!   [`container`] and [`process`], [`sandbox_service`] for the pod itself, both to its end though nobody
+//!   may wait for it ([`request`]), and [`events`] tells it what happened.
 //! - [`plan`] is what a sandbox is made from, as containerd tells it; [`pod_files`] what it may
 //!   leave to the shim.
 //! - [`size`] says how large a VM is, and [`pids`] whose process ids a container has.
@@ -48,6 +48,7 @@ pub mod pod;
 pub mod pod_files;
 pub mod process;
 pub mod ps;
+pub mod request;
 pub mod runtime;
 pub mod sandbox;
 pub mod sandbox_service;

@@ -14,7 +14,7 @@ use std::{
         Arc, Mutex, MutexGuard, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use containerd_shim::ExitSignal;
@@ -31,16 +31,14 @@ use crate::{
     container::Container,
     error::ServiceError,
     events::{EventSink, task_exit, timestamp},
-    life::{self, Exit, ProcessEvent, ProcessState, SandboxEvent, SandboxState},
+    life::{self, Exit, ProcessState, SandboxEvent, SandboxState},
     pids::{self, Joined},
-    process::{KILLED, NOT_STARTED, Process},
+    process::{KILLED, Process},
     sandbox::{Plan, Sandbox, Shortage},
     spec::{Role, Spec},
     stdio::{Places, Streams},
 };
 
-/// How long a deletion waits for output that does not move.
-const OUTPUT_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a deletion waits for a process that it had to kill.
 const KILL_PATIENCE: Duration = Duration::from_secs(10);
 /// How long the end of an init process waits for those of its execs, to be told after them.
@@ -65,7 +63,6 @@ pub struct NewContainer {
 
 struct Slot {
     state: SandboxState,
-    sandbox: Option<Arc<Sandbox>>,
     /// Why it could not be started ahead, for whoever creates the first container.
     failure: Option<ServiceError>,
 }
@@ -74,6 +71,9 @@ struct Slot {
 pub struct Pod {
     plan: OnceLock<Result<Plan, String>>,
     slot: tokio::sync::Mutex<Slot>,
+    /// Set once, when it runs: it is not started again. What is done to containers that are there does not wait for one that
+    /// is being made.
+    sandbox: OnceLock<Arc<Sandbox>>,
     containers: Mutex<HashMap<String, Arc<Container>>>,
     /// Whether its containers share their process ids.
     shares_pids: AtomicBool,
@@ -86,10 +86,11 @@ pub struct Pod {
 impl Pod {
     /// No containers yet, nor a sandbox until there is a plan ([`Pod::set_plan`]).
     pub fn new(events: EventSink, exit: Arc<ExitSignal>) -> Self {
-        let slot = Slot { state: SandboxState::Empty, sandbox: None, failure: None };
+        let slot = Slot { state: SandboxState::Empty, failure: None };
         Self {
             plan: OnceLock::new(),
             slot: tokio::sync::Mutex::new(slot),
+            sandbox: OnceLock::new(),
             containers: Mutex::default(),
             shares_pids: AtomicBool::new(false),
             asked: AtomicBool::new(false),
@@ -149,16 +150,18 @@ impl Pod {
     /// The process number that stands for every process here, see [`Sandbox::pid`]. 0 without a
     /// VM.
     pub async fn pid(&self) -> u32 {
-        self.slot.lock().await.sandbox.as_ref().map_or(0, |sandbox| sandbox.pid())
+        self.sandbox().await.map_or(0, |sandbox| sandbox.pid())
     }
 
-    /// The sandbox, whether it has ended or not.
+    /// The sandbox, whether it has ended or not. Waits for one that is being started.
     ///
     /// # Errors
     /// [`ServiceError::Precondition`] when it was not started.
     pub async fn sandbox(&self) -> Result<Arc<Sandbox>, ServiceError> {
-        let slot = self.slot.lock().await;
-        let sandbox = slot.sandbox.clone();
+        if self.sandbox.get().is_none() {
+            drop(self.slot.lock().await);
+        }
+        let sandbox = self.sandbox.get().cloned();
         sandbox.ok_or_else(|| ServiceError::Precondition("the sandbox does not run".into()))
     }
 
@@ -168,7 +171,7 @@ impl Pod {
         let mut slot = self.slot.lock().await;
         let Ok(plan) = self.plan() else { return };
         if slot.state == SandboxState::Empty
-            && let Err(error) = running(&mut slot, plan).await
+            && let Err(error) = self.running(&mut slot, plan).await
         {
             slot.failure = Some(error);
         }
@@ -183,7 +186,47 @@ impl Pod {
         if let Some(error) = slot.failure.take() {
             return Err(error);
         }
-        running(&mut slot, self.plan()?).await
+        self.running(&mut slot, self.plan()?).await
+    }
+
+    /// The sandbox, started if it was not yet.
+    async fn running(&self, slot: &mut Slot, plan: &Plan) -> Result<Arc<Sandbox>, ServiceError> {
+        if let (SandboxState::Running, Some(sandbox)) = (slot.state, self.sandbox.get()) {
+            return match sandbox.end() {
+                None => Ok(sandbox.clone()),
+                Some(why) => {
+                    slot.state = life::sandbox(slot.state, SandboxEvent::VmEnded)?;
+                    Err(ServiceError::VmEnded(why))
+                }
+            };
+        }
+        slot.state = life::sandbox(slot.state, SandboxEvent::Start)?;
+        match Sandbox::start(plan).await {
+            Ok(sandbox) => {
+                slot.state = life::sandbox(slot.state, SandboxEvent::Started)?;
+                let sandbox = self.sandbox.get_or_init(|| Arc::new(sandbox));
+                write_timeline(plan, sandbox);
+                Ok(sandbox.clone())
+            }
+            Err(error) => {
+                slot.state = life::sandbox(slot.state, SandboxEvent::StartFailed)?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Stops the sandbox if it is not stopped yet.
+    async fn stop(&self, slot: &mut Slot) -> Result<(), ServiceError> {
+        if slot.state == SandboxState::Stopped {
+            return Ok(());
+        }
+        slot.state = life::sandbox(slot.state, SandboxEvent::Stop)?;
+        let stopped = match self.sandbox.get() {
+            Some(sandbox) => sandbox.stop().await,
+            None => Ok(()),
+        };
+        slot.state = life::sandbox(slot.state, SandboxEvent::Stopped)?;
+        stopped
     }
 
     /// Stops the sandbox, if it is not stopped yet; its containers end with it.
@@ -191,7 +234,7 @@ impl Pod {
     /// # Errors
     /// [`ServiceError::Leftover`].
     pub async fn stop_sandbox(&self) -> Result<(), ServiceError> {
-        stop(&mut *self.slot.lock().await).await
+        self.stop(&mut *self.slot.lock().await).await
     }
 
     /// Creates a container, and the sandbox with the first one. Returns [`Pod::pid`].
@@ -205,7 +248,7 @@ impl Pod {
         if created.is_err() && !self.by_sandbox_api() {
             let mut slot = self.slot.lock().await;
             if self.containers_mut().is_empty()
-                && let Err(error) = stop(&mut slot).await
+                && let Err(error) = self.stop(&mut slot).await
             {
                 tracing::error!("{error}");
             }
@@ -241,7 +284,7 @@ impl Pod {
         if let Some(error) = slot.failure.take() {
             return Err(error);
         }
-        let sandbox = running(&mut slot, plan).await?;
+        let sandbox = self.running(&mut slot, plan).await?;
         let claim = spec.claim()?;
         let devices = spec.wanted_devices(&plan.config.pci_devices)?;
         let disks = spec.wanted_disks()?;
@@ -303,40 +346,36 @@ impl Pod {
         let container = self.container(id)?;
         let process = container.process(exec_id)?;
         let sandbox = self.sandbox().await?;
-        let _step = process.step.lock().await;
-        process.advance(ProcessEvent::Start)?;
-        let started = match (container.in_guest, exec_id.is_empty()) {
-            (false, true) => Ok(()),
-            (false, false) => {
-                Err(ServiceError::Precondition("a pause container runs no processes".into()))
+        let pid = sandbox.pid();
+        let asked = async {
+            match (container.in_guest, exec_id.is_empty()) {
+                (false, true) => Ok(()),
+                (false, false) => {
+                    Err(ServiceError::Precondition("a pause container runs no processes".into()))
+                }
+                (true, true) => start_init(self.plan()?, &sandbox, id).await,
+                (true, false) => start_exec(&sandbox, id, &process).await,
             }
-            (true, true) => start_init(self.plan()?, &sandbox, id).await,
-            (true, false) => start_exec(&sandbox, id, &process).await,
         };
-        if let Err(error) = started {
-            let exit = Exit { status: NOT_STARTED, at: SystemTime::now() };
-            process.advance(ProcessEvent::StartFailed(exit))?;
-            process.finish_streams(Duration::ZERO).await;
-            process.tell_exit(exit);
+        if let Err(error) = process.start_by(asked, self.tell_start(id, exec_id, pid)).await {
             return Err(explain(&sandbox, error).await);
         }
-        process.advance(ProcessEvent::Started)?;
-        let pid = sandbox.pid();
-        if exec_id.is_empty() {
-            let event = TaskStart { container_id: id.into(), pid, ..Default::default() };
-            self.events.publish(event).await;
-        } else {
-            self.events
-                .publish(TaskExecStarted {
-                    container_id: id.into(),
-                    exec_id: exec_id.into(),
-                    pid,
-                    ..Default::default()
-                })
-                .await;
+        if !exec_id.is_empty() {
             tokio::spawn(self.clone().watch(sandbox, container, process.clone()));
         }
         Ok(pid)
+    }
+
+    /// Tells containerd that a container or an exec runs.
+    async fn tell_start(&self, id: &str, exec_id: &str, pid: u32) {
+        let container_id = id.into();
+        if exec_id.is_empty() {
+            self.events.publish(TaskStart { container_id, pid, ..Default::default() }).await;
+        } else {
+            let exec_id = exec_id.into();
+            let event = TaskExecStarted { container_id, exec_id, pid, ..Default::default() };
+            self.events.publish(event).await;
+        }
     }
 
     /// Waits for a process's end and tells of it once.
@@ -361,22 +400,16 @@ impl Pod {
             let ends = all_of(running.map(|exec| exec.wait()));
             let _ = tokio::time::timeout(EXECS_PATIENCE, ends).await;
         }
-        let _step = process.step.lock().await;
-        // Before the end, whose reason it may be.
-        self.tell_oom(&container, kills).await;
-        self.end(&container, &process, status).await;
+        // A want of memory is told before the end, whose reason it may be.
+        let reason = self.tell_oom(&container, kills);
+        process.end_by(status, reason, |exit| self.tell_end(&container, &process, exit)).await;
     }
 
-    /// The end of a process that runs. The caller holds its step.
-    async fn end(&self, container: &Container, process: &Process, status: u32) {
-        let exit = Exit { status, at: SystemTime::now() };
-        if process.advance(ProcessEvent::Exited(exit)).is_err() {
-            return;
-        }
+    /// Tells containerd that a container or an exec has ended.
+    async fn tell_end(&self, container: &Container, process: &Process, exit: Exit) {
         let id = if process.exec_id.is_empty() { &container.id } else { &process.exec_id };
         let pid = self.pid().await;
         self.events.publish(task_exit(&container.id, id, pid, exit)).await;
-        process.tell_exit(exit);
     }
 
     /// Adds an exec, to be started later.
@@ -423,10 +456,11 @@ impl Pod {
             | ProcessState::Paused => {}
         }
         if !container.in_guest {
-            let _step = process.step.lock().await;
             // As a pause process: it ends by any signal that is one, and by none that asks.
             if signal != 0 {
-                self.end(&container, &process, 128 + signal.min(64)).await;
+                let (status, none) = (128 + signal.min(64), std::future::ready(()));
+                let tell = |exit| self.tell_end(&container, &process, exit);
+                process.end_by(status, none, tell).await;
             }
             return Ok(());
         }
@@ -492,43 +526,58 @@ impl Pod {
             self.kill(id, exec_id, 9, false).await.or_else(ended_is_fine)?;
             let _ = tokio::time::timeout(KILL_PATIENCE, process.wait()).await;
         }
-        let _step = process.step.lock().await;
-        let state = process.state();
-        let deleted = life::process(state, ProcessEvent::Delete)?;
-        let exit = match state {
-            ProcessState::Stopped(exit) => exit,
-            _ => Exit { status: 0, at: SystemTime::now() },
-        };
-        process.finish_streams(OUTPUT_PATIENCE).await;
-        if container.in_guest && sandbox.end().is_none() && state != ProcessState::Added {
-            forget(&sandbox, id, exec_id).await;
-        }
-        if !exec_id.is_empty() {
-            container.remove_exec(exec_id);
-        } else {
-            for exec in container.execs() {
-                exec.finish_streams(Duration::ZERO).await;
+        let remove = |exit, known| async move {
+            if container.in_guest && sandbox.end().is_none() && known {
+                forget(&sandbox, id, exec_id).await;
             }
-            sandbox.copies.forget(id);
-            sandbox.sockets.forget(id);
-            sandbox.take_functions(id).await;
-            sandbox.take_disks(id).await;
-            sandbox.share.remove_container(id)?;
-            sandbox.placed.release(id);
-            sandbox.growth.put_back(id, None).await;
-            self.containers_mut().remove(id);
-            self.events
-                .publish(TaskDelete {
-                    container_id: id.into(),
-                    pid: sandbox.pid(),
-                    exit_status: exit.status,
-                    exited_at: MessageField::some(timestamp(exit.at)),
-                    ..Default::default()
-                })
-                .await;
+            if exec_id.is_empty() {
+                return self.remove(&container, &sandbox, exit).await;
+            }
+            container.remove_exec(exec_id);
+            Ok(())
+        };
+        process.delete_by(remove).await
+    }
+
+    /// Takes back all that a container has that has ended.
+    async fn remove(
+        &self,
+        container: &Container,
+        sandbox: &Sandbox,
+        exit: Exit,
+    ) -> Result<(), ServiceError> {
+        for exec in container.execs() {
+            exec.finish_streams(Duration::ZERO).await;
         }
-        process.advance(ProcessEvent::Delete).map(|now| debug_assert_eq!(now, deleted))?;
-        Ok(exit)
+        let id = &container.id;
+        sandbox.copies.forget(id);
+        sandbox.sockets.forget(id);
+        sandbox.take_functions(id).await;
+        sandbox.take_disks(id).await;
+        sandbox.share.remove_container(id)?;
+        sandbox.placed.release(id);
+        sandbox.growth.put_back(id, None).await;
+        self.containers_mut().remove(id);
+        let event = TaskDelete {
+            container_id: id.clone(),
+            pid: sandbox.pid(),
+            exit_status: exit.status,
+            exited_at: MessageField::some(timestamp(exit.at)),
+            ..Default::default()
+        };
+        self.events.publish(event).await;
+        Ok(())
+    }
+
+    /// Removes a container of whose creation nobody has heard, and ends the shim if that was the first.
+    pub async fn take_back(&self, id: &str) {
+        tracing::warn!("nobody waited until {id} was created, so it is removed again");
+        if let Err(error) = self.delete(id, "").await {
+            tracing::error!("cannot remove {id}: {error}");
+        }
+        if let Err(error) = self.shutdown(false).await {
+            tracing::error!("{error}");
+        }
     }
 
     /// Ends the sandbox and the shim. Unless it is to be `now` it does not while there are
@@ -541,52 +590,11 @@ impl Pod {
         if !now && (self.by_sandbox_api() || !self.containers_mut().is_empty()) {
             return Ok(());
         }
-        let stopped = stop(&mut slot).await;
+        let stopped = self.stop(&mut slot).await;
         self.events.flush(EVENTS_PATIENCE).await;
         self.exit.signal();
         stopped
     }
-}
-
-/// The sandbox, started if it was not yet.
-async fn running(slot: &mut Slot, plan: &Plan) -> Result<Arc<Sandbox>, ServiceError> {
-    if let (SandboxState::Running, Some(sandbox)) = (slot.state, &slot.sandbox) {
-        return match sandbox.end() {
-            None => Ok(sandbox.clone()),
-            Some(why) => {
-                slot.state = life::sandbox(slot.state, SandboxEvent::VmEnded)?;
-                Err(ServiceError::VmEnded(why))
-            }
-        };
-    }
-    slot.state = life::sandbox(slot.state, SandboxEvent::Start)?;
-    match Sandbox::start(plan).await {
-        Ok(sandbox) => {
-            let sandbox = Arc::new(sandbox);
-            slot.state = life::sandbox(slot.state, SandboxEvent::Started)?;
-            slot.sandbox = Some(sandbox.clone());
-            write_timeline(plan, &sandbox);
-            Ok(sandbox)
-        }
-        Err(error) => {
-            slot.state = life::sandbox(slot.state, SandboxEvent::StartFailed)?;
-            Err(error)
-        }
-    }
-}
-
-/// Stops the sandbox if it is not stopped yet.
-async fn stop(slot: &mut Slot) -> Result<(), ServiceError> {
-    if slot.state == SandboxState::Stopped {
-        return Ok(());
-    }
-    slot.state = life::sandbox(slot.state, SandboxEvent::Stop)?;
-    let stopped = match &slot.sandbox {
-        Some(sandbox) => sandbox.stop().await,
-        None => Ok(()),
-    };
-    slot.state = life::sandbox(slot.state, SandboxEvent::Stopped)?;
-    stopped
 }
 
 /// A pause container's process: nothing but its state.

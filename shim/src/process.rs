@@ -1,4 +1,10 @@
 //! One process of a container, as containerd sees it: its state, its streams, its end.
+//!
+//! What is done to it are steps, one at a time: each asks the guest, changes the state, and tells containerd. So
+//! containerd hears of each process in the order in which things happened, and of its end once.
+
+#[cfg(test)]
+mod order_tests;
 
 use std::{
     sync::{Mutex, MutexGuard, OnceLock},
@@ -8,6 +14,7 @@ use std::{
 use tokio::sync::watch;
 
 use crate::{
+    error::ServiceError,
     life::{self, Exit, NoSuchStep, ProcessEvent, ProcessState},
     stdio::{Places, Streams},
 };
@@ -16,6 +23,9 @@ use crate::{
 pub const KILLED: u32 = 128 + 9;
 /// The status of a process that could not be started.
 pub const NOT_STARTED: u32 = 128;
+
+/// How long a deletion waits for output that does not move.
+const OUTPUT_PATIENCE: Duration = Duration::from_secs(2);
 
 /// A process: the init of a container, or an exec.
 #[derive(Debug)]
@@ -26,9 +36,8 @@ pub struct Process {
     pub places: Places,
     /// The OCI `process` object of an exec, as containerd passed it.
     pub spec: Vec<u8>,
-    /// Held while the process is started, ends or is deleted, so that containerd hears of each
-    /// in order.
-    pub step: tokio::sync::Mutex<()>,
+    /// Held for as long as a step takes.
+    step: tokio::sync::Mutex<()>,
     streams: OnceLock<Streams>,
     state: Mutex<ProcessState>,
     exit: watch::Sender<Option<Exit>>,
@@ -75,19 +84,108 @@ impl Process {
         *self.state_mut()
     }
 
-    /// Takes a step, if there is one.
-    ///
-    /// # Errors
-    /// [`NoSuchStep`].
-    pub fn advance(&self, event: ProcessEvent) -> Result<ProcessState, NoSuchStep> {
+    fn advance(&self, event: ProcessEvent) -> Result<(), NoSuchStep> {
         let mut state = self.state_mut();
         *state = life::process(*state, event)?;
-        Ok(*state)
+        Ok(())
     }
 
-    /// Tells everyone who waits that it has ended.
-    pub fn tell_exit(&self, exit: Exit) {
-        self.exit.send_replace(Some(exit));
+    /// Lets it go, by what `ask` asks of the guest, and then tells containerd by `tell`. When the guest refuses, it counts
+    /// as ended, and can be deleted.
+    ///
+    /// # Errors
+    /// [`ServiceError::State`] and those of `ask`.
+    pub async fn start_by(
+        &self,
+        ask: impl Future<Output = Result<(), ServiceError>>,
+        tell: impl Future<Output = ()>,
+    ) -> Result<(), ServiceError> {
+        let _step = self.step.lock().await;
+        self.advance(ProcessEvent::Start)?;
+        if let Err(error) = ask.await {
+            let exit = Exit { status: NOT_STARTED, at: SystemTime::now() };
+            self.advance(ProcessEvent::StartFailed(exit))?;
+            self.finish_streams(Duration::ZERO).await;
+            self.exit.send_replace(Some(exit));
+            return Err(error);
+        }
+        self.advance(ProcessEvent::Started)?;
+        tell.await;
+        Ok(())
+    }
+
+    /// Has it stand still, as [`Process::start_by`] starts it. It runs on when the guest refuses.
+    ///
+    /// # Errors
+    /// [`ServiceError::State`] and those of `ask`.
+    pub async fn pause_by(
+        &self,
+        ask: impl Future<Output = Result<(), ServiceError>>,
+        tell: impl Future<Output = ()>,
+    ) -> Result<(), ServiceError> {
+        let _step = self.step.lock().await;
+        self.advance(ProcessEvent::Pause)?;
+        if let Err(error) = ask.await {
+            self.advance(ProcessEvent::Resumed)?;
+            return Err(error);
+        }
+        self.advance(ProcessEvent::Paused)?;
+        tell.await;
+        Ok(())
+    }
+
+    /// Lets it run on, as [`Process::start_by`] starts it. The guest refuses when it does not stand still.
+    ///
+    /// # Errors
+    /// [`ServiceError::State`] and those of `ask`.
+    pub async fn resume_by(
+        &self,
+        ask: impl Future<Output = Result<(), ServiceError>>,
+        tell: impl Future<Output = ()>,
+    ) -> Result<(), ServiceError> {
+        let _step = self.step.lock().await;
+        ask.await?;
+        self.advance(ProcessEvent::Resumed)?;
+        tell.await;
+        Ok(())
+    }
+
+    /// It has ended with that status: after `reason`, which may tell why, containerd hears of it by `tell`, and then whoever
+    /// waits. Nothing but the reason is told of one that has ended before.
+    pub async fn end_by<T: Future<Output = ()>>(
+        &self,
+        status: u32,
+        reason: impl Future<Output = ()>,
+        tell: impl FnOnce(Exit) -> T,
+    ) {
+        let _step = self.step.lock().await;
+        reason.await;
+        let exit = Exit { status, at: SystemTime::now() };
+        if self.advance(ProcessEvent::Exited(exit)).is_ok() {
+            tell(exit).await;
+            self.exit.send_replace(Some(exit));
+        }
+    }
+
+    /// Forgets it, by `remove`, which gets how it ended and whether the guest can know of it. Returns how it ended.
+    ///
+    /// # Errors
+    /// [`ServiceError::State`] while it runs, and those of `remove`: it can be tried again then.
+    pub async fn delete_by<R: Future<Output = Result<(), ServiceError>>>(
+        &self,
+        remove: impl FnOnce(Exit, bool) -> R,
+    ) -> Result<Exit, ServiceError> {
+        let _step = self.step.lock().await;
+        let state = self.state();
+        life::process(state, ProcessEvent::Delete)?;
+        let exit = match state {
+            ProcessState::Stopped(exit) => exit,
+            _ => Exit { status: 0, at: SystemTime::now() },
+        };
+        self.finish_streams(OUTPUT_PATIENCE).await;
+        remove(exit, state != ProcessState::Added).await?;
+        self.advance(ProcessEvent::Delete)?;
+        Ok(exit)
     }
 
     /// Waits until it has ended.

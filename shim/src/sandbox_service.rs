@@ -24,6 +24,7 @@ use containerd_shim_protos::{
 
 use crate::{
     error::ServiceError, events::timestamp, metrics, plan::Place, pod::Pod, process::KILLED,
+    request::whole,
 };
 
 /// CRI's names of a sandbox's states (`PodSandboxState`).
@@ -122,7 +123,9 @@ impl SandboxApi for SandboxService {
     ) -> Result<api::StartSandboxResponse> {
         tracing::info!("start sandbox {}", request.sandbox_id);
         self.check(&request.sandbox_id)?;
-        let sandbox = told("start the sandbox", self.pod.start_sandbox().await)?;
+        let pod = self.pod.clone();
+        let started = whole(async move { pod.start_sandbox().await });
+        let sandbox = told("start the sandbox", started.await)?;
         let created = *self.moments().created.get_or_insert_with(SystemTime::now);
         Ok(api::StartSandboxResponse {
             pid: sandbox.pid(),
@@ -151,7 +154,8 @@ impl SandboxApi for SandboxService {
         tracing::info!("stop sandbox {}", request.sandbox_id);
         self.check(&request.sandbox_id)?;
         self.moments().stopping = true;
-        told("stop the sandbox", self.pod.stop_sandbox().await)?;
+        let pod = self.pod.clone();
+        told("stop the sandbox", whole(async move { pod.stop_sandbox().await }).await)?;
         Ok(api::StopSandboxResponse::default())
     }
 
@@ -215,7 +219,8 @@ impl SandboxApi for SandboxService {
         tracing::info!("shut down sandbox {}", request.sandbox_id);
         self.check(&request.sandbox_id)?;
         self.moments().stopping = true;
-        told("shut the sandbox down", self.pod.shutdown(true).await)?;
+        let pod = self.pod.clone();
+        told("shut the sandbox down", whole(async move { pod.shutdown(true).await }).await)?;
         Ok(api::ShutdownSandboxResponse::default())
     }
 

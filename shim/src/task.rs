@@ -1,7 +1,8 @@
 //! containerd's task API.
 //!
 //! Each call finds its container and process and lets [`Pod`] do the work; here are only the
-//! conversions. What fails is mapped to a ttrpc code in [`crate::error`].
+//! conversions. What fails is mapped to a ttrpc code in [`crate::error`]. What changes something is done to its end, also when
+//! nobody waits for it any more ([`crate::request`]).
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -21,6 +22,7 @@ use crate::{
     metrics,
     pod::{NewContainer, Pod},
     process::Process,
+    request::{heard, whole},
     stdio::Places,
 };
 
@@ -116,14 +118,22 @@ impl Task for TaskService {
             },
             checkpoint: request.checkpoint,
         };
-        let pid = logged("create", &id, self.pod.create(new).await)?;
+        let (pod, taken_back) = (self.pod.clone(), self.pod.clone());
+        let unheard = id.clone();
+        let created = heard(async move { pod.create(new).await }, |created| async move {
+            if created.is_ok() {
+                taken_back.take_back(&unheard).await;
+            }
+        });
+        let pid = logged("create", &id, created.await)?;
         Ok(api::CreateTaskResponse { pid, ..Default::default() })
     }
 
     async fn start(&self, _: &Context, request: api::StartRequest) -> Result<api::StartResponse> {
         tracing::info!("start {} {}", request.id, request.exec_id);
-        let started = self.pod.start(&request.id, &request.exec_id).await;
-        let pid = logged("start", &request.id, started)?;
+        let (pod, id) = (self.pod.clone(), request.id.clone());
+        let started = whole(async move { pod.start(&request.id, &request.exec_id).await });
+        let pid = logged("start", &id, started.await)?;
         Ok(api::StartResponse { pid, ..Default::default() })
     }
 
@@ -134,8 +144,9 @@ impl Task for TaskService {
     ) -> Result<api::DeleteResponse> {
         tracing::info!("delete {} {}", request.id, request.exec_id);
         let pid = self.pod.pid().await;
-        let deleted = self.pod.delete(&request.id, &request.exec_id).await;
-        let Exit { status, at } = logged("delete", &request.id, deleted)?;
+        let (pod, id) = (self.pod.clone(), request.id.clone());
+        let deleted = whole(async move { pod.delete(&request.id, &request.exec_id).await });
+        let Exit { status, at } = logged("delete", &id, deleted.await)?;
         Ok(api::DeleteResponse {
             pid,
             exit_status: status,
@@ -153,12 +164,14 @@ impl Task for TaskService {
 
     async fn pause(&self, _: &Context, request: api::PauseRequest) -> Result<api::Empty> {
         tracing::info!("pause {}", request.id);
-        empty(logged("pause", &request.id, self.pod.pause(&request.id).await))
+        let (pod, id) = (self.pod.clone(), request.id.clone());
+        empty(logged("pause", &request.id, whole(async move { pod.pause(&id).await }).await))
     }
 
     async fn resume(&self, _: &Context, request: api::ResumeRequest) -> Result<api::Empty> {
         tracing::info!("resume {}", request.id);
-        empty(logged("resume", &request.id, self.pod.resume(&request.id).await))
+        let (pod, id) = (self.pod.clone(), request.id.clone());
+        empty(logged("resume", &request.id, whole(async move { pod.resume(&id).await }).await))
     }
 
     async fn checkpoint(&self, _: &Context, _: api::CheckpointTaskRequest) -> Result<api::Empty> {
@@ -172,8 +185,9 @@ impl Task for TaskService {
             let text = format!("'{}' is no OCI LinuxResources", resources.type_url.escape_debug());
             return empty(Err(ServiceError::Invalid(text)));
         }
-        let updated = self.pod.update(&request.id, resources.value).await;
-        empty(logged("update", &request.id, updated))
+        let (pod, id) = (self.pod.clone(), request.id.clone());
+        let updated = whole(async move { pod.update(&id, resources.value).await });
+        empty(logged("update", &request.id, updated.await))
     }
 
     async fn stats(&self, _: &Context, request: api::StatsRequest) -> Result<api::StatsResponse> {
@@ -185,9 +199,11 @@ impl Task for TaskService {
 
     async fn kill(&self, _: &Context, request: api::KillRequest) -> Result<api::Empty> {
         tracing::info!("kill {} {} by {}", request.id, request.exec_id, request.signal);
-        let killed =
-            self.pod.kill(&request.id, &request.exec_id, request.signal, request.all).await;
-        empty(logged("kill", &request.id, killed))
+        let (pod, id) = (self.pod.clone(), request.id.clone());
+        let killed = whole(async move {
+            pod.kill(&request.id, &request.exec_id, request.signal, request.all).await
+        });
+        empty(logged("kill", &id, killed.await))
     }
 
     async fn exec(&self, _: &Context, request: api::ExecProcessRequest) -> Result<api::Empty> {
@@ -200,7 +216,9 @@ impl Task for TaskService {
         };
         let spec = request.spec.into_option().unwrap_or_default().value;
         let exec = Process::exec(request.exec_id, places, spec);
-        empty(logged("exec", &request.id, self.pod.add_exec(&request.id, exec).await))
+        let (pod, id) = (self.pod.clone(), request.id.clone());
+        let added = whole(async move { pod.add_exec(&id, exec).await });
+        empty(logged("exec", &request.id, added.await))
     }
 
     async fn resize_pty(&self, _: &Context, request: api::ResizePtyRequest) -> Result<api::Empty> {
@@ -238,6 +256,8 @@ impl Task for TaskService {
 
     async fn shutdown(&self, _: &Context, request: api::ShutdownRequest) -> Result<api::Empty> {
         tracing::info!("shutdown {}", request.id);
-        empty(logged("shutdown", &request.id, self.pod.shutdown(request.now).await))
+        let pod = self.pod.clone();
+        let shut_down = whole(async move { pod.shutdown(request.now).await });
+        empty(logged("shutdown", &request.id, shut_down.await))
     }
 }

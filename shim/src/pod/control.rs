@@ -16,7 +16,6 @@ use super::{Pod, guest::explain};
 use crate::{
     container::Container,
     error::ServiceError,
-    life::ProcessEvent,
     metrics,
     numa::claim::Resources,
     sandbox::{Sandbox, Shortage},
@@ -89,15 +88,12 @@ impl Pod {
     /// [`ServiceError`]; they run on then.
     pub async fn pause(&self, id: &str) -> Result<(), ServiceError> {
         let (container, sandbox) = self.of_guest(id, "paused").await?;
-        container.init.advance(ProcessEvent::Pause)?;
-        if let Err(error) = sandbox.agent.pause(id).await {
-            // Refused when it has ended meanwhile.
-            let _ = container.init.advance(ProcessEvent::Resumed);
-            return Err(explain(&sandbox, error.into()).await);
+        let asked = async { Ok(sandbox.agent.pause(id).await?) };
+        let event = TaskPaused { container_id: id.into(), ..Default::default() };
+        match container.init.pause_by(asked, self.events.publish(event)).await {
+            Ok(()) => Ok(()),
+            Err(error) => Err(explain(&sandbox, error).await),
         }
-        container.init.advance(ProcessEvent::Paused)?;
-        self.events.publish(TaskPaused { container_id: id.into(), ..Default::default() }).await;
-        Ok(())
     }
 
     /// Lets a paused container's processes run on.
@@ -106,13 +102,12 @@ impl Pod {
     /// [`ServiceError`].
     pub async fn resume(&self, id: &str) -> Result<(), ServiceError> {
         let (container, sandbox) = self.of_guest(id, "resumed").await?;
-        // The agent refuses when it is not paused.
-        if let Err(error) = sandbox.agent.resume(id).await {
-            return Err(explain(&sandbox, error.into()).await);
+        let asked = async { Ok(sandbox.agent.resume(id).await?) };
+        let event = TaskResumed { container_id: id.into(), ..Default::default() };
+        match container.init.resume_by(asked, self.events.publish(event)).await {
+            Ok(()) => Ok(()),
+            Err(error) => Err(explain(&sandbox, error).await),
         }
-        container.init.advance(ProcessEvent::Resumed)?;
-        self.events.publish(TaskResumed { container_id: id.into(), ..Default::default() }).await;
-        Ok(())
     }
 
     /// A container that the guest has.

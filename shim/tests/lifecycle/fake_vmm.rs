@@ -276,6 +276,9 @@ impl Agent for Guest {
         if arguments[0] == "/refused" {
             return Err(status(ttrpc::Code::INVALID_ARGUMENT, "no such program: /refused"));
         }
+        if arguments.iter().any(|word| word == "slow") {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
         let root = self.root.lock().unwrap().clone();
         let process = Process {
             arguments,

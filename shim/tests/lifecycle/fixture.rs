@@ -3,6 +3,7 @@
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
+    task::Poll,
 };
 
 use containerd_shim::ExitSignal;
@@ -33,6 +34,7 @@ pub(crate) struct Fixture {
     sandbox: SandboxService,
     place: Place,
     topics: Topics,
+    exit: Arc<ExitSignal>,
     _server: ttrpc::asynchronous::Server,
 }
 
@@ -92,6 +94,16 @@ fn text(error: ttrpc::Error) -> String {
     }
 }
 
+/// Makes a request and drops it as soon as it has to wait, as the server does with one whose deadline is over.
+pub(crate) async fn abandon(request: impl Future) {
+    let mut request = std::pin::pin!(request);
+    std::future::poll_fn(|context| {
+        assert!(request.as_mut().poll(context).is_pending(), "the request was answered at once");
+        Poll::Ready(())
+    })
+    .await;
+}
+
 impl Fixture {
     pub(crate) async fn without_sandbox(configuration: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
@@ -118,10 +130,11 @@ impl Fixture {
             timeline: Arc::new(Timeline::default()),
         };
         let sink = EventSink::new(socket.display().to_string(), "default".into());
-        let pod = Arc::new(Pod::new(sink, Arc::new(ExitSignal::default())));
+        let exit = Arc::new(ExitSignal::default());
+        let pod = Arc::new(Pod::new(sink, exit.clone()));
         let sandbox = SandboxService::new(pod.clone(), place.clone());
         let service = TaskService::new(pod.clone());
-        Self { service, sandbox, place, pod, dir, topics, _server: server }
+        Self { service, sandbox, place, pod, dir, topics, exit, _server: server }
     }
 
     /// With a sandbox that is a container to containerd.
@@ -248,6 +261,12 @@ impl Fixture {
         self.service.wait(&context(), request).await.unwrap().exit_status
     }
 
+    /// How it ended, or nothing when it is not there.
+    pub(crate) async fn wait_or_absent(&self, id: &str) -> Option<u32> {
+        let request = api::WaitRequest { id: id.into(), ..Default::default() };
+        self.service.wait(&context(), request).await.ok().map(|ended| ended.exit_status)
+    }
+
     pub(crate) async fn kill(&self, id: &str, exec_id: &str, signal: u32) -> Result<(), String> {
         let request = api::KillRequest {
             id: id.into(),
@@ -310,6 +329,11 @@ impl Fixture {
 
     pub(crate) async fn shut_down(&self) {
         self.service.shutdown(&context(), api::ShutdownRequest::default()).await.unwrap();
+    }
+
+    /// The shim's end, by its own will.
+    pub(crate) async fn end(&self) {
+        self.exit.wait().await;
     }
 
     pub(crate) async fn shut_down_and_check(&self) {

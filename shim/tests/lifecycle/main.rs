@@ -10,7 +10,7 @@ mod fixture;
 use std::time::Duration;
 
 use containerd_shim_protos::api::Status;
-use fixture::Fixture;
+use fixture::{Fixture, abandon};
 
 const NAMESPACE_MADE: &str = "VIAL_TEST_NAMESPACE_MADE";
 
@@ -68,6 +68,9 @@ fn main() {
         want_of_memory_is_told_before_the_end,
         sandbox_of_the_api_outlives_its_containers,
         sandbox_of_the_api_that_fails_says_why,
+        requests_that_nobody_waits_for_are_done,
+        creation_that_nobody_waits_for_is_taken_back,
+        containers_end_while_another_is_made,
     ];
     println!("\ntest result: ok. {passed} passed; 0 failed; 0 ignored");
 }
@@ -383,8 +386,7 @@ async fn sandbox_of_the_api_outlives_its_containers() {
     assert!(fixture.start_sandbox().await.unwrap() > 0);
     assert_eq!(fixture.sandbox_state().await, "SANDBOX_READY");
     assert!(fixture.sandbox_memory().await > 0);
-    let more = r#""annotations": {"io.kubernetes.cri.container-type": "container",
-        "io.kubernetes.cri.sandbox-id": "demo"},"#;
+    let more = MEMBER;
     let refused = fixture.bundle("refused", &["/refused"], more);
     fixture.create(&refused).await.unwrap_err();
     let member = fixture.bundle("one", &["cat", "file"], more);
@@ -419,5 +421,89 @@ async fn sandbox_of_the_api_that_fails_says_why() {
     let pid = rustix::process::Pid::from_raw(pid.cast_signed()).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
     assert_eq!(fixture.wait_sandbox().await, 137);
+    fixture.shut_sandbox_down().await;
+}
+
+const MEMBER: &str = r#""annotations": {"io.kubernetes.cri.container-type": "container",
+    "io.kubernetes.cri.sandbox-id": "demo"},"#;
+
+async fn requests_that_nobody_waits_for_are_done() {
+    let fixture = Fixture::new("").await;
+    let bundle = fixture.bundle("demo", &["sleep", "600"], "");
+    fixture.create(&bundle).await.unwrap();
+    abandon(fixture.start("demo", "")).await;
+    while fixture.state("demo", "").await.status() != Status::RUNNING {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    abandon(fixture.pause("demo")).await;
+    while fixture.state("demo", "").await.status() != Status::PAUSED {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    abandon(fixture.kill("demo", "", 9)).await;
+    assert_eq!(fixture.wait("demo", "").await, 137);
+    abandon(fixture.delete("demo", "")).await;
+    while fixture.wait_or_absent("demo").await.is_some() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    fixture.shut_down_and_check().await;
+    let topics = ["create", "start", "paused", "exit", "delete"];
+    assert_eq!(fixture.topics(), topics.map(|topic| format!("/tasks/{topic}")));
+}
+
+async fn creation_that_nobody_waits_for_is_taken_back() {
+    // The first of a shim: it ends with it.
+    let fixture = Fixture::new("").await;
+    let bundle = fixture.bundle("demo", &["sleep", "600"], "");
+    abandon(fixture.create(&bundle)).await;
+    fixture.end().await;
+    fixture.check_nothing_left();
+    assert_eq!(fixture.topics(), ["create", "exit", "delete"].map(|t| format!("/tasks/{t}")));
+
+    // One of a sandbox, which stays.
+    let fixture = Fixture::without_sandbox("").await;
+    fixture.create_sandbox("demo").await.unwrap();
+    fixture.start_sandbox().await.unwrap();
+    let member = fixture.bundle("one", &["sleep", "600", "slow"], MEMBER);
+    abandon(fixture.create(&member)).await;
+    while !fixture.topics().contains(&"/tasks/delete".to_string()) {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    assert_eq!(fixture.sandbox_state().await, "SANDBOX_READY");
+    let again = fixture.bundle("two", &["true"], MEMBER);
+    fixture.create(&again).await.unwrap();
+    fixture.start("two", "").await.unwrap();
+    assert_eq!(fixture.wait("two", "").await, 0);
+    fixture.delete("two", "").await.unwrap();
+    fixture.stop_sandbox().await;
+    fixture.shut_sandbox_down().await;
+}
+
+async fn containers_end_while_another_is_made() {
+    let fixture = Fixture::without_sandbox("").await;
+    fixture.create_sandbox("demo").await.unwrap();
+    fixture.start_sandbox().await.unwrap();
+    let one = fixture.bundle("one", &["sleep", "600"], MEMBER);
+    fixture.create(&one).await.unwrap();
+    fixture.start("one", "").await.unwrap();
+    let two = fixture.bundle("two", &["sh", "-c", "true", "slow"], MEMBER);
+    let ended = async {
+        // The other creation is under way first.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        fixture.kill("one", "", 9).await.unwrap();
+        assert_eq!(fixture.wait("one", "").await, 137);
+    };
+    let created = fixture.create(&two);
+    tokio::pin!(created);
+    tokio::select! {
+        biased;
+        _ = &mut created => panic!("the end of a container waited for the creation of another"),
+        () = ended => {}
+    }
+    created.await.unwrap();
+    fixture.delete("one", "").await.unwrap();
+    fixture.start("two", "").await.unwrap();
+    assert_eq!(fixture.wait("two", "").await, 0);
+    fixture.delete("two", "").await.unwrap();
+    fixture.stop_sandbox().await;
     fixture.shut_sandbox_down().await;
 }

@@ -1,7 +1,7 @@
 //! What threads of the VMM share without one lock over all of it: who tells whom, in which order, and what the other then
 //! sees.
 //!
-//! Each is a small type of its own, so that [loom](https://docs.rs/loom) can run it in all orders that threads can take and
+//! Each is a small type of its own, so that loom can run it in all orders that threads can take and
 //! with all values that the memory model lets them read. `tests/models` does; the models lie beside what they check, and an
 //! ordering that is weakened or a pair of lines that is swapped there makes one fail. Nothing here does I/O: what wakes a
 //! thread is a [`Bell`].
