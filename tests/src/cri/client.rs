@@ -17,6 +17,7 @@ const PATIENCE: Duration = Duration::from_secs(180);
 #[derive(Debug, Clone)]
 pub(crate) struct Cri {
     socket: PathBuf,
+    deadline: Option<Duration>,
 }
 
 impl Cri {
@@ -27,7 +28,12 @@ impl Cri {
 
     /// That of a certain socket.
     pub(crate) fn at(socket: &Path) -> Self {
-        Self { socket: socket.into() }
+        Self { socket: socket.into(), deadline: None }
+    }
+
+    /// One whose requests the server gives up after that long.
+    pub(crate) fn given_up_after(deadline: Duration) -> Self {
+        Self { deadline: Some(deadline), ..Self::new() }
     }
 
     fn call<Answer: Message + Default>(
@@ -36,7 +42,7 @@ impl Cri {
         request: &impl Message,
     ) -> Result<Answer> {
         let method = format!("runtime.v1.RuntimeService/{method}");
-        grpc::call(&self.socket, &method, request, PATIENCE)
+        grpc::call(&self.socket, &method, request, (self.deadline, PATIENCE))
     }
 
     pub(crate) fn version(&self) -> Result<VersionResponse> {
@@ -53,7 +59,8 @@ impl Cri {
     /// Names of all images.
     pub(crate) fn images(&self) -> Result<Vec<String>> {
         let method = "runtime.v1.ImageService/ListImages";
-        let answer: ListImagesResponse = grpc::call(&self.socket, method, &Empty {}, PATIENCE)?;
+        let answer: ListImagesResponse =
+            grpc::call(&self.socket, method, &Empty {}, (self.deadline, PATIENCE))?;
         Ok(answer.images.into_iter().flat_map(|image| image.repo_tags).collect())
     }
 
@@ -104,6 +111,13 @@ impl Cri {
             sandbox_config: Some(pod_config.clone()),
         };
         Ok(self.call::<ContainerId>("CreateContainer", &request)?.container_id)
+    }
+
+    /// Ids of a pod's containers.
+    pub(crate) fn containers(&self, pod: &str) -> Result<Vec<String>> {
+        let answer: ListContainersResponse = self.call("ListContainers", &Empty {})?;
+        let of_pod = answer.containers.into_iter().filter(|one| one.pod_sandbox_id == pod);
+        Ok(of_pod.map(|one| one.id).collect())
     }
 
     pub(crate) fn start(&self, id: &str) -> Result<()> {

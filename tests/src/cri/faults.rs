@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 use super::client::Cri;
-use super::pod::{Pod, eventually, idle, same, sh};
+use super::pod::{Pod, eventually, handler, idle, same, sh};
 use super::wire::*;
 use crate::suite::bed::{Bed, Runtime, log_path, run};
 use crate::suite::faults::{kill, process};
@@ -106,6 +106,47 @@ pub(crate) fn life() -> Result<()> {
         // A containerd that is started again opens the pod's logs: they go after that.
         eventually(|| Cri::new().version())?;
     }
+    pod.end()
+}
+
+/// What a client gives up is done or not, and what there is of it can be removed.
+pub(crate) fn pod_whose_requests_are_given_up_can_be_removed(bed: &Bed) -> Result<()> {
+    let hasty = |milliseconds| Cri::given_up_after(Duration::from_millis(milliseconds));
+    let mut given_up = 0;
+    for milliseconds in [100, 600, 1000, 1500] {
+        let after = || format!("the start of a pod was given up after {milliseconds} ms");
+        let started = Pod::of(&hasty(milliseconds), handler(Runtime::Vial), |_| ());
+        given_up += u32::from(started.is_err());
+        drop(started);
+        super::pod::clear().with_context(after)?;
+        bed.nothing_left().with_context(after)?;
+    }
+    let pod = Pod::new(Runtime::Vial)?;
+    let mounts =
+        || Ok::<_, anyhow::Error>(fs::read_to_string("/proc/self/mountinfo")?.lines().count());
+    let before = mounts()?;
+    for milliseconds in [4, 8, 12, 16, 20, 30, 40, 60] {
+        // Creating takes longer than starting.
+        let created = pod.create_by(&hasty(3 * milliseconds), idle());
+        let id = created.or_else(|_| {
+            given_up += 1;
+            pod.create_by(&pod.cri, idle())
+        })?;
+        given_up += u32::from(hasty(milliseconds).start(&id).is_err());
+        for id in pod.cri.containers(&pod.id)? {
+            // containerd refuses while it has not given up itself.
+            let removed = eventually(|| pod.cri.stop(&id, 0).and_then(|()| pod.cri.remove(&id)));
+            removed.with_context(|| format!("requests were given up after {milliseconds} ms"))?;
+        }
+    }
+    ensure!(given_up > 2, "only {given_up} requests were not answered in time: is it this fast?");
+    // The pod is as it was, and has nothing of those containers.
+    eventually(|| {
+        let now = mounts()?;
+        ensure!(now == before, "the host had {before} mounts before, and {now} now");
+        Ok(())
+    })?;
+    ensure!(pod.prints(sh("echo runs"))? == "runs\n", "it prints something else");
     pod.end()
 }
 

@@ -42,7 +42,8 @@ impl fmt::Display for Refused {
 
 impl std::error::Error for Refused {}
 
-/// Calls `method` (`package.Service/Method`) of the server at `socket`.
+/// Calls `method` (`package.Service/Method`) of the server at `socket`. The server may know a
+/// `deadline` by which it has to answer.
 ///
 /// # Errors
 /// [`Refused`] when the server did answer, anything else when it did not within `patience`.
@@ -50,11 +51,11 @@ pub(crate) fn call<Answer: Message + Default>(
     socket: &Path,
     method: &str,
     request: &impl Message,
-    patience: Duration,
+    (deadline, patience): (Option<Duration>, Duration),
 ) -> Result<Answer> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let talk = async {
-        tokio::time::timeout(patience, exchange(socket, method, request))
+        tokio::time::timeout(patience, exchange(socket, method, request, deadline))
             .await
             .map_err(|_| anyhow!("no answer within {patience:?}"))?
     };
@@ -65,6 +66,7 @@ async fn exchange<Answer: Message + Default>(
     socket: &Path,
     method: &str,
     message: &impl Message,
+    deadline: Option<Duration>,
 ) -> Result<Answer> {
     let stream = UnixStream::connect(socket)
         .await
@@ -76,10 +78,13 @@ async fn exchange<Answer: Message + Default>(
         .await?;
     // It ends with the runtime; what goes wrong shows in the call as well.
     tokio::spawn(connection);
-    let request = Request::post(format!("http://localhost/{method}"))
+    let mut request = Request::post(format!("http://localhost/{method}"))
         .header("content-type", "application/grpc")
-        .header("te", "trailers")
-        .body(())?;
+        .header("te", "trailers");
+    if let Some(deadline) = deadline {
+        request = request.header("grpc-timeout", format!("{}m", deadline.as_millis()));
+    }
+    let request = request.body(())?;
     let (response, mut body) = client.ready().await?.send_request(request, false)?;
     body.send_data(framed(message)?, true)?;
 

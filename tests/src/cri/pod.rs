@@ -69,6 +69,15 @@ impl Pod {
         handler: &str,
         adapt: impl FnOnce(&mut PodSandboxConfig),
     ) -> Result<Self> {
+        Self::of(&Cri::new(), handler, adapt)
+    }
+
+    /// One that a certain client asks for.
+    pub(crate) fn of(
+        cri: &Cri,
+        handler: &str,
+        adapt: impl FnOnce(&mut PodSandboxConfig),
+    ) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("vial-cri").tempdir()?;
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755))?;
         let logs = directory.path().join("logs");
@@ -77,10 +86,9 @@ impl Pod {
         let (name, uid) = (format!("pod-{number}"), format!("uid-{number}"));
         let mut config = configs::pod(&name, &uid, "suite", &logs);
         adapt(&mut config);
-        let cri = Cri::new();
         let id =
             cri.run_pod(&config, handler).with_context(|| format!("start a pod with {handler}"))?;
-        Ok(Self { cri, id, config, directory })
+        Ok(Self { cri: cri.clone(), id, config, directory })
     }
 
     /// A path below the pod's directory, which goes with it.
@@ -102,17 +110,16 @@ impl Pod {
 
     /// Creates a container and does not start it.
     pub(crate) fn create(&self, config: ContainerConfig) -> Result<Container<'_>> {
-        let mut config = config;
-        if config.metadata.is_none() {
-            let name = format!("container-{}", unique());
-            config.log_path = format!("{name}.log");
-            config.metadata = Some(ContainerMetadata { name, attempt: 0 });
-        }
-        let id = self
-            .cri
-            .create(&self.id, &config, &self.config)
-            .with_context(|| format!("create a container for {:?}", config.command))?;
+        let config = named(config);
+        let id = self.create_by(&self.cri, config.clone())?;
         Ok(Container { pod: self, id, log: self.path("logs").join(&config.log_path) })
+    }
+
+    /// Creates a container by a certain client, and returns its id.
+    pub(crate) fn create_by(&self, cri: &Cri, config: ContainerConfig) -> Result<String> {
+        let config = named(config);
+        cri.create(&self.id, &config, &self.config)
+            .with_context(|| format!("create a container for {:?}", config.command))
     }
 
     /// Creates and starts a container.
@@ -173,6 +180,16 @@ pub(crate) fn clear() -> Result<()> {
         ensure!(left.is_empty(), "{} pods cannot be removed", left.len());
         Ok(())
     })
+}
+
+/// With a name of its own, and a log, unless it has them.
+fn named(mut config: ContainerConfig) -> ContainerConfig {
+    if config.metadata.is_none() {
+        let name = format!("container-{}", unique());
+        config.log_path = format!("{name}.log");
+        config.metadata = Some(ContainerMetadata { name, attempt: 0 });
+    }
+    config
 }
 
 /// A container that runs these words.

@@ -110,6 +110,14 @@ messages! {
     ListPodSandboxResponse {
         [message, repeated] items: Vec<PodSandbox> = 1;
     }
+    ListContainersResponse {
+        [message, repeated] containers: Vec<ListedContainer> = 1;
+    }
+    /// `Container` in CRI.
+    ListedContainer {
+        [string] id: String = 1;
+        [string] pod_sandbox_id: String = 2;
+    }
     CreateContainerRequest {
         [string] pod_sandbox_id: String = 1;
         [message, optional] config: Option<ContainerConfig> = 2;
