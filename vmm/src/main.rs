@@ -91,6 +91,7 @@ fn serve(options: &Serve) -> Result<ExitCode> {
         tracing::debug!("this kernel has no Landlock: the jail and the filters hold alone");
     }
     let socket = inherited_socket(number)?;
+    make_room_for_descriptors(&socket);
     // What a machine has goes with the process. To take it apart would need system calls that this
     // thread no longer may.
     let mut control = ManuallyDrop::new(Control::new(socket)?);
@@ -99,6 +100,18 @@ fn serve(options: &Serve) -> Result<ExitCode> {
     tracing::debug!(%reason, "the VM ended");
     // Threads in the guest or in a system call are not waited for.
     std::process::exit(reason.status().into())
+}
+
+/// How many descriptors there is room for from the start.
+const DESCRIPTORS: RawFd = 256;
+
+/// Has the kernel make the table of descriptors larger than the 64 that it begins with. Once there are threads, whoever
+/// opens the 65th waits until no processor looks at the old table any more (a grace period of RCU, Linux
+/// `fs/file.c:expand_fdtable`): some milliseconds of a start with a network.
+fn make_room_for_descriptors(any: &OwnedFd) {
+    if let Err(error) = rustix::io::fcntl_dupfd_cloexec(any, DESCRIPTORS - 1) {
+        tracing::debug!("there is no room for {DESCRIPTORS} descriptors yet: {error}");
+    }
 }
 
 /// Takes over descriptor `number`, when it is a packet socket.
