@@ -111,6 +111,8 @@ pub struct File {
     pub pci_devices: Option<Vec<String>>,
     /// Whether containers can bring functions into a VM that runs.
     pub hot_plug_devices: Option<bool>,
+    /// Whether functions may be passed by iommufd.
+    pub iommufd: Option<bool>,
     /// Drivers whose virtual functions go to the guest when CNI has moved them.
     pub network_functions: Option<Vec<String>>,
     /// Where CNI's results are kept.
@@ -170,6 +172,8 @@ pub struct Config {
     /// Whether containers can bring functions into a VM that runs, on a node that has some bound to
     /// vfio-pci.
     pub hot_plug_devices: bool,
+    /// Whether functions are passed by iommufd where the host has it, see [`crate::devices::ways`].
+    pub iommufd: bool,
     /// Drivers of the host whose virtual functions go to the guest when CNI has moved them into a
     /// pod's network namespace, see [`crate::network::functions`].
     pub network_functions: Vec<String>,
@@ -316,6 +320,7 @@ impl Config {
             memory_overhead_mib: within(path, "memory_overhead_mib", overhead, OVERHEAD_MIB)?,
             pci_devices,
             hot_plug_devices: file.hot_plug_devices.unwrap_or(true),
+            iommufd: file.iommufd.unwrap_or(true),
             network_functions: drivers(path, file.network_functions)?,
             cni_caches: caches(path, file.cni_caches)?,
             vhost_net: file.vhost_net.unwrap_or_default(),

@@ -1,7 +1,8 @@
 //! PCI functions of the host that a pod is given: by VFIO, for the guest's own driver.
 //!
 //! A pod gets them in one of two ways. Somebody else, a device plugin as a rule, has bound them to
-//! vfio-pci, and the container's spec names their group as `/dev/vfio/N`. Or the pod's annotation
+//! vfio-pci, and the container's spec names their group as `/dev/vfio/N`, or each of them as
+//! `/dev/vfio/devices/vfioN`. Or the pod's annotation
 //! [`ANNOTATION`] names addresses, which the operator's configuration has to list; those are bound
 //! here, and given back to the driver that they came from when the pod has ended, however it did.
 //!
@@ -9,21 +10,26 @@
 //! - [`pci`]: what sysfs says of it, and how its driver is changed.
 //! - [`wanted`]: what a pod asks for. Pure.
 //! - [`binding`]: checks, binds, gives back.
+//! - [`ways`]: by iommufd, or by groups.
 //! - [`handles`]: opens what the VMM is handed.
+//! - [`iommufd`]: the same, where it is by iommufd.
 //! - [`passed`]: which functions a VM has, and whose they are. Pure.
 //! - [`list`]: what of this node can be given, behind `vial devices`.
 
 pub mod address;
 pub mod binding;
 pub mod handles;
+pub mod iommufd;
 pub mod list;
 pub mod passed;
 pub mod pci;
 pub mod wanted;
+pub mod ways;
 
 use std::path::PathBuf;
 
 use address::Address;
+use ways::Node;
 
 /// The annotation of a pod that names addresses, with commas between them.
 pub const ANNOTATION: &str = "io.vial/pci-devices";
@@ -40,8 +46,8 @@ pub enum DeviceError {
     Address(String),
     /// A device of VFIO's that is not understood.
     #[error(
-        "the device {0} is not the number of an IOMMU group, such as /dev/vfio/42; have the \
-         device plugin name groups"
+        "the device {0} is neither an IOMMU group, such as /dev/vfio/42, nor a function, such as \
+         /dev/vfio/devices/vfio3; have the device plugin name one of those"
     )]
     Node(String),
     /// More than a VM can have.
@@ -59,6 +65,9 @@ pub enum DeviceError {
     /// A group is not there.
     #[error("there is no IOMMU group {0} on this node; see `vial devices`")]
     NoGroup(u32),
+    /// A device of VFIO's is not there.
+    #[error("there is no PCI function {} on this node; see `vial devices`", .0.path().display())]
+    NoFunction(Node),
     /// Nothing keeps it from the host's memory.
     #[error(
         "the PCI function {0} is behind no IOMMU; enable VT-d or AMD-Vi in the firmware, and boot \
@@ -104,12 +113,30 @@ pub enum DeviceError {
     /// Another VM has it.
     #[error("IOMMU group {0} is in use by another VM or program; see `vial devices`")]
     Busy(u32),
+    /// The kernel gives it to nobody, or to somebody else alone.
+    #[error(
+        "the kernel does not give {address} out: another program has a function of its IOMMU group \
+         {group}, or its interrupts cannot be kept from others; see `vial devices` and the kernel's \
+         log, and enable interrupt remapping in the firmware"
+    )]
+    NotOwned {
+        /// The function.
+        address: Address,
+        /// Its group.
+        group: u32,
+    },
+    /// It has no device for itself, as others of the VM's have.
+    #[error(
+        "{0} has no device below /dev/vfio/devices, by which the pod's other functions were opened; \
+         bind it to vfio-pci anew"
+    )]
+    NoNode(Address),
     /// The kernel does not give it out.
     #[error("IOMMU group {0} is not viable: a function in it has a driver other than vfio-pci")]
     NotViable(u32),
     /// A container wants what the VM was started without.
     #[error(
-        "the container asks for /dev/vfio/{0}, and its pod's VM was started as one that gets no \
+        "the container asks for IOMMU group {0}, and its pod's VM was started as one that gets no \
          functions later: no function of the node was bound to vfio-pci then, or the configuration \
          has `hot_plug_devices = false`; make the pod anew, set that key, or name the functions in \
          the pod's annotation {ANNOTATION}"
@@ -118,6 +145,13 @@ pub enum DeviceError {
     /// The VM had it, and did not let go of it.
     #[error("the pod's VM still holds {0}, which it had before; make the pod anew")]
     Kept(Address),
+    /// The kernel makes no devices of groups.
+    #[error(
+        "there is no /dev/vfio/vfio, by which functions of IOMMU groups are passed, and iommufd is \
+         off or not there: `modprobe vfio`, or `modprobe iommufd` and `iommufd = true` in Vial's \
+         configuration; see `vial check`"
+    )]
+    NoGroups,
     /// VFIO is of another kind.
     #[error("the host's VFIO has no IOMMU of type 1 (version 2); load vfio_iommu_type1")]
     Type,

@@ -42,7 +42,10 @@ use crate::{
     config::Config,
     copies::Copies,
     core_scheduling,
-    devices::{handles, wanted::Wanted},
+    devices::{
+        handles::{self, Opener},
+        wanted::Wanted,
+    },
     disks::{Disks, cache::Cache},
     error::ServiceError,
     forward,
@@ -180,7 +183,8 @@ impl Sandbox {
         };
         timeline.mark("network joined");
 
-        let passed = pass_devices(plan, &dir, &mut state, undo)?;
+        let mut opener = Opener::new(config.iommufd);
+        let passed = pass_devices(plan, &dir, &mut state, &mut opener, undo)?;
         let (placed, placement) = start::place(plan, &dir, &state)?;
         let placed = Arc::new(placed);
         let (pages, mib) = (placement.huge_pages, config.memory_mib);
@@ -303,7 +307,7 @@ impl Sandbox {
         let start = Size { vcpus: config.vcpus, memory_mib: config.memory_mib };
         let growth = Growth::new(plan.own, start, made.reach, means);
         let (added, caches) = (made.functions.as_ref(), &config.cni_caches);
-        let functions = Functions::begin(state, added, hot_plug, caches)?;
+        let functions = Functions::begin(state, added, (hot_plug, opener), caches)?;
         functions.configure_first(&agent).await?;
         let functions = Arc::new(tokio::sync::Mutex::new(functions));
         if let Some(attachment) = attachment {

@@ -173,9 +173,9 @@ impl Control {
                 result
             }
             Action::VsockConnect { port, socket } => self.connect(port, socket, descriptors),
-            Action::AddFunctions { container, groups, functions } => {
+            Action::AddFunctions { way, functions } => {
                 let add = |machine: &mut RunningMachine| {
-                    machine.add_functions(container, groups, functions, descriptors)
+                    machine.add_functions(way, functions, descriptors)
                 };
                 self.change(VmEvent::Pass, add, PassError::is_invalid_request)
                     .map(Reply::FunctionsAdded)

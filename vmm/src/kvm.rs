@@ -9,7 +9,7 @@ use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use kvm_bindings::{
-    CpuId, KVM_API_VERSION, KVM_DEV_VFIO_GROUP, KVM_DEV_VFIO_GROUP_ADD, KVM_DEV_VFIO_GROUP_DEL,
+    CpuId, KVM_API_VERSION, KVM_DEV_VFIO_FILE, KVM_DEV_VFIO_FILE_ADD, KVM_DEV_VFIO_FILE_DEL,
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_MAX_CPUID_ENTRIES,
     KVM_MEM_READONLY, KvmIrqRouting, kvm_clock_data, kvm_create_device, kvm_device_attr,
     kvm_device_type_KVM_DEV_TYPE_VFIO, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
@@ -148,9 +148,9 @@ pub struct Vm {
     /// The same, of passed functions, by the number of the slot. One is taken out when its slot is
     /// gone, and its number given to another.
     windows: Mutex<Vec<Option<Window>>>,
-    /// What tells KVM of the groups of passed functions (KVM_DEV_VFIO), once there were any. A
+    /// What tells KVM of passed functions (KVM_DEV_VFIO), once there were any. A
     /// machine can have but one.
-    groups: Mutex<Option<DeviceFd>>,
+    vfio: Mutex<Option<DeviceFd>>,
     /// How many slots there are of memory that came while the machine ran.
     more_slots: Mutex<u32>,
 }
@@ -188,7 +188,7 @@ impl Vm {
             lines: Mutex::default(),
             ram: OnceLock::new(),
             windows: Mutex::default(),
-            groups: Mutex::default(),
+            vfio: Mutex::default(),
             more_slots: Mutex::default(),
         }))
     }
@@ -288,32 +288,32 @@ impl Vm {
         }
     }
 
-    /// Tells KVM of groups of functions, so that it knows whether their DMA is coherent.
+    /// Tells KVM of functions, by their groups or by themselves, so that it knows whether their DMA is
+    /// coherent.
     ///
     /// # Errors
-    /// KVM refuses, or the descriptors are no groups.
-    pub fn join_groups(&self, groups: &[OwnedFd]) -> Result<(), KvmError> {
-        let mut device = lock(&self.groups);
+    /// KVM refuses, or the descriptors are of another kind.
+    pub fn join_files(&self, files: &[impl AsRawFd]) -> Result<(), KvmError> {
+        let mut device = lock(&self.vfio);
         if device.is_none() {
             let mut create =
                 kvm_create_device { type_: kvm_device_type_KVM_DEV_TYPE_VFIO, fd: 0, flags: 0 };
             let made = self.fd.create_device(&mut create);
             *device = Some(made.map_err(refused("make its VFIO device"))?);
         }
-        let tell = |group| tell_of_group(device.as_ref(), group, KVM_DEV_VFIO_GROUP_ADD);
-        groups.iter().try_for_each(tell).map_err(refused("take a VFIO group"))
+        let tell = |file| tell_of_file(device.as_ref(), file, KVM_DEV_VFIO_FILE_ADD);
+        files.iter().try_for_each(tell).map_err(refused("take a file of VFIO's"))
     }
 
-    /// Lets KVM forget groups of functions, whose descriptors it keeps open otherwise. All are
-    /// tried.
+    /// Lets KVM forget functions, whose descriptors it keeps open otherwise. All are tried.
     ///
     /// # Errors
     /// KVM does not know one of them.
-    pub fn leave_groups(&self, groups: &[OwnedFd]) -> Result<(), KvmError> {
-        let device = lock(&self.groups);
-        let tell = |group| tell_of_group(device.as_ref(), group, KVM_DEV_VFIO_GROUP_DEL);
-        let left = groups.iter().map(tell).fold(Ok(()), Result::and);
-        left.map_err(refused("let go of a VFIO group"))
+    pub fn leave_files(&self, files: &[impl AsRawFd]) -> Result<(), KvmError> {
+        let device = lock(&self.vfio);
+        let tell = |file| tell_of_file(device.as_ref(), file, KVM_DEV_VFIO_FILE_DEL);
+        let left = files.iter().map(tell).fold(Ok(()), Result::and);
+        left.map_err(refused("let go of a file of VFIO's"))
     }
 
     /// Makes a vCPU.
@@ -529,16 +529,16 @@ impl Windows for Vm {
     }
 }
 
-/// Adds or removes a group of KVM's.
-fn tell_of_group(
+/// Adds or removes a file of KVM's. A kernel that knows only groups has the same numbers for them.
+fn tell_of_file(
     device: Option<&DeviceFd>,
-    group: &OwnedFd,
+    file: &impl AsRawFd,
     what: u32,
 ) -> Result<(), kvm_ioctls::Error> {
     let Some(device) = device else { return Ok(()) };
-    let descriptor = group.as_raw_fd();
+    let descriptor = file.as_raw_fd();
     let attribute = kvm_device_attr {
-        group: KVM_DEV_VFIO_GROUP,
+        group: KVM_DEV_VFIO_FILE,
         attr: what.into(),
         addr: (&raw const descriptor) as u64,
         flags: 0,

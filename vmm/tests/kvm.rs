@@ -12,8 +12,8 @@ use client::{Attachments, Vmm};
 use guests::{POWER_OFF, Request, attach, file, kernel, out, request, start, tap, tap_queues};
 use vial_vmm_api::{
     Action, Descriptor, DeviceConfig, DiskShape, Event, ExitReason, Failure, FailureKind,
-    IMAGE_MAGIC, IMAGE_MAGIC_AT, MAX_LATE_DISKS, MAX_LATE_INTERFACES, MAX_PASSED_FUNCTIONS, Reply,
-    VmState,
+    IMAGE_MAGIC, IMAGE_MAGIC_AT, MAX_LATE_DISKS, MAX_LATE_INTERFACES, MAX_PASSED_FUNCTIONS,
+    PassedBy, Reply, VmState,
 };
 
 /// `mov eax, [address]; mov dx, 0x3f8; out dx, al; shr eax, 8; …` for all four bytes.
@@ -190,11 +190,17 @@ fn wrong_request_is_refused_in_a_sentence_and_the_next_may_be_right() {
 
 /// Why functions are refused whose descriptors are those of plain files.
 fn functions_refused(vmm: &mut Vmm, functions: Vec<Descriptor>) -> Failure {
-    let mut files = Attachments::default();
-    let container = files.add(file(b""));
-    files.add(file(b""));
-    let action = Action::AddFunctions { container, groups: Vec::new(), functions };
-    vmm.ask(action, &files.all()).unwrap_err()
+    let mut refused = |way: fn(Descriptor) -> PassedBy| {
+        let mut files = Attachments::default();
+        let way = way(files.add(file(b"")));
+        files.add(file(b""));
+        let action = Action::AddFunctions { way, functions: functions.clone() };
+        vmm.ask(action, &files.all()).unwrap_err()
+    };
+    let by_groups = refused(|container| PassedBy::Groups { container, groups: Vec::new() });
+    let by_iommufd = refused(|iommufd| PassedBy::Iommufd { iommufd, address_space: 1 });
+    assert_eq!(by_groups, by_iommufd);
+    by_groups
 }
 
 #[test]

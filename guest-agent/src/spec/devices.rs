@@ -16,8 +16,8 @@ use oci_spec::runtime::{
 
 use super::SpecError;
 
-/// Where VFIO's devices are.
-const VFIO: &str = "/dev/vfio";
+/// Where VFIO's devices are, and the one that device plugins name beside them.
+const VFIO: [&str; 2] = ["/dev/vfio", "/dev/iommu"];
 /// Devices of the guest that are looked at.
 const MAX_DEVICES: usize = 1024;
 /// How deep they lie below /dev.
@@ -107,7 +107,7 @@ pub(super) fn rewrite(
 
 /// Takes VFIO's devices out, and the rules for their numbers, which mean something else here.
 fn leave_out_vfio(linux: &mut Linux) {
-    leave_out(linux, |device| device.path().starts_with(VFIO));
+    leave_out(linux, |device| VFIO.iter().any(|path| device.path().starts_with(path)));
 }
 
 /// Takes the device at `path` out, if there is one, with the rules for its numbers.
@@ -226,6 +226,8 @@ mod tests {
         let devices = json!([
             device("/dev/vfio/7", "c", 243, 0),
             device("/dev/vfio/vfio", "c", 10, 196),
+            device("/dev/vfio/devices/vfio0", "c", 243, 0),
+            device("/dev/iommu", "c", 10, 124),
             device("/dev/fuse", "c", 10, 229)
         ]);
         let mut linux = linux(devices, rules);

@@ -1,12 +1,17 @@
 //! Checks what a pod asks for before anything is touched, binds what has to be bound, and gives it
 //! back.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 use vial_vmm_api::MAX_PASSED_FUNCTIONS;
 
-use super::{DeviceError, VFIO_DRIVER, address::Address, pci::Sysfs, wanted::Wanted};
+use super::{
+    DeviceError, VFIO_DRIVER,
+    address::Address,
+    pci::Sysfs,
+    wanted::{self, Wanted},
+};
 
 /// A function that a pod has, kept on disk to be given back when the shim cannot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,20 +35,23 @@ pub fn check(sysfs: &Sysfs, wanted: &Wanted) -> Result<Vec<Record>, DeviceError>
     let mut records = BTreeMap::new();
     for group in &wanted.groups {
         for address in sysfs.members(*group)? {
-            let driver = sysfs.driver(address);
-            if driver.as_deref() != Some(VFIO_DRIVER) {
-                let (group, driver) = (*group, shown(driver));
-                return Err(DeviceError::NotBound { address, group, driver });
-            }
-            records.insert(address, Record { address, group: *group, bound_here: false, driver });
+            records.insert(address, bound_elsewhere(sysfs, address, *group)?);
         }
     }
+    let mut named = BTreeSet::new();
+    for node in &wanted.nodes {
+        let (address, group) = wanted::place_of(sysfs, *node)?;
+        records.insert(address, bound_elsewhere(sysfs, address, group)?);
+        named.insert((address, group));
+    }
     for address in &wanted.addresses {
-        let address = *address;
-        if !sysfs.has(address) {
-            return Err(DeviceError::Absent(address));
+        if !sysfs.has(*address) {
+            return Err(DeviceError::Absent(*address));
         }
-        let group = sysfs.group(address).ok_or(DeviceError::NoIommu(address))?;
+        let group = sysfs.group(*address).ok_or(DeviceError::NoIommu(*address))?;
+        named.insert((*address, group));
+    }
+    for (address, group) in named {
         let others = sysfs.members(group)?;
         let stranger = others.into_iter().find(|other| {
             *other != address && !wanted.addresses.contains(other) && !records.contains_key(other)
@@ -63,6 +71,15 @@ pub fn check(sysfs: &Sysfs, wanted: &Wanted) -> Result<Vec<Record>, DeviceError>
         return Err(DeviceError::TooMany(MAX_PASSED_FUNCTIONS));
     }
     Ok(records.into_values().collect())
+}
+
+/// A function that somebody else has bound to vfio-pci.
+fn bound_elsewhere(sysfs: &Sysfs, address: Address, group: u32) -> Result<Record, DeviceError> {
+    let driver = sysfs.driver(address);
+    match driver.as_deref() {
+        Some(VFIO_DRIVER) => Ok(Record { address, group, bound_here: false, driver }),
+        _ => Err(DeviceError::NotBound { address, group, driver: shown(driver) }),
+    }
 }
 
 fn shown(driver: Option<String>) -> String {

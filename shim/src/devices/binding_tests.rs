@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::*;
+use super::{super::ways::Node, *};
 
 /// A tree like sysfs. Its files only keep what is written: what the kernel does by it, no test of
 /// a tree can show.
@@ -48,6 +48,13 @@ impl Tree {
         }
     }
 
+    /// As the kernel does when a function comes to vfio-pci.
+    fn add_node(&self, number: u32, address: &str) {
+        let class = self.path(&format!("class/vfio-dev/vfio{number}"));
+        fs::create_dir_all(&class).unwrap();
+        symlink(self.path("bus/pci/devices").join(address), class.join("device")).unwrap();
+    }
+
     fn sysfs(&self) -> Sysfs {
         Sysfs::at(self.root.path())
     }
@@ -63,6 +70,7 @@ fn address(text: &str) -> Address {
 fn wanted(groups: &[u32], addresses: &[&str]) -> Wanted {
     Wanted {
         groups: groups.iter().copied().collect(),
+        nodes: BTreeSet::new(),
         addresses: addresses.iter().map(|text| address(text)).collect::<BTreeSet<_>>(),
     }
 }
@@ -84,6 +92,45 @@ fn what_is_fit_is_recorded_with_the_driver_that_it_came_from() {
         records,
         [of("0000:21:10.0", 6, true, "igbvf"), of("0000:21:10.2", 7, false, "vfio-pci")]
     );
+}
+
+#[test]
+fn function_is_the_same_by_its_device_its_group_and_its_address() {
+    let tree = Tree::new();
+    tree.add("0000:21:10.0", Some(6), Some("vfio-pci"), CARD);
+    tree.add_node(3, "0000:21:10.0");
+    let sysfs = tree.sysfs();
+    let by_node = Wanted { nodes: [Node(3)].into(), ..Wanted::default() };
+    let by_all = Wanted { nodes: [Node(3)].into(), ..wanted(&[6], &["0000:21:10.0"]) };
+    let records = check(&sysfs, &by_node).unwrap();
+    assert_eq!((records.len(), records[0].group, records[0].bound_here), (1, 6, false));
+    assert_eq!(check(&sysfs, &wanted(&[6], &[])).unwrap(), records);
+    assert_eq!(check(&sysfs, &by_all).unwrap(), records);
+    assert_eq!(by_all.by_group(&sysfs).unwrap().keys().copied().collect::<Vec<_>>(), [6]);
+}
+
+#[test]
+fn device_of_a_function_is_refused_with_a_stranger_in_its_group_and_without_vfio() {
+    let tree = Tree::new();
+    tree.add("0000:21:10.0", Some(6), Some("vfio-pci"), CARD);
+    tree.add("0000:21:10.1", Some(6), Some("vfio-pci"), CARD);
+    tree.add("0000:21:10.2", Some(7), Some("igbvf"), CARD);
+    for (number, address) in [(0, "0000:21:10.0"), (1, "0000:21:10.1"), (2, "0000:21:10.2")] {
+        tree.add_node(number, address);
+    }
+    let told = |numbers: &[u32]| {
+        let nodes = numbers.iter().copied().map(Node).collect();
+        let found = check(&tree.sysfs(), &Wanted { nodes, ..Wanted::default() });
+        found.map_err(|error| error.to_string())
+    };
+    // The kernel would give it out alone: they can reach each other all the same.
+    let error = told(&[0]).unwrap_err();
+    assert!(error.contains("0000:21:10.1") && error.contains("all of the group"), "{error}");
+    assert_eq!(told(&[0, 1]).unwrap().len(), 2);
+    let error = told(&[2]).unwrap_err();
+    assert!(error.contains("not bound to vfio-pci but to igbvf"), "{error}");
+    let error = told(&[9]).unwrap_err();
+    assert!(error.contains("/dev/vfio/devices/vfio9"), "{error}");
 }
 
 #[test]

@@ -1,5 +1,6 @@
-//! Opens container, groups and functions, and joins them, for the VMM to be handed: it opens
-//! nothing, and none of the requests here can be made by it.
+//! Opens functions, for the VMM to be handed: it opens nothing, and none of the requests here can be
+//! made by it. By groups, container, groups and functions are opened and joined; by iommufd,
+//! functions are opened and bound ([`super::iommufd`]). A VM's functions are all opened by one way.
 #![allow(unsafe_code)]
 
 use std::{
@@ -9,9 +10,17 @@ use std::{
     io,
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
-use super::{DeviceError, binding::Record};
+use super::{
+    DeviceError,
+    address::Address,
+    binding::Record,
+    iommufd::Iommufd,
+    pci::Sysfs,
+    ways::{self, Node, Way},
+};
 use crate::jail::descriptors;
 
 // linux/vfio.h: requests have no direction and no size.
@@ -28,22 +37,105 @@ const GROUP_FLAGS_VIABLE: u32 = 1;
 /// Whether there are functions bound to vfio-pci, which a container could ask for.
 pub fn are_any() -> bool {
     let is_group = |name: &str| name.bytes().all(|byte| byte.is_ascii_digit());
-    let names = std::fs::read_dir("/dev/vfio").into_iter().flatten().flatten();
-    names.into_iter().any(|entry| entry.file_name().to_str().is_some_and(is_group))
+    has_any("/dev/vfio", is_group) || has_any(ways::DEVICES, |name| Node::of_name(name).is_some())
+}
+
+fn has_any(directory: &str, is: impl Fn(&str) -> bool) -> bool {
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    entries.into_iter().any(|entry| entry.file_name().to_str().is_some_and(&is))
 }
 
 /// What the VMM is handed of functions of the host.
 #[derive(Debug)]
 pub struct Handles {
-    /// The groups' IOMMU address space.
-    pub container: File,
-    /// The groups.
-    pub groups: Vec<File>,
+    /// By what they reach memory.
+    pub by: By,
     /// The functions, in the order of the records.
     pub functions: Vec<OwnedFd>,
 }
 
-fn request(action: &'static str, result: i32) -> Result<i32, DeviceError> {
+/// By what functions reach memory.
+#[derive(Debug)]
+pub enum By {
+    /// Groups.
+    Groups {
+        /// The groups' IOMMU address space.
+        container: File,
+        /// The groups.
+        groups: Vec<File>,
+    },
+    /// An iommufd, which is the same for all functions of a VM.
+    Iommufd(Arc<Iommufd>),
+}
+
+/// Opens the functions of one VM.
+#[derive(Debug)]
+pub struct Opener {
+    /// Whether it may be by iommufd.
+    iommufd: bool,
+    chosen: Option<Chosen>,
+}
+
+#[derive(Debug)]
+enum Chosen {
+    Groups,
+    Iommufd(Arc<Iommufd>),
+}
+
+impl Opener {
+    /// For a VM that has none yet; `iommufd` is what the configuration allows.
+    pub fn new(iommufd: bool) -> Self {
+        Self { iommufd, chosen: None }
+    }
+
+    /// By which way it is, once there were any.
+    pub fn way(&self) -> Option<Way> {
+        self.chosen.as_ref().map(|chosen| match chosen {
+            Chosen::Groups => Way::Groups,
+            Chosen::Iommufd(_) => Way::Iommufd,
+        })
+    }
+
+    /// Opens what the records name, all of it bound to vfio-pci.
+    ///
+    /// # Errors
+    /// [`DeviceError`]. Nothing stays open then but an iommufd without functions.
+    pub fn open_all(&mut self, records: &[Record]) -> Result<Handles, DeviceError> {
+        let sysfs = Sysfs::default();
+        let addresses: Vec<Address> = records.iter().map(|record| record.address).collect();
+        if self.chosen.is_none() {
+            let way = ways::choose(self.iommufd, ways::IOMMUFD.as_ref(), &sysfs, &addresses);
+            self.chosen = Some(match way {
+                Way::Groups => Chosen::Groups,
+                Way::Iommufd => Chosen::Iommufd(Iommufd::open()?.into()),
+            });
+        }
+        let handles = match &self.chosen {
+            Some(Chosen::Iommufd(iommufd)) => bind_all(iommufd, &sysfs, records)?,
+            _ => join_all(records)?,
+        };
+        let names: Vec<String> = addresses.iter().map(Address::to_string).collect();
+        if let Some(way) = self.way() {
+            tracing::info!("{} opened by {way}", names.join(", "));
+        }
+        Ok(handles)
+    }
+}
+
+fn bind_all(
+    iommufd: &Arc<Iommufd>,
+    sysfs: &Sysfs,
+    records: &[Record],
+) -> Result<Handles, DeviceError> {
+    let bind = |record: &Record| {
+        let node = sysfs.vfio_node(record.address).ok_or(DeviceError::NoNode(record.address))?;
+        iommufd.bind(record, &node)
+    };
+    let functions = records.iter().map(bind).collect::<Result<_, _>>()?;
+    Ok(Handles { by: By::Iommufd(iommufd.clone()), functions })
+}
+
+pub(super) fn request(action: &'static str, result: i32) -> Result<i32, DeviceError> {
     match result {
         0.. => Ok(result),
         _ => Err(DeviceError::Request { action, error: io::Error::last_os_error() }),
@@ -51,18 +143,28 @@ fn request(action: &'static str, result: i32) -> Result<i32, DeviceError> {
 }
 
 fn open(path: &Path) -> Result<File, DeviceError> {
-    descriptors::open_device(path).map_err(|error| {
+    open_by(descriptors::open_device, path)
+}
+
+/// As [`open`], and the VMM cannot open it again.
+pub(super) fn open_once(path: &Path) -> Result<File, DeviceError> {
+    open_by(descriptors::open_device_once, path)
+}
+
+fn open_by(open: fn(&Path) -> io::Result<File>, path: &Path) -> Result<File, DeviceError> {
+    open(path).map_err(|error| {
         let path = PathBuf::from(path);
         DeviceError::Io { action: "open", path, error }
     })
 }
 
-/// Opens what the records name, all of it bound to vfio-pci.
-///
-/// # Errors
-/// [`DeviceError`]. Nothing stays open then.
-pub fn open_all(records: &[Record]) -> Result<Handles, DeviceError> {
-    let container = open(Path::new("/dev/vfio/vfio"))?;
+fn join_all(records: &[Record]) -> Result<Handles, DeviceError> {
+    let container = open(Path::new("/dev/vfio/vfio")).map_err(|error| match error {
+        DeviceError::Io { error, .. } if error.kind() == io::ErrorKind::NotFound => {
+            DeviceError::NoGroups
+        }
+        other => other,
+    })?;
     let fd = container.as_raw_fd();
     // SAFETY: no argument is looked at.
     let version = unsafe { libc::ioctl(fd, GET_API_VERSION, 0) };
@@ -88,11 +190,8 @@ pub fn open_all(records: &[Record]) -> Result<Handles, DeviceError> {
             function(group, record)
         })
         .collect::<Result<_, _>>()?;
-    Ok(Handles {
-        container,
-        groups: groups.into_iter().map(|(_, group)| group).collect(),
-        functions,
-    })
+    let groups = groups.into_iter().map(|(_, group)| group).collect();
+    Ok(Handles { by: By::Groups { container, groups }, functions })
 }
 
 /// Opens a group and joins it to the container.

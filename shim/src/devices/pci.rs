@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{DeviceError, VFIO_DRIVER, address::Address};
+use super::{DeviceError, VFIO_DRIVER, address::Address, ways::Node};
 
 /// The class of bridges, which pass on what functions behind them do, and do nothing themselves.
 const CLASS_BRIDGE: u32 = 0x06;
@@ -67,6 +67,20 @@ impl Sysfs {
     /// Its IOMMU group.
     pub fn group(&self, address: Address) -> Option<u32> {
         self.link(address, "iommu_group")?.parse().ok()
+    }
+
+    /// The device that it has for itself while it is bound to vfio-pci, where the kernel makes some.
+    pub fn vfio_node(&self, address: Address) -> Option<Node> {
+        let entries = fs::read_dir(self.device(address).join("vfio-dev")).ok()?;
+        let has_number = |entry: &fs::DirEntry| entry.path().join("dev").exists();
+        let mut entries = entries.flatten().filter(has_number);
+        entries.find_map(|entry| Node::of_name(entry.file_name().to_str()?))
+    }
+
+    /// The function that a device of VFIO's is of.
+    pub fn of_vfio_node(&self, node: Node) -> Option<Address> {
+        let device = self.root.join("class/vfio-dev").join(node.to_string()).join("device");
+        fs::read_link(device).ok()?.file_name()?.to_str()?.parse().ok()
     }
 
     /// The function that it is a virtual one of.

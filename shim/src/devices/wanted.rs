@@ -1,24 +1,30 @@
-//! What a pod asks for, from its annotations and its spec's devices. Pure.
+//! What a pod asks for, from its annotations and its spec's devices. Pure but for which group a
+//! function is in.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     path::Path,
 };
 
 use vial_vmm_api::MAX_PASSED_FUNCTIONS;
 
-use super::{ANNOTATION, DeviceError, address::Address};
+use super::{ANNOTATION, DeviceError, address::Address, pci::Sysfs, ways::Node};
 
 /// Where VFIO's devices are.
 const NODES: &str = "/dev/vfio";
-/// The one that groups are joined to, which device plugins name beside the groups.
+/// The one that groups are joined to, which device plugins name beside the groups. `/dev/iommu`, which
+/// they name beside functions, is not there.
 const CONTAINER: &str = "vfio";
+/// Where those of functions are, below that.
+const DEVICES: &str = "devices";
 
 /// The functions that a pod asks for.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Wanted {
     /// IOMMU groups whose functions are bound to vfio-pci already.
     pub groups: BTreeSet<u32>,
+    /// Functions that are bound to vfio-pci already.
+    pub nodes: BTreeSet<Node>,
     /// Addresses that the pod's annotation names, all of them listed by the operator.
     pub addresses: BTreeSet<Address>,
 }
@@ -33,8 +39,14 @@ impl Wanted {
         devices: impl Iterator<Item = &'a Path>,
         listed: &[Address],
     ) -> Result<Self, DeviceError> {
-        let groups: BTreeSet<u32> =
-            devices.filter_map(|device| group_of(device).transpose()).collect::<Result<_, _>>()?;
+        let (mut groups, mut nodes) = (BTreeSet::new(), BTreeSet::new());
+        for device in devices {
+            match named_by(device)? {
+                None => {}
+                Some(Named::Group(group)) => drop(groups.insert(group)),
+                Some(Named::Function(node)) => drop(nodes.insert(node)),
+            }
+        }
         let words = annotations.get(ANNOTATION).map_or("", String::as_str);
         let mut addresses = BTreeSet::new();
         for word in words.split(',').map(str::trim).filter(|word| !word.is_empty()) {
@@ -47,31 +59,73 @@ impl Wanted {
                 return Err(DeviceError::TooMany(MAX_PASSED_FUNCTIONS));
             }
         }
-        if groups.len() > MAX_PASSED_FUNCTIONS {
+        if groups.len().max(nodes.len()) > MAX_PASSED_FUNCTIONS {
             return Err(DeviceError::TooMany(MAX_PASSED_FUNCTIONS));
         }
-        Ok(Self { groups, addresses })
+        Ok(Self { groups, nodes, addresses })
     }
 
     /// Whether it asks for nothing.
     pub fn is_empty(&self) -> bool {
-        self.groups.is_empty() && self.addresses.is_empty()
+        self.groups.is_empty() && self.nodes.is_empty() && self.addresses.is_empty()
+    }
+
+    /// What devices of a spec name, by the groups that it is in.
+    ///
+    /// # Errors
+    /// [`DeviceError::NoFunction`] and [`DeviceError::NoIommu`].
+    pub fn by_group(&self, sysfs: &Sysfs) -> Result<BTreeMap<u32, Self>, DeviceError> {
+        let mut found: BTreeMap<u32, Self> = BTreeMap::new();
+        for group in &self.groups {
+            found.entry(*group).or_default().groups.insert(*group);
+        }
+        for node in &self.nodes {
+            let (_, group) = place_of(sysfs, *node)?;
+            found.entry(group).or_default().nodes.insert(*node);
+        }
+        Ok(found)
+    }
+
+    /// Asks for what the other asks for, too.
+    pub fn extend(&mut self, other: Self) {
+        self.groups.extend(other.groups);
+        self.nodes.extend(other.nodes);
+        self.addresses.extend(other.addresses);
     }
 }
 
-/// The group that a device of a spec stands for, when it is one of VFIO's.
+/// The function that a device is of, and its group.
 ///
 /// # Errors
-/// [`DeviceError::Node`].
-pub fn group_of(device: &Path) -> Result<Option<u32>, DeviceError> {
-    let Ok(name) = device.strip_prefix(NODES) else { return Ok(None) };
-    let name = name.to_str().unwrap_or_default();
+/// [`DeviceError::NoFunction`] and [`DeviceError::NoIommu`].
+pub fn place_of(sysfs: &Sysfs, node: Node) -> Result<(Address, u32), DeviceError> {
+    let address = sysfs.of_vfio_node(node).ok_or(DeviceError::NoFunction(node))?;
+    Ok((address, sysfs.group(address).ok_or(DeviceError::NoIommu(address))?))
+}
+
+/// What a device of a spec stands for.
+#[derive(Debug, PartialEq, Eq)]
+enum Named {
+    Group(u32),
+    Function(Node),
+}
+
+/// What a device of a spec stands for, when it is one of VFIO's.
+fn named_by(device: &Path) -> Result<Option<Named>, DeviceError> {
+    let Ok(below) = device.strip_prefix(NODES) else { return Ok(None) };
+    let name = below.to_str().unwrap_or_default();
     if name == CONTAINER {
         return Ok(None);
     }
-    let number = name.bytes().all(|byte| byte.is_ascii_digit()).then(|| name.parse().ok());
+    let named = match below.strip_prefix(DEVICES) {
+        Ok(name) => name.to_str().and_then(Node::of_name).map(Named::Function),
+        Err(_) => {
+            let is_number = name.bytes().all(|byte| byte.is_ascii_digit());
+            name.parse().ok().filter(|_| is_number).map(Named::Group)
+        }
+    };
     let shown = || DeviceError::Node(device.display().to_string().chars().take(64).collect());
-    number.flatten().map(Some).ok_or_else(shown)
+    named.map(Some).ok_or_else(shown)
 }
 
 #[cfg(test)]
@@ -108,10 +162,24 @@ mod tests {
     }
 
     #[test]
-    fn nodes_that_are_no_groups_are_refused() {
+    fn functions_are_taken_by_their_own_devices() {
+        let devices = ["/dev/iommu", "/dev/vfio/devices/vfio12", "/dev/vfio/7", "/dev/vfio/vfio"];
+        let found = wanted("", &devices, &[]).unwrap();
+        assert_eq!(found.nodes.into_iter().collect::<Vec<_>>(), [Node(12)]);
+        assert_eq!(found.groups.into_iter().collect::<Vec<_>>(), [7]);
+        assert!(wanted("", &["/dev/iommu"], &[]).unwrap().is_empty());
+    }
+
+    #[test]
+    fn nodes_that_are_neither_groups_nor_functions_are_refused() {
         for node in [
             "/dev/vfio/noiommu-0",
-            "/dev/vfio/devices/vfio0",
+            "/dev/vfio/devices/noiommu-vfio0",
+            "/dev/vfio/devices/0",
+            "/dev/vfio/devices/vfio",
+            "/dev/vfio/devices/../12",
+            "/dev/vfio/devices",
+            "/dev/vfio/vfio0",
             "/dev/vfio/-1",
             "/dev/vfio/",
             "/dev/vfio/99999999999",
@@ -134,5 +202,9 @@ mod tests {
             (0..=MAX_PASSED_FUNCTIONS).map(|n| format!("/dev/vfio/{n}")).collect();
         let groups: Vec<&str> = groups.iter().map(String::as_str).collect();
         assert!(matches!(wanted("", &groups, &[]), Err(DeviceError::TooMany(_))));
+        let nodes: Vec<String> =
+            (0..=MAX_PASSED_FUNCTIONS).map(|n| format!("/dev/vfio/devices/vfio{n}")).collect();
+        let nodes: Vec<&str> = nodes.iter().map(String::as_str).collect();
+        assert!(matches!(wanted("", &nodes, &[]), Err(DeviceError::TooMany(_))));
     }
 }

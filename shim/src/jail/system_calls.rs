@@ -171,6 +171,10 @@ const IOCTL: &[u64] = &[
 /// shim's.
 const VFIO: std::ops::RangeInclusive<u64> = 0x3b00 + 107..=0x3b00 + 111;
 const VFIO_DMA: std::ops::RangeInclusive<u64> = 0x3b00 + 113..=0x3b00 + 114;
+/// The same by iommufd: attaching functions and detaching them (linux/vfio.h), mapping and its end
+/// (linux/iommufd.h). Binding functions, and making address spaces, is the shim's.
+const IOMMUFD_ATTACH: std::ops::RangeInclusive<u64> = 0x3b00 + 119..=0x3b00 + 120;
+const IOMMUFD_DMA: std::ops::RangeInclusive<u64> = 0x3b85..=0x3b86;
 
 /// Of io_uring_enter(2): wait until operations are complete (linux/io_uring.h).
 const IORING_ENTER_GETEVENTS: u64 = 1 << 0;
@@ -220,7 +224,8 @@ fn rules() -> Rules {
     rules.insert(libc::SYS_prctl, one_of(0, prctl));
     rules.insert(libc::SYS_fcntl, one_of(1, fcntl));
     let listed = IOCTL.iter().chain(VHOST).copied();
-    let mut ioctl = one_of(1, listed.chain(VFIO).chain(VFIO_DMA));
+    let functions = VFIO.chain(VFIO_DMA).chain(IOMMUFD_ATTACH).chain(IOMMUFD_DMA);
+    let mut ioctl = one_of(1, listed.chain(functions));
     ioctl.push(vec![Condition::masked(1, 0xff00, KVMIO)]);
     rules.insert(libc::SYS_ioctl, ioctl);
     rules.insert(libc::SYS_socketpair, one_of(0, [libc::AF_UNIX as u64]));
@@ -278,6 +283,18 @@ mod tests {
         let setup = &rules[&libc::SYS_io_uring_setup];
         let asked = |rule: &Vec<Condition>| rule.contains(&Condition::is(0, 0));
         assert!(!setup.is_empty() && setup.iter().all(asked), "{setup:?}");
+    }
+
+    #[test]
+    fn functions_are_attached_and_memory_is_mapped_and_nothing_else_is_asked_of_iommufd() {
+        let rules = rules();
+        let asked = |number: u32| {
+            let is_it = |rule: &Vec<Condition>| rule.contains(&Condition::is(1, number));
+            rules[&libc::SYS_ioctl].iter().any(is_it)
+        };
+        // From VFIO_DEVICE_BIND_IOMMUFD, and from IOMMU_DESTROY on.
+        let found: Vec<u32> = (0x3b76..0x3bff).filter(|number| asked(*number)).collect();
+        assert_eq!(found, [0x3b77, 0x3b78, 0x3b85, 0x3b86]);
     }
 
     #[test]

@@ -16,7 +16,7 @@ use vial_vmm_api::{
 };
 
 use super::{
-    Plan, Reach, growth,
+    Plan, Reach, functions, growth,
     start::{self, Saved, Started},
     vmm,
 };
@@ -179,12 +179,9 @@ pub(super) async fn boot(
             vhosts: vhosts.iter().map(|vhost| given.add(vhost)).collect(),
         });
     }
-    if let Some(Handles { container, groups, functions }) = &passed {
-        devices.push(DeviceConfig::Passthrough {
-            container: given.add(container),
-            groups: groups.iter().map(|group| given.add(group)).collect(),
-            functions: functions.iter().map(|function| given.add(function)).collect(),
-        });
+    if let Some(handles) = &passed {
+        let (way, functions) = functions::hand(&mut given, handles);
+        devices.push(DeviceConfig::Passthrough { way, functions });
     }
     let shared_memory = backends.as_ref().map(|connected| {
         devices.extend(connected.configs(plan.config.vcpus, |descriptor| given.add(descriptor)));

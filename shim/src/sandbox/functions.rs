@@ -12,7 +12,7 @@ use tokio::time::timeout;
 use vial_agent_protocol::agent::{
     ChangeNetworkRequest, ConfigureNetworkRequest, FunctionName, InterfaceChange,
 };
-use vial_vmm_api::{Action, AddedFunctions, MAX_PASSED_FUNCTIONS, Reply};
+use vial_vmm_api::{Action, AddedFunctions, Descriptor, MAX_PASSED_FUNCTIONS, PassedBy, Reply};
 
 use super::{Given, Plan, Sandbox, vmm};
 use crate::{
@@ -22,10 +22,11 @@ use crate::{
         address::Address,
         binding,
         binding::Record,
-        handles::{self, Handles},
+        handles::{By, Handles, Opener},
         passed::{Passed, Set, WrongNumbers},
         pci::Sysfs,
         wanted::Wanted,
+        ways::Way,
     },
     error::ServiceError,
     network::{
@@ -53,6 +54,8 @@ pub(super) struct Functions {
     pub(super) state: State,
     /// Whether more can come.
     pub(super) hot_plug: bool,
+    /// By which they are opened.
+    pub(super) opener: Opener,
 }
 
 /// Functions did not come.
@@ -78,14 +81,14 @@ impl Functions {
     pub(super) fn begin(
         state: State,
         listed: Option<&AddedFunctions>,
-        hot_plug: bool,
+        (hot_plug, opener): (bool, Opener),
         caches: &[PathBuf],
     ) -> Result<Self, ServiceError> {
         let mut passed = Passed::default();
         if let Some(AddedFunctions { set, devices }) = listed {
             passed.add(None, *set, &state.devices, devices)?;
         }
-        Ok(Self { passed, caches: caches.into(), state, hot_plug })
+        Ok(Self { passed, caches: caches.into(), state, hot_plug, opener })
     }
 
     /// What CNI has chosen for those of the functions that no interface tells of.
@@ -200,6 +203,7 @@ pub(super) fn pass_devices(
     plan: &Plan,
     dir: &StateDir,
     state: &mut State,
+    opener: &mut Opener,
     undo: &mut UndoStack,
 ) -> Result<Option<Handles>, ServiceError> {
     let moved = moved(state).to_vec();
@@ -221,7 +225,7 @@ pub(super) fn pass_devices(
         true => error.into(),
         false => of_network(&moved, error),
     })?;
-    let handles = handles::open_all(&state.devices)?;
+    let handles = opener.open_all(&state.devices)?;
     plan.timeline.mark("PCI functions opened");
     Ok(Some(handles))
 }
@@ -238,14 +242,17 @@ impl Sandbox {
         wanted: &Wanted,
     ) -> Result<(), ServiceError> {
         let mut functions = self.functions.lock().await;
-        let missing = functions.passed.missing(&wanted.groups);
+        let mut wanted = wanted.by_group(&Sysfs::default())?;
+        let groups: BTreeSet<u32> = wanted.keys().copied().collect();
+        let missing = functions.passed.missing(&groups);
         if let Some(group) = missing.first() {
             if !functions.hot_plug {
                 return Err(DeviceError::Late(*group).into());
             }
-            self.plug(&mut functions, container, missing).await?;
+            wanted.retain(|group, _| missing.contains(group));
+            self.plug(&mut functions, container, wanted.into_values()).await?;
         }
-        functions.passed.join(container, &wanted.groups);
+        functions.passed.join(container, &groups);
         Ok(())
     }
 
@@ -253,9 +260,10 @@ impl Sandbox {
         &self,
         functions: &mut Functions,
         container: &str,
-        groups: BTreeSet<u32>,
+        missing: impl Iterator<Item = Wanted>,
     ) -> Result<(), ServiceError> {
-        let wanted = Wanted { groups, addresses: BTreeSet::new() };
+        let mut wanted = Wanted::default();
+        missing.for_each(|one| wanted.extend(one));
         let records = binding::check(&Sysfs::default(), &wanted)?;
         if functions.passed.records().count() + records.len() > MAX_PASSED_FUNCTIONS {
             return Err(DeviceError::TooMany(MAX_PASSED_FUNCTIONS).into());
@@ -283,11 +291,15 @@ impl Sandbox {
         records: &[Record],
         chosen: &[Chosen],
     ) -> Result<(), NotGiven> {
-        let handles = handles::open_all(records).map_err(NotGiven::absent)?;
-        // Each set is an address space of its own, which counts all memory by itself.
-        let sets = u32::try_from(functions.passed.sets() + 1).unwrap_or(u32::MAX);
+        let handles = functions.opener.open_all(records).map_err(NotGiven::absent)?;
+        let times = match functions.opener.way() {
+            // All have one address space.
+            Some(Way::Iommufd) => 1,
+            // Each set is an address space of its own, which counts all memory by itself.
+            _ => u32::try_from(functions.passed.sets() + 1).unwrap_or(u32::MAX),
+        };
         self.process
-            .allow_locked_memory(functions.state.memory_mib, sets)
+            .allow_locked_memory(functions.state.memory_mib, times)
             .map_err(NotGiven::absent)?;
         let AddedFunctions { set, devices } = self.ask_vmm(handles).await?;
         if let Err(error) = functions.passed.add(Some(container), set, records, &devices) {
@@ -320,16 +332,10 @@ impl Sandbox {
         Ok(configure(&self.agent, chosen, places.zip(drivers)).await?)
     }
 
-    async fn ask_vmm(
-        &self,
-        Handles { container, groups, functions }: Handles,
-    ) -> Result<AddedFunctions, NotGiven> {
+    async fn ask_vmm(&self, handles: Handles) -> Result<AddedFunctions, NotGiven> {
         let mut given = Given::default();
-        let action = Action::AddFunctions {
-            container: given.add(&container),
-            groups: groups.iter().map(|group| given.add(group)).collect(),
-            functions: functions.iter().map(|function| given.add(function)).collect(),
-        };
+        let (way, functions) = hand(&mut given, &handles);
+        let action = Action::AddFunctions { way, functions };
         let asked = timeout(ADD_PATIENCE, self.vmm.request(action, &given.0)).await;
         let failed = vmm("give functions to the VM");
         match asked.unwrap_or(Err(VmmError::Late(ADD_PATIENCE))) {
@@ -402,6 +408,21 @@ impl Sandbox {
             })
             .collect()
     }
+}
+
+/// What the VMM is told of descriptors that it is handed.
+pub(super) fn hand<'a>(given: &mut Given<'a>, handles: &'a Handles) -> (PassedBy, Vec<Descriptor>) {
+    let way = match &handles.by {
+        By::Groups { container, groups } => PassedBy::Groups {
+            container: given.add(container),
+            groups: groups.iter().map(|group| given.add(group)).collect(),
+        },
+        By::Iommufd(iommufd) => PassedBy::Iommufd {
+            iommufd: given.add(iommufd.file()),
+            address_space: iommufd.address_space(),
+        },
+    };
+    (way, handles.functions.iter().map(|function| given.add(function)).collect())
 }
 
 fn names(set: &Set) -> String {

@@ -11,7 +11,7 @@
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// The version of these types. The first message names it; another version is refused.
-pub const API_VERSION: u32 = 10;
+pub const API_VERSION: u32 = 11;
 
 /// The largest encoded message, in bytes.
 pub const MAX_MESSAGE_BYTES: usize = 64 << 10;
@@ -119,10 +119,9 @@ pub enum Action {
     /// The guest finds them when it looks for new ones, without addresses in their BARs. All of
     /// the guest's memory is given to it and locked by that. After a failure none of them is there.
     AddFunctions {
-        /// As in [`DeviceConfig::Passthrough`]. Not one that the VM has already.
-        container: Descriptor,
-        /// The groups of the functions.
-        groups: Vec<Descriptor>,
+        /// As in [`DeviceConfig::Passthrough`]. A container is not one that the VM has already; an
+        /// iommufd and its address space are those of the functions that it has, if it has any.
+        way: PassedBy,
         /// The functions.
         functions: Vec<Descriptor>,
     },
@@ -604,11 +603,11 @@ pub enum DeviceConfig {
     /// in a VM that is restored: those come by [`Action::AddFunctions`]. Each function has a device
     /// number on the bus.
     Passthrough {
-        /// `/dev/vfio/vfio`, to which the groups were joined and whose IOMMU type is set.
-        container: Descriptor,
-        /// The groups of the functions.
-        groups: Vec<Descriptor>,
-        /// The functions (`VFIO_GROUP_GET_DEVICE_FD`), at most [`MAX_PASSED_FUNCTIONS`].
+        /// By what they reach the guest's memory.
+        way: PassedBy,
+        /// The functions, at most [`MAX_PASSED_FUNCTIONS`]: opened by their groups
+        /// (`VFIO_GROUP_GET_DEVICE_FD`), or each by itself and bound to the iommufd
+        /// (`VFIO_DEVICE_BIND_IOMMUFD`).
         functions: Vec<Descriptor>,
     },
     /// A device that a process of the host serves, by vhost-user. None in a VM that is restored,
@@ -620,6 +619,25 @@ pub enum DeviceConfig {
         queues: u8,
         /// A stream socket that is connected to the backend.
         socket: Descriptor,
+    },
+}
+
+/// By what functions of the host reach the guest's memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PassedBy {
+    /// VFIO's groups.
+    Groups {
+        /// `/dev/vfio/vfio`, to which the groups were joined and whose IOMMU type is set.
+        container: Descriptor,
+        /// The groups of the functions.
+        groups: Vec<Descriptor>,
+    },
+    /// An address space of iommufd's, which the VMM fills, and attaches the functions to.
+    Iommufd {
+        /// `/dev/iommu`.
+        iommufd: Descriptor,
+        /// The number of the address space (`IOMMU_IOAS_ALLOC`).
+        address_space: u32,
     },
 }
 

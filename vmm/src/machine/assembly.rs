@@ -74,8 +74,8 @@ impl<'a> Assembly<'a> {
         guest_connected: &mut Option<GuestConnected>,
     ) -> Result<(), MachineError> {
         let kind = kind(&config);
-        if let DeviceConfig::Passthrough { container, groups, functions } = config {
-            let given = Given { container, groups, functions };
+        if let DeviceConfig::Passthrough { way, functions } = config {
+            let given = Given { way, functions };
             let added = self.passed.add(given, descriptors, Placed::ByTheBus);
             self.listed = Some(added.map_err(|error| MachineError::Device {
                 number,

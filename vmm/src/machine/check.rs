@@ -107,7 +107,7 @@ pub(super) fn passed_functions(device: &DeviceConfig) -> Option<usize> {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use vial_vmm_api::{Descriptor, HugePages, Placement};
+    use vial_vmm_api::{Descriptor, HugePages, PassedBy, Placement};
 
     use super::*;
 
@@ -131,8 +131,7 @@ pub(crate) mod tests {
 
     fn passed(functions: usize) -> DeviceConfig {
         DeviceConfig::Passthrough {
-            container: Descriptor(2),
-            groups: Vec::new(),
+            way: PassedBy::Iommufd { iommufd: Descriptor(2), address_space: 1 },
             functions: vec![Descriptor(3); functions],
         }
     }

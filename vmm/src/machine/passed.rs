@@ -1,14 +1,16 @@
 //! Functions of the host in a machine: those that it begins with, and those that come and go while
-//! it runs. Each set has an IOMMU address space of its own, so that taking it back needs nothing of
-//! another.
+//! it runs. Each set is taken back by itself, whether it shares an IOMMU address space with others or
+//! not ([`crate::devices::vfio::reach`]).
 
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
-use vial_vmm_api::{AddedFunctions, Descriptor, MAX_PASSED_FUNCTIONS};
+use vial_vmm_api::{AddedFunctions, Descriptor, MAX_PASSED_FUNCTIONS, PassedBy};
 
 use super::{Descriptors, MachineError, Platform};
+use crate::devices::vfio::reach::{Joined, Reach, Way};
+use crate::devices::vfio::requests::HostFunction;
 use crate::devices::vfio::{self, Placed, VfioError};
 use crate::kvm::Vm;
 use crate::memory::{Discards, GuestRam, Hold};
@@ -57,22 +59,21 @@ impl From<MachineError> for PassError {
 struct Set {
     number: u32,
     devices: Vec<u8>,
-    _joined: vfio::Joined,
+    _joined: Joined,
     /// Goes after that.
     _hold: Hold,
 }
 
 /// The descriptors of a request.
 pub(super) struct Given {
-    pub(super) container: Descriptor,
-    pub(super) groups: Vec<Descriptor>,
+    pub(super) way: PassedBy,
     pub(super) functions: Vec<Descriptor>,
 }
 
 /// All of a machine's functions of the host.
 pub(super) struct Passed {
     vm: Arc<Vm>,
-    ram: GuestRam,
+    reach: Reach,
     platform: Arc<Platform>,
     high_window: Range<u64>,
     discards: Discards,
@@ -88,9 +89,9 @@ impl Passed {
         platform: &Arc<Platform>,
         high_window: Range<u64>,
     ) -> Self {
-        let (vm, ram, platform) = (vm.clone(), ram.clone(), platform.clone());
+        let (vm, reach, platform) = (vm.clone(), Reach::new(vm, ram), platform.clone());
         let (discards, sets) = (Discards::default(), Vec::new());
-        Self { vm, ram, platform, high_window, discards, sets, next_set: 0 }
+        Self { vm, reach, platform, high_window, discards, sets, next_set: 0 }
     }
 
     /// How guest memory goes back to the host while no function holds it.
@@ -120,19 +121,29 @@ impl Passed {
         if present + given.functions.len() > MAX_PASSED_FUNCTIONS {
             return Err(PassError::TooMany);
         }
-        let container = descriptors.take(given.container, "the VFIO container")?;
-        let groups = take_all(given.groups, "a VFIO group", descriptors)?;
+        let way = match given.way {
+            PassedBy::Groups { container, groups } => Way::Groups(
+                descriptors.take(container, "the VFIO container")?,
+                take_all(groups, "a VFIO group", descriptors)?,
+            ),
+            PassedBy::Iommufd { iommufd, address_space } => {
+                Way::Iommufd(descriptors.take(iommufd, "the iommufd")?, address_space)
+            }
+        };
         let functions = take_all(given.functions, "a passed function", descriptors)?;
         let pci = &self.platform.pci;
+        let mut files = Vec::new();
         let functions = functions
             .into_iter()
             .map(|function| {
-                vfio::function(function, &self.vm, pci, self.high_window.clone(), placed)
+                let host = HostFunction::new(function).map_err(VfioError::from)?;
+                files.push(host.file());
+                vfio::function(host, &self.vm, pci, self.high_window.clone(), placed)
             })
             .collect::<Result<Vec<_>, _>>()?;
         // What the guest gives back from here on stays.
         let hold = self.discards.hold();
-        let joined = vfio::join(container, groups, &self.vm, &self.ram)?;
+        let joined = self.reach.join(way, files)?;
         let mut devices = Vec::new();
         for function in functions {
             match pci.add(Arc::new(Mutex::new(function))) {

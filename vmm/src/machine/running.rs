@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use vial_vmm_api::{AddedFunctions, Descriptor, DiskShape, VmSize};
+use vial_vmm_api::{AddedFunctions, Descriptor, DiskShape, PassedBy, VmSize};
 
 use super::disks::{self, Disks};
 use super::growth::Growing;
@@ -50,15 +50,14 @@ impl RunningMachine {
     /// [`PassError`]; none of them is there then.
     pub fn add_functions(
         &mut self,
-        container: Descriptor,
-        groups: Vec<Descriptor>,
+        way: PassedBy,
         functions: Vec<Descriptor>,
         mut descriptors: Descriptors,
     ) -> Result<AddedFunctions, PassError> {
         if !self.hot_plug {
             return Err(PassError::NotHotPlug);
         }
-        let given = Given { container, groups, functions };
+        let given = Given { way, functions };
         self.passed.add(given, &mut descriptors, Placed::ByTheGuest)
     }
 

@@ -263,6 +263,11 @@ const fn vfio(number: u64) -> u64 {
     0x3b << 8 | (100 + number)
 }
 
+/// A request's number of iommufd: no direction, no size (linux/iommufd.h).
+const fn iommufd(number: u64) -> u64 {
+    0x3b << 8 | number
+}
+
 /// Adding functions of the host, whose descriptors the shim has opened, and removing them: what
 /// they are is asked for, their memory becomes slots, their interrupts lines, the guest's memory
 /// theirs.
@@ -275,7 +280,7 @@ const CONTROL_WITH_FUNCTIONS: &[Call] = &[
                 KVM_SET_USER_MEMORY_REGION,
                 KVM_SET_GSI_ROUTING,
                 KVM_IRQFD,
-                // KVM_CREATE_DEVICE and KVM_SET_DEVICE_ATTR, of the device that knows the groups.
+                // KVM_CREATE_DEVICE and KVM_SET_DEVICE_ATTR, of the device that knows the functions.
                 kvm(3, 12, 0xe0),
                 kvm(1, 24, 0xe1),
                 // VFIO_DEVICE_GET_INFO, _GET_REGION_INFO, _GET_IRQ_INFO, _SET_IRQS, _RESET.
@@ -287,6 +292,12 @@ const CONTROL_WITH_FUNCTIONS: &[Call] = &[
                 // VFIO_IOMMU_MAP_DMA, VFIO_IOMMU_UNMAP_DMA.
                 vfio(13),
                 vfio(14),
+                // VFIO_DEVICE_ATTACH_IOMMUFD_PT, VFIO_DEVICE_DETACH_IOMMUFD_PT.
+                vfio(19),
+                vfio(20),
+                // IOMMU_IOAS_MAP, IOMMU_IOAS_UNMAP.
+                iommufd(0x85),
+                iommufd(0x86),
             ],
         ),
     ),

@@ -93,6 +93,21 @@ fn table(kind: ThreadKind) -> (&'static [Attempt], &'static [Attempt]) {
     const EVENT: Attempt = ("an event", libc::SYS_eventfd2, [0, -1, 0, 0]);
     // KVM_IOEVENTFD.
     const DOORBELL: Attempt = ("a doorbell", libc::SYS_ioctl, [CLOSED, 0x4040_ae79, 0, 0]);
+    // VFIO_DEVICE_ATTACH_IOMMUFD_PT, VFIO_DEVICE_DETACH_IOMMUFD_PT; IOMMU_IOAS_MAP, _UNMAP; and not
+    // VFIO_DEVICE_BIND_IOMMUFD, IOMMU_DESTROY, _IOAS_ALLOC, _IOAS_COPY, _OPTION, _HWPT_ALLOC.
+    const ATTACH: Attempt = ("attach a function", libc::SYS_ioctl, [CLOSED, 0x3b77, 0, 0]);
+    const DETACH: Attempt = ("detach a function", libc::SYS_ioctl, [CLOSED, 0x3b78, 0, 0]);
+    const IOMMUFD_MAP: Attempt =
+        ("more of an address space", libc::SYS_ioctl, [CLOSED, 0x3b85, 0, 0]);
+    const IOMMUFD_UNMAP: Attempt =
+        ("less of an address space", libc::SYS_ioctl, [CLOSED, 0x3b86, 0, 0]);
+    const BIND: Attempt = ("bind a function", libc::SYS_ioctl, [CLOSED, 0x3b76, 0, 0]);
+    const DESTROY: Attempt = ("destroy of iommufd's", libc::SYS_ioctl, [CLOSED, 0x3b80, 0, 0]);
+    const ANOTHER_SPACE: Attempt =
+        ("another address space", libc::SYS_ioctl, [CLOSED, 0x3b81, 0, 0]);
+    const COPY: Attempt = ("copy an address space", libc::SYS_ioctl, [CLOSED, 0x3b83, 0, 0]);
+    const ACCOUNTING: Attempt = ("another accounting", libc::SYS_ioctl, [CLOSED, 0x3b87, 0, 0]);
+    const PAGE_TABLE: Attempt = ("a page table", libc::SYS_ioctl, [CLOSED, 0x3b89, 0, 0]);
     // VFIO_GROUP_GET_DEVICE_FD.
     const GROUP: Attempt = ("a function of a group", libc::SYS_ioctl, [CLOSED, 0x3b6a, 0, 0]);
     // Of vhost (linux/vhost.h): VHOST_GET_FEATURES, _SET_OWNER, _SET_MEM_TABLE, _SET_VRING_ADDR,
@@ -192,6 +207,8 @@ fn table(kind: ThreadKind) -> (&'static [Attempt], &'static [Attempt]) {
                 SLOT,
                 USE_RING,
                 PASSED_MEMORY,
+                ATTACH,
+                IOMMUFD_MAP,
                 VHOST_OWNER,
                 VHOST_MEMORY,
                 VHOST_TAP,
@@ -199,8 +216,37 @@ fn table(kind: ThreadKind) -> (&'static [Attempt], &'static [Attempt]) {
             ],
         ),
         ThreadKind::ControlWithFunctions => (
-            &[POLL, RECEIVE, SLOT, PASSED_MEMORY, PASSED_INTERRUPT, READ_AT, WRITE_AT, EVENT],
-            &[OPEN, PAIR, IDENTITY, RUN, EPOLL, DUPLICATE, READ_OUT, WRITE_INTO, GROUP],
+            &[
+                POLL,
+                RECEIVE,
+                SLOT,
+                PASSED_MEMORY,
+                PASSED_INTERRUPT,
+                READ_AT,
+                WRITE_AT,
+                EVENT,
+                ATTACH,
+                DETACH,
+                IOMMUFD_MAP,
+                IOMMUFD_UNMAP,
+            ],
+            &[
+                OPEN,
+                PAIR,
+                IDENTITY,
+                RUN,
+                EPOLL,
+                DUPLICATE,
+                READ_OUT,
+                WRITE_INTO,
+                GROUP,
+                BIND,
+                DESTROY,
+                ANOTHER_SPACE,
+                COPY,
+                ACCOUNTING,
+                PAGE_TABLE,
+            ],
         ),
         ThreadKind::ControlThatGrows => (
             &[POLL, RECEIVE, SLOT, RUN, DUPLICATE, READ_OUT, WRITE_INTO, NO_CLONE3, ASK_FOR_RING],

@@ -1,33 +1,36 @@
 //! PCI functions of the host on the guest's bus, by VFIO (Linux Documentation/driver-api/vfio.rst).
 //!
-//! Whoever configures the VM opens the container and the groups, joins them, and hands over their
-//! descriptors and those of the functions; this lets the functions reach the guest's memory and
-//! puts them on the bus. When the process ends, however it does, the kernel takes the memory away
-//! from the functions and resets them, since nobody else holds those descriptors.
+//! Whoever configures the VM opens container and groups and joins them, or opens iommufd and binds
+//! the functions to it, and hands over these descriptors and those of the functions; this lets the
+//! functions reach the guest's memory and puts them on the bus. When the process ends, however it
+//! does, the kernel takes the memory away from the functions and resets them, since nobody else
+//! holds the functions' descriptors.
 //!
 //! - [`requests`]: the requests to the kernel.
+//! - [`iommufd`]: those to iommufd.
+//! - [`reach`]: which memory functions reach, by the one or the other.
 //! - [`registers`]: what the guest sees of configuration space.
 //! - [`regions`]: what of a BAR the guest reaches directly.
 //! - [`function`]: all of it as a function on the bus.
 
 pub mod function;
+pub mod iommufd;
+pub mod reach;
 pub mod regions;
 pub mod registers;
 pub mod requests;
 
 use std::io;
 use std::ops::Range;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use function::{PassedFunction, PassedFunctionError, ServedBar, Window, trapped_bytes};
 use regions::{Area, HostRegion};
 use registers::{Bar, Found, HEADER_BYTES};
-use requests::{Container, HostFunction, HostFunctionError, Interrupts};
+use requests::{HostFunction, HostFunctionError, Interrupts};
 
 use crate::arch::layout::{PCI_MMIO_SIZE, PCI_MMIO_START};
 use crate::kvm::{KvmError, Vm};
-use crate::memory::GuestRam;
 use crate::pci::PciBus;
 use crate::pci::bus::BusError;
 use crate::pci::config::{ConfigError, ConfigSpace};
@@ -76,9 +79,22 @@ pub enum VfioError {
     /// Its registers.
     #[error(transparent)]
     Function(#[from] PassedFunctionError),
-    /// KVM and the groups.
+    /// KVM and the groups or functions.
     #[error(transparent)]
     Kvm(#[from] KvmError),
+    /// The address space.
+    #[error(
+        "put the guest's memory into an address space of iommufd: {0}; install shim and VMM of one \
+         release"
+    )]
+    AddressSpace(io::Error),
+    /// The IOMMU needs addresses that the guest's memory has.
+    #[error(
+        "let the functions reach the guest's memory: {0}; the platform keeps addresses for itself \
+         that the memory is at: compare /sys/kernel/iommu_groups/*/reserved_regions, and pass \
+         other functions"
+    )]
+    Reserved(io::Error),
     /// The guest's memory.
     #[error(
         "let the functions reach the guest's {mib} MiB of memory: {error}; all of it is locked, \
@@ -92,52 +108,6 @@ pub enum VfioError {
     },
 }
 
-/// What keeps functions joined to a VM. Dropping it takes the guest's memory away from them.
-pub struct Joined {
-    vm: Arc<Vm>,
-    ram: GuestRam,
-    container: Container,
-    groups: Vec<OwnedFd>,
-}
-
-impl Drop for Joined {
-    fn drop(&mut self) {
-        // Closing the descriptors would do both, unless somebody else had them, too.
-        if let Err(error) = self.container.unmap(&self.ram) {
-            tracing::warn!(%error, "guest memory of passed functions is not unmapped before");
-        }
-        if let Err(error) = self.vm.leave_groups(&self.groups) {
-            tracing::warn!(%error, "the groups of passed functions stay with KVM");
-        }
-    }
-}
-
-/// Tells KVM of the groups, and lets their functions reach the guest's memory.
-///
-/// # Errors
-/// [`VfioError`].
-pub fn join(
-    container: OwnedFd,
-    groups: Vec<OwnedFd>,
-    vm: &Arc<Vm>,
-    ram: &GuestRam,
-) -> Result<Joined, VfioError> {
-    use vm_memory::{GuestMemory, GuestMemoryRegion};
-    let container = Container::new(container);
-    let mapped = vm.join_groups(&groups).map_err(VfioError::from).and_then(|()| {
-        container.map(ram).map_err(|error| {
-            let bytes: u64 = ram.iter().map(GuestMemoryRegion::len).sum();
-            VfioError::Memory { mib: bytes >> 20, error }
-        })
-    });
-    if let Err(error) = mapped {
-        // What is mapped goes with the container.
-        let _ = vm.leave_groups(&groups);
-        return Err(error);
-    }
-    Ok(Joined { vm: vm.clone(), ram: ram.clone(), container, groups })
-}
-
 /// Where a function's BARs are at first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Placed {
@@ -147,18 +117,17 @@ pub enum Placed {
     ByTheGuest,
 }
 
-/// Makes a function of its descriptor; adding it to the bus is the caller's.
+/// Makes a function of the host's; adding it to the bus is the caller's.
 ///
 /// # Errors
 /// [`VfioError`].
 pub fn function(
-    descriptor: OwnedFd,
+    host: HostFunction,
     vm: &Arc<Vm>,
     bus: &PciBus,
     high_window: Range<u64>,
     placed: Placed,
 ) -> Result<PassedFunction, VfioError> {
-    let host = HostFunction::new(descriptor)?;
     let mut header = [0; HEADER_BYTES];
     host.read_config(0, &mut header)
         .map_err(|error| HostFunctionError::Refused { action: "show its registers", error })?;

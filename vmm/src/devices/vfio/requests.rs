@@ -1,13 +1,13 @@
 //! The requests to VFIO (linux/vfio.h), and mappings of what they lead to. All calls that need
-//! `unsafe` on the way to a passed function are in this file.
+//! `unsafe` on the way to a passed function are in this file and in [`super::iommufd`].
 //!
 //! The descriptors come from whoever configures the VM, who has opened container and groups and
-//! joined them: nothing is opened here.
+//! joined them, or bound the functions to iommufd: nothing is opened here.
 #![allow(unsafe_code)]
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
@@ -16,8 +16,8 @@ use vfio_bindings::bindings::vfio::{
     VFIO_DMA_MAP_FLAG_WRITE, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_DATA_EVENTFD,
     VFIO_IRQ_SET_DATA_NONE, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_NUM_REGIONS,
     VFIO_REGION_INFO_CAP_SPARSE_MMAP, VFIO_REGION_INFO_FLAG_CAPS, VFIO_REGION_INFO_FLAG_MMAP,
-    vfio_device_info, vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap, vfio_irq_info,
-    vfio_region_info,
+    vfio_device_attach_iommufd_pt, vfio_device_detach_iommufd_pt, vfio_device_info,
+    vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap, vfio_irq_info, vfio_region_info,
 };
 use vm_memory::{GuestMemory, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
@@ -37,11 +37,13 @@ const DEVICE_SET_IRQS: libc::c_ulong = vfio(10);
 const DEVICE_RESET: libc::c_ulong = vfio(11);
 const IOMMU_MAP_DMA: libc::c_ulong = vfio(13);
 const IOMMU_UNMAP_DMA: libc::c_ulong = vfio(14);
+const DEVICE_ATTACH_IOMMUFD_PT: libc::c_ulong = vfio(19);
+const DEVICE_DETACH_IOMMUFD_PT: libc::c_ulong = vfio(20);
 
 /// The most bytes of a region's description that are asked for, capabilities included.
 const MAX_REGION_INFO_BYTES: usize = 4096;
 
-fn answer(result: libc::c_int) -> io::Result<()> {
+pub(super) fn answer(result: libc::c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
@@ -117,6 +119,51 @@ impl Container {
     }
 }
 
+/// The descriptor of a function of the host's.
+#[derive(Debug, Clone)]
+pub struct FunctionFile(Arc<File>);
+
+impl FunctionFile {
+    /// Lets a function that is bound to an iommufd reach what an address space of that has, which is
+    /// pinned by that.
+    ///
+    /// # Errors
+    /// The kernel refuses; for want of a limit on locked memory as a rule.
+    pub fn attach(&self, address_space: u32) -> io::Result<()> {
+        let mut attach = vfio_device_attach_iommufd_pt {
+            argsz: size::<vfio_device_attach_iommufd_pt>(),
+            pt_id: address_space,
+            ..Default::default()
+        };
+        // SAFETY: the structure is as large as it says; a descriptor of another kind is answered
+        // with an error.
+        answer(unsafe {
+            libc::ioctl(self.0.as_raw_fd(), DEVICE_ATTACH_IOMMUFD_PT, &raw mut attach)
+        })
+    }
+
+    /// Ends what [`FunctionFile::attach`] began: the function reaches nothing.
+    ///
+    /// # Errors
+    /// The function is bound to no iommufd.
+    pub fn detach(&self) -> io::Result<()> {
+        let detach = vfio_device_detach_iommufd_pt {
+            argsz: size::<vfio_device_detach_iommufd_pt>(),
+            ..Default::default()
+        };
+        // SAFETY: as above.
+        answer(unsafe {
+            libc::ioctl(self.0.as_raw_fd(), DEVICE_DETACH_IOMMUFD_PT, &raw const detach)
+        })
+    }
+}
+
+impl AsRawFd for FunctionFile {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
 /// A function of the host's, by its descriptor.
 #[derive(Debug)]
 pub struct HostFunction {
@@ -135,7 +182,8 @@ pub enum Interrupts {
 }
 
 impl HostFunction {
-    /// Takes a descriptor that `VFIO_GROUP_GET_DEVICE_FD` made, and resets the function.
+    /// Takes a descriptor that `VFIO_GROUP_GET_DEVICE_FD` made, or one that
+    /// `VFIO_DEVICE_BIND_IOMMUFD` bound, and resets the function.
     ///
     /// # Errors
     /// It is no PCI function, cannot be reset, or does not answer.
@@ -163,6 +211,11 @@ impl HostFunction {
                 this.ask_vectors(kind).map_err(refused("tell its interrupts"))?;
         }
         Ok(this)
+    }
+
+    /// Its descriptor.
+    pub fn file(&self) -> FunctionFile {
+        FunctionFile(self.file.clone())
     }
 
     fn reset(&self) -> io::Result<()> {
@@ -412,6 +465,22 @@ mod tests {
         let mut cut = vec![0; 8];
         cut.extend(capability(1, 0, &[1000, 0, 0x1000]));
         assert_eq!(sparse_areas(&cut, 8), None);
+    }
+
+    #[test]
+    fn structures_of_iommufd_are_the_kernels() {
+        // linux/vfio.h. The last word of the first two is one that older kernels do not read.
+        assert_eq!(size::<vfio_device_attach_iommufd_pt>(), 16);
+        assert_eq!(size::<vfio_device_detach_iommufd_pt>(), 12);
+        assert_eq!(std::mem::offset_of!(vfio_device_attach_iommufd_pt, pt_id), 8);
+        assert_eq!((DEVICE_ATTACH_IOMMUFD_PT, DEVICE_DETACH_IOMMUFD_PT), (0x3b77, 0x3b78));
+    }
+
+    #[test]
+    fn function_that_is_bound_to_no_iommufd_is_not_attached() {
+        let file = FunctionFile(Arc::new(tempfile::tempfile().unwrap()));
+        assert_eq!(file.attach(1).unwrap_err().raw_os_error(), Some(libc::ENOTTY));
+        assert_eq!(file.detach().unwrap_err().raw_os_error(), Some(libc::ENOTTY));
     }
 
     #[test]
