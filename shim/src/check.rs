@@ -15,6 +15,7 @@ use vial_vmm_api::{IMAGE_MAGIC, IMAGE_MAGIC_AT, is_image_size};
 
 use crate::{
     config::{Config, VhostNet},
+    devices::ways,
     jail::user_ids::Range,
     network::vhost,
     numa::{
@@ -81,6 +82,7 @@ fn finding(subject: &'static str, verdict: Verdict, text: impl Into<String>) -> 
 pub fn run(containerd: &Path) -> Vec<Finding> {
     let mut findings = Vec::new();
     let mut vhost_net = VhostNet::default();
+    let mut iommufd = true;
     match Config::load() {
         Ok(config) => {
             findings.push(finding("configuration", Verdict::Ok, "read"));
@@ -94,6 +96,7 @@ pub fn run(containerd: &Path) -> Vec<Finding> {
             findings.push(templates(&config));
             findings.push(rings(&config));
             vhost_net = config.vhost_net;
+            iommufd = config.iommufd;
         }
         Err(error) => {
             findings.push(finding("configuration", Verdict::Broken, error.to_string()));
@@ -106,7 +109,15 @@ pub fn run(containerd: &Path) -> Vec<Finding> {
     findings.push(huge_pages());
     findings.push(optional("tun", "/dev/net/tun", "`modprobe tun`; pods need it for networks"));
     findings.push(carrier(vhost_net, Path::new(vhost::PATH)));
+    findings.push(functions(iommufd, ways::Host::look(Path::new("/"))));
     findings
+}
+
+/// By which way pods are given functions of this host.
+fn functions(allowed: bool, host: ways::Host) -> Finding {
+    let (way, text) = host.way(allowed);
+    let verdict = if way.is_some() { Verdict::Ok } else { Verdict::Missing };
+    Finding { required: false, ..finding("PCI functions", verdict, text) }
 }
 
 /// What carries the packets between the taps of pods and their guests.
@@ -395,6 +406,21 @@ mod tests {
             (VhostNet::Off, there, Verdict::Missing, "vhost_net = \"off\""),
         ] {
             let found = carrier(wanted, path);
+            assert!(found.verdict == verdict && found.text.contains(words), "{found}");
+            assert!(!found.stands_in_the_way());
+        }
+    }
+
+    #[test]
+    fn way_of_functions_is_told_and_does_not_stand_in_the_way() {
+        let host =
+            ways::Host { has_iommu: true, has_iommufd: true, has_devices: true, has_groups: true };
+        for (allowed, host, verdict, words) in [
+            (true, host, Verdict::Ok, "by iommufd"),
+            (false, host, Verdict::Ok, "by IOMMU groups: `iommufd = false`"),
+            (true, ways::Host { has_iommu: false, ..host }, Verdict::Missing, "VT-d"),
+        ] {
+            let found = functions(allowed, host);
             assert!(found.verdict == verdict && found.text.contains(words), "{found}");
             assert!(!found.stands_in_the_way());
         }

@@ -9,7 +9,7 @@ use clap::{Parser, Subcommand};
 use vial_shim::{
     check,
     config::Config,
-    devices::{list, pci::Sysfs},
+    devices::{list, pci::Sysfs, ways},
     export::{metrics, trace},
     jail::cgroup,
     ps, template, timeline,
@@ -150,7 +150,10 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             let found = list::list(&Sysfs::default(), &config.pci_devices, &sandboxes, all)?;
             match json {
                 true => tell_json(&found)?,
-                false => tell(list::table(&found))?,
+                false => {
+                    let (_, way) = ways::Host::look(Path::new("/")).way(config.iommufd);
+                    tell(list::table(&found, &way))?;
+                }
             }
             Ok(ExitCode::SUCCESS)
         }

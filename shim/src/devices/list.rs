@@ -1,10 +1,10 @@
 //! What of this node's functions can be given to pods, and who has it.
 
-use std::{collections::BTreeMap, fmt::Write};
+use std::{collections::BTreeMap, fmt::Write, path::PathBuf};
 
 use serde::Serialize;
 
-use super::{DeviceError, VFIO_DRIVER, address::Address, pci::Sysfs};
+use super::{DeviceError, VFIO_DRIVER, address::Address, pci::Sysfs, ways::Node};
 use crate::ps;
 
 /// A function, as far as it matters to whoever gives it to pods.
@@ -30,6 +30,8 @@ pub struct Listed {
     pub virtual_functions: Option<(u32, u32)>,
     /// Whether it can be reset alone.
     pub can_be_reset: bool,
+    /// The device that it has for itself, if it is bound to vfio-pci and the kernel makes some.
+    pub device: Option<PathBuf>,
     /// Whether the operator lets pods name it.
     pub listed: bool,
     /// Namespace and sandbox of the pod that has it.
@@ -73,6 +75,7 @@ pub fn list(
             physical_function: sysfs.physical(address),
             virtual_functions: sysfs.virtual_functions(address),
             can_be_reset: sysfs.can_be_reset(address),
+            device: sysfs.vfio_node(address).map(Node::path),
             listed: named.contains(&address),
             pod: pods.get(&address).cloned(),
         };
@@ -110,8 +113,8 @@ impl Listed {
     }
 }
 
-/// The functions as a table.
-pub fn table(functions: &[Listed]) -> String {
+/// The functions as a table, and below it a sentence on the way by which they are passed.
+pub fn table(functions: &[Listed], way: &str) -> String {
     let mut text = format!(
         "{:<13} {:<9} {:<5} {:>5} {:>4}  {:<12} FOR PODS\n",
         "FUNCTION", "ID", "CLASS", "GROUP", "NODE", "DRIVER"
@@ -131,6 +134,7 @@ pub fn table(functions: &[Listed]) -> String {
             function.verdict(),
         );
     }
+    let _ = writeln!(text, "{way}");
     text
 }
 
@@ -150,6 +154,7 @@ mod tests {
             physical_function: None,
             virtual_functions: None,
             can_be_reset: true,
+            device: None,
             listed: false,
             pod: None,
         }
@@ -180,7 +185,8 @@ mod tests {
         let other = Listed { driver: Some("ahci".into()), ..function() };
         assert!(function().is_for_pods() && !other.is_for_pods());
         assert!(Listed { listed: true, ..other }.is_for_pods());
-        let table = table(&[function()]);
+        let table = table(&[function()], "functions are passed by iommufd");
+        assert!(table.ends_with("\nfunctions are passed by iommufd\n"), "{table}");
         assert!(
             table.contains("0000:21:10.0  8086:10ca 0200     10    1  vfio-pci     free\n"),
             "{table}"
