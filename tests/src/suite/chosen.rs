@@ -12,7 +12,7 @@ use super::bed::{Bed, run};
 use super::devices::{Bound, HOST, echo, interface, listed, physical, virtual_function};
 use super::hot_plug::{is_free, with};
 use super::moved::{Networks, data_is_whole, script};
-use super::network::ip;
+use super::{network::ip, ways};
 use crate::cri::pod::{Container, Pod, eventually, idle, sh};
 
 /// What the plugin chooses beside addresses, and what containerd calls a pod's second interface.
@@ -128,6 +128,7 @@ pub(crate) fn cri_function_bound_to_vfio_is_what_cni_chose(bed: &Bed) -> Result<
         for round in 0..2 {
             let container = pod.start(with(&bound, idle())?)?;
             is_as_chosen(&container).with_context(|| format!("{handler}, round {round}"))?;
+            ways::is_by_the_hosts_way(&bound.function)?;
             container.stop(0)?;
             container.remove()?;
             let left = pod.prints(sh("ip -o link; ip route"))?;

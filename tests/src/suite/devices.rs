@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use vial_tests::node::Configuration;
 
 use super::bed::{Bed, Detached, Runtime, run};
-use super::faults;
+use super::{faults, ways};
 
 /// Where functions are.
 pub(super) const FUNCTIONS: &str = "/sys/bus/pci/devices";
@@ -148,8 +148,18 @@ impl Bound {
         }
     }
 
+    /// What a device plugin names: its group, or itself where the kernel makes no devices of groups.
     pub(super) fn node(&self) -> Result<String> {
-        Ok(format!("/dev/vfio/{}", group(&self.function)?))
+        let nodes = self.nodes().into_iter().next();
+        nodes.with_context(|| format!("{} has no device of VFIO's", self.function))
+    }
+
+    /// All that device plugins can name it by.
+    pub(super) fn nodes(&self) -> Vec<String> {
+        [ways::group_node(&self.function), ways::own_node(&self.function)]
+            .into_iter()
+            .flatten()
+            .collect()
     }
 }
 
@@ -206,13 +216,14 @@ const NETWORK: [&str; 3] = ["--net-host", "--cap-add", "CAP_NET_ADMIN"];
 
 pub(crate) fn virtual_function_of_a_device_plugin_works(bed: &Bed) -> Result<()> {
     let bound = Bound::new(virtual_function(0)?)?;
-    let node = bound.node()?;
+    let (nodes, beside) = (bound.nodes(), ways::beside());
     let named = format!("PCIDEVICE_SUITE={}", bound.function);
     let script = format!("{}; cat /sys/bus/pci/devices/$PCIDEVICE_SUITE/device", script());
     for round in 0..2 {
         let server = echo()?;
-        let devices = ["--device", &node, "--device", "/dev/vfio/vfio", "--env", &named];
-        let options = [&devices, &NETWORK[..]].concat();
+        let node = nodes.get(round % nodes.len().max(1)).context("it has no device of VFIO's")?;
+        let mut options = [&["--device", node, "--env", &named], &NETWORK[..]].concat();
+        beside.iter().for_each(|path| options.extend(["--device", path]));
         let outcome = bed.run(Runtime::Vial, &options, &["sh", "-c", &script])?.expect(0)?;
         let address = outcome.stdout.lines().last();
         ensure!(address == Some("0x10ca"), "the environment names {address:?}: {outcome:?}");
@@ -263,6 +274,7 @@ pub(crate) fn function_is_given_back_when_vmm_or_shim_is_killed(bed: &Bed) -> Re
     for (process, word) in [("vial-vmm", ""), ("containerd-shim", "vial")] {
         let container = detached(bed, &["--annotation", &annotation(&[&function])])?;
         reaches_driver(&function, Some("vfio-pci"))?;
+        ways::is_by_the_hosts_way(&function)?;
         faults::kill(faults::process(process, word)?)?;
         if process == "vial-vmm" {
             container.reaches("STOPPED")?;
@@ -362,8 +374,15 @@ pub(crate) fn group_with_a_function_of_another_driver_is_refused(bed: &Bed) -> R
     };
     ensure!(members.len() > 1, "{members:?} is a group of one");
     let bound = Bound::new(members[members.len() - 1].clone())?;
-    let node = bound.node()?;
-    refused(bed, &["--device", &node], &[&members[0], "not bound to vfio-pci"])
+    if let Some(node) = ways::group_node(&bound.function) {
+        refused(bed, &["--device", &node], &[&members[0], "not bound to vfio-pci"])?;
+    }
+    match ways::own_node(&bound.function) {
+        Some(node) => {
+            refused(bed, &["--device", &node], &[&members[0], "which the pod does not get"])
+        }
+        None => Ok(()),
+    }
 }
 
 /// The first disk of the NVMe function, once its driver has made it.

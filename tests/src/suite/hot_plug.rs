@@ -13,8 +13,8 @@ use super::devices::{
     Bound, CLASS_NVME, checks_out, disk, driver, echo, reaches_driver, script, virtual_function,
     with_class,
 };
-use super::faults;
 use super::templates::Node;
+use super::{faults, ways};
 use crate::cri::pod::{Container, Pod, eventually, idle, sh};
 use crate::cri::wire::{
     Capability, ContainerConfig, ContainerState, Device, KeyValue, LinuxContainerSecurityContext,
@@ -35,7 +35,7 @@ pub(super) fn with(bound: &Bound, mut container: ContainerConfig) -> Result<Cont
         host_path: path,
         permissions: "mrw".into(),
     };
-    container.devices = vec![device("/dev/vfio/vfio".into()), device(bound.node()?)];
+    container.devices = ways::beside().into_iter().chain([bound.node()?]).map(device).collect();
     let info = format!("{{\"{0}\":{{\"generic\":{{\"deviceID\":\"{0}\"}}}}}}", bound.function);
     container.envs = vec![
         KeyValue { key: VARIABLE.into(), value: bound.function.clone() },
@@ -54,9 +54,10 @@ fn listed(function: &str) -> Result<String> {
     Ok(line.with_context(|| format!("{function} is not among {table}"))?.to_owned())
 }
 
-/// Nobody has the function: its group can be opened, which only one can, and nobody is listed.
+/// Nobody has the function: its group can be opened, which only one can, no VMM has it open, and nobody is listed.
 pub(super) fn is_free(bound: &Bound) -> Result<()> {
     eventually(|| {
+        ways::nobody_has(&bound.function)?;
         File::options().read(true).write(true).open(bound.node()?).context("it is in use")?;
         let line = listed(&bound.function)?;
         ensure!(line.ends_with("free"), "{line}");
@@ -88,6 +89,7 @@ fn comes_and_goes(pod: &Pod, bound: &Bound, rounds: usize) -> Result<()> {
         container.logs("up").with_context(|| format!("round {round}"))?;
         ensure!(server.is_finished(), "the host was not reached in round {round}");
         is_named(&container)?;
+        ways::is_by_the_hosts_way(&bound.function)?;
         let line = listed(&bound.function)?;
         ensure!(line.ends_with(&format!("used by k8s.io/{}", pod.id)), "{line}");
         container.stop(0)?;
@@ -180,6 +182,7 @@ pub(crate) fn cri_function_is_free_when_vmm_or_shim_is_killed_after_it_came(
         let pod = Pod::new(Runtime::Vial)?;
         let container = pod.start(with(&bound, idle())?)?;
         is_named(&container)?;
+        ways::is_by_the_hosts_way(&bound.function)?;
         faults::kill(faults::process(program, word)?)?;
         container.reaches(ContainerState::Exited)?;
         pod.end()?;

@@ -26,6 +26,7 @@ mod streams;
 mod templates;
 mod vhost_user;
 pub(crate) mod watch;
+mod ways;
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -159,6 +160,7 @@ pub(crate) fn cases_of_devices() -> Vec<Case> {
         devices::function_that_cannot_be_given_is_refused_and_left_alone,
         devices::function_that_cannot_be_reset_is_refused_and_left_alone,
         devices::group_with_a_function_of_another_driver_is_refused,
+        ways::function_goes_by_the_way_that_the_host_has_or_the_operator_says,
         moved::function_that_cni_moved_is_the_containers_and_comes_back,
         moved::function_that_cni_moved_is_back_when_vmm_or_shim_is_killed,
         moved::function_that_cni_moved_is_the_hosts_when_the_namespace_is_gone,
@@ -167,6 +169,7 @@ pub(crate) fn cases_of_devices() -> Vec<Case> {
         moved::cri_function_of_a_cni_plugin_is_the_pods_and_the_plugin_finds_it_again,
         hot_plug::cri_function_of_a_container_comes_and_goes_with_it,
         hot_plug::cri_pods_have_a_function_each,
+        ways::cri_functions_of_two_containers_come_and_go_by_themselves,
         hot_plug::cri_function_comes_into_a_vm_from_a_template,
         hot_plug::cri_function_is_free_when_vmm_or_shim_is_killed_after_it_came,
         hot_plug::cri_pod_that_gets_no_functions_later_refuses_them_and_lives,

@@ -10,8 +10,8 @@ use anyhow::{Context, Result, ensure};
 use super::bed::{Bed, Runtime, run};
 use super::devices::{FUNCTIONS, detached, driver, echo, interface, physical, reaches_driver};
 use super::devices::{HOST, PORT, virtual_function};
-use super::faults;
 use super::network::{NAMESPACE, Namespace, ip};
+use super::{faults, ways};
 use crate::cri::pod::{Pod, eventually, idle};
 use vial_tests::node;
 
@@ -141,6 +141,7 @@ pub(crate) fn function_that_cni_moved_is_back_when_vmm_or_shim_is_killed(bed: &B
         let moved = Moved::new()?;
         let container = detached(bed, &["--with-ns", &moved.namespace.option()])?;
         reaches_driver(&moved.function, Some("vfio-pci"))?;
+        ways::is_by_the_hosts_way(&moved.function)?;
         faults::kill(faults::process(process, word)?)?;
         if process == "vial-vmm" {
             container.reaches("STOPPED")?;
