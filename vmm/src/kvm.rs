@@ -288,8 +288,8 @@ impl Vm {
         }
     }
 
-    /// Tells KVM of functions, by their groups or by themselves, so that it knows whether their DMA is
-    /// coherent.
+    /// Tells KVM of functions, by their groups or by themselves, so that it knows whether their DMA
+    /// is coherent.
     ///
     /// # Errors
     /// KVM refuses, or the descriptors are of another kind.

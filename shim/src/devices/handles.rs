@@ -1,5 +1,5 @@
-//! Opens functions, for the VMM to be handed: it opens nothing, and none of the requests here can be
-//! made by it. By groups, container, groups and functions are opened and joined; by iommufd,
+//! Opens functions, for the VMM to be handed: it opens nothing, and none of the requests here can
+//! be made by it. By groups, container, groups and functions are opened and joined; by iommufd,
 //! functions are opened and bound ([`super::iommufd`]). A VM's functions are all opened by one way.
 #![allow(unsafe_code)]
 

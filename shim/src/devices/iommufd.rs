@@ -125,7 +125,8 @@ impl Iommufd {
 fn refused(record: &Record, error: io::Error) -> DeviceError {
     match error.raw_os_error() {
         // Its group is open, or another function of the group is with its driver; the function
-        // itself is bound elsewhere (Linux drivers/vfio: `vfio_device_block_group`, `vfio_df_open`).
+        // itself is bound elsewhere (Linux drivers/vfio: `vfio_device_block_group`,
+        // `vfio_df_open`).
         Some(libc::EBUSY | libc::EINVAL) => DeviceError::Busy(record.group),
         // drivers/iommu/iommufd/device.c, `iommufd_device_bind`.
         Some(libc::EPERM) => DeviceError::NotOwned { address: record.address, group: record.group },

@@ -69,7 +69,8 @@ impl Sysfs {
         self.link(address, "iommu_group")?.parse().ok()
     }
 
-    /// The device that it has for itself while it is bound to vfio-pci, where the kernel makes some.
+    /// The device that it has for itself while it is bound to vfio-pci, where the kernel makes
+    /// some.
     pub fn vfio_node(&self, address: Address) -> Option<Node> {
         let entries = fs::read_dir(self.device(address).join("vfio-dev")).ok()?;
         let has_number = |entry: &fs::DirEntry| entry.path().join("dev").exists();

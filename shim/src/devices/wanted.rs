@@ -12,8 +12,8 @@ use super::{ANNOTATION, DeviceError, address::Address, pci::Sysfs, ways::Node};
 
 /// Where VFIO's devices are.
 const NODES: &str = "/dev/vfio";
-/// The one that groups are joined to, which device plugins name beside the groups. `/dev/iommu`, which
-/// they name beside functions, is not there.
+/// The one that groups are joined to, which device plugins name beside the groups. `/dev/iommu`,
+/// which they name beside functions, is not there.
 const CONTAINER: &str = "vfio";
 /// Where those of functions are, below that.
 const DEVICES: &str = "devices";

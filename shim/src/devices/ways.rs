@@ -1,8 +1,9 @@
 //! By which way functions are passed on this host: by iommufd, or by VFIO's groups and a container.
 //! Pure but for looking at names.
 //!
-//! Kernels have the one (CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV), the other (CONFIG_VFIO_GROUP), or
-//! both. A function opened by the one cannot be opened by the other meanwhile.
+//! Kernels have the one (CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV), the other
+//! (CONFIG_VFIO_GROUP), or both. A function opened by the one cannot be opened by the other
+//! meanwhile.
 
 use std::{
     fs,
@@ -60,8 +61,8 @@ impl std::fmt::Display for Node {
     }
 }
 
-/// The way for functions that are bound to vfio-pci: iommufd where it is there and each of them has a
-/// device, unless the configuration says otherwise.
+/// The way for functions that are bound to vfio-pci: iommufd where it is there and each of them has
+/// a device, unless the configuration says otherwise.
 pub fn choose(allowed: bool, iommufd: &Path, sysfs: &Sysfs, functions: &[Address]) -> Way {
     let have_devices = || functions.iter().all(|address| sysfs.vfio_node(*address).is_some());
     match allowed && iommufd.exists() && have_devices() {
@@ -84,7 +85,8 @@ pub struct Host {
 }
 
 impl Host {
-    /// What can be seen below `root`, that of the host's tree of files. Nothing of VFIO's can, before its modules are loaded.
+    /// What can be seen below `root`, that of the host's tree of files. Nothing of VFIO's can,
+    /// before its modules are loaded.
     pub fn look(root: &Path) -> Self {
         let groups = fs::read_dir(root.join("sys/kernel/iommu_groups"));
         let drivers = fs::read_to_string(root.join("proc/devices")).unwrap_or_default();

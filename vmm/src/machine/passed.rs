@@ -1,6 +1,6 @@
 //! Functions of the host in a machine: those that it begins with, and those that come and go while
-//! it runs. Each set is taken back by itself, whether it shares an IOMMU address space with others or
-//! not ([`crate::devices::vfio::reach`]).
+//! it runs. Each set is taken back by itself, whether it shares an IOMMU address space with others
+//! or not ([`crate::devices::vfio::reach`]).
 
 use std::ops::Range;
 use std::os::fd::OwnedFd;

@@ -280,7 +280,8 @@ const CONTROL_WITH_FUNCTIONS: &[Call] = &[
                 KVM_SET_USER_MEMORY_REGION,
                 KVM_SET_GSI_ROUTING,
                 KVM_IRQFD,
-                // KVM_CREATE_DEVICE and KVM_SET_DEVICE_ATTR, of the device that knows the functions.
+                // KVM_CREATE_DEVICE and KVM_SET_DEVICE_ATTR, of the device that knows the
+                // functions.
                 kvm(3, 12, 0xe0),
                 kvm(1, 24, 0xe1),
                 // VFIO_DEVICE_GET_INFO, _GET_REGION_INFO, _GET_IRQ_INFO, _SET_IRQS, _RESET.

@@ -49,8 +49,8 @@ struct IoasUnmap {
     length: u64,
 }
 
-/// An address space of iommufd's that has the guest's memory, for all functions that are attached to it.
-/// Dropping it takes the memory out.
+/// An address space of iommufd's that has the guest's memory, for all functions that are attached
+/// to it. Dropping it takes the memory out.
 #[derive(Debug)]
 pub struct AddressSpace {
     iommufd: OwnedFd,
@@ -65,7 +65,8 @@ impl AddressSpace {
     /// function is attached. All functions that are attached together pin it once.
     ///
     /// # Errors
-    /// The descriptor is of another kind, there is no such address space, or it has something there.
+    /// The descriptor is of another kind, there is no such address space, or it has something
+    /// there.
     pub fn new(iommufd: OwnedFd, id: u32, ram: &GuestRam) -> io::Result<Self> {
         // What was put into it goes with this when one of the regions is refused.
         let this = Self { iommufd, id, _ram: ram.clone() };

@@ -1,8 +1,9 @@
 //! Which memory functions of the host reach: all of the guest's, and no other.
 //!
-//! There are two ways to it, of which whoever configures the VM has chosen one. Groups are joined to a
-//! container of VFIO's, with an address space of its own. Functions that are bound to an iommufd are
-//! attached to an address space there, which all of the VM's share, so that its memory is pinned once.
+//! There are two ways to it, of which whoever configures the VM has chosen one. Groups are joined
+//! to a container of VFIO's, with an address space of its own. Functions that are bound to an
+//! iommufd are attached to an address space there, which all of the VM's share, so that its memory
+//! is pinned once.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -76,7 +77,8 @@ impl Reach {
 
 /// What the kernel's answer means for a guest's memory.
 fn refused(ram: &GuestRam, error: io::Error) -> VfioError {
-    // Of iommufd (Linux drivers/iommu/iommufd/io_pagetable.c, `iopt_table_enforce_dev_resv_regions`).
+    // Of iommufd (Linux drivers/iommu/iommufd/io_pagetable.c,
+    // `iopt_table_enforce_dev_resv_regions`).
     if error.raw_os_error() == Some(libc::EADDRINUSE) {
         return VfioError::Reserved(error);
     }

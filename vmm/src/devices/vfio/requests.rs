@@ -124,8 +124,8 @@ impl Container {
 pub struct FunctionFile(Arc<File>);
 
 impl FunctionFile {
-    /// Lets a function that is bound to an iommufd reach what an address space of that has, which is
-    /// pinned by that.
+    /// Lets a function that is bound to an iommufd reach what an address space of that has, which
+    /// is pinned by that.
     ///
     /// # Errors
     /// The kernel refuses; for want of a limit on locked memory as a rule.
