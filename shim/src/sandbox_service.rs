@@ -124,8 +124,8 @@ impl SandboxApi for SandboxService {
         tracing::info!("start sandbox {}", request.sandbox_id);
         self.check(&request.sandbox_id)?;
         let pod = self.pod.clone();
-        let started = whole(async move { pod.start_sandbox().await });
-        let sandbox = told("start the sandbox", started.await)?;
+        let start = async move { told("start the sandbox", pod.start_sandbox().await) };
+        let sandbox = whole(start).await?;
         let created = *self.moments().created.get_or_insert_with(SystemTime::now);
         Ok(api::StartSandboxResponse {
             pid: sandbox.pid(),
@@ -155,7 +155,7 @@ impl SandboxApi for SandboxService {
         self.check(&request.sandbox_id)?;
         self.moments().stopping = true;
         let pod = self.pod.clone();
-        told("stop the sandbox", whole(async move { pod.stop_sandbox().await }).await)?;
+        whole(async move { told("stop the sandbox", pod.stop_sandbox().await) }).await?;
         Ok(api::StopSandboxResponse::default())
     }
 
@@ -220,7 +220,7 @@ impl SandboxApi for SandboxService {
         self.check(&request.sandbox_id)?;
         self.moments().stopping = true;
         let pod = self.pod.clone();
-        told("shut the sandbox down", whole(async move { pod.shutdown(true).await }).await)?;
+        whole(async move { told("shut the sandbox down", pod.shutdown(true).await) }).await?;
         Ok(api::ShutdownSandboxResponse::default())
     }
 

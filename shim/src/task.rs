@@ -65,6 +65,16 @@ fn logged<T>(
     result
 }
 
+/// Does `work` to its end. Its failure is logged there, for nobody may hear of it.
+async fn done<T: Send + 'static>(
+    call: &'static str,
+    id: &str,
+    work: impl Future<Output = std::result::Result<T, ServiceError>> + Send + 'static,
+) -> std::result::Result<T, ServiceError> {
+    let id = id.to_owned();
+    whole(async move { logged(call, &id, work.await) }).await
+}
+
 #[async_trait]
 impl Task for TaskService {
     async fn state(&self, _: &Context, request: api::StateRequest) -> Result<api::StateResponse> {
@@ -120,20 +130,21 @@ impl Task for TaskService {
         };
         let (pod, taken_back) = (self.pod.clone(), self.pod.clone());
         let unheard = id.clone();
-        let created = heard(async move { pod.create(new).await }, |created| async move {
+        let create = async move { logged("create", &id, pod.create(new).await) };
+        let created = heard(create, |created| async move {
             if created.is_ok() {
                 taken_back.take_back(&unheard).await;
             }
         });
-        let pid = logged("create", &id, created.await)?;
+        let pid = created.await?;
         Ok(api::CreateTaskResponse { pid, ..Default::default() })
     }
 
     async fn start(&self, _: &Context, request: api::StartRequest) -> Result<api::StartResponse> {
         tracing::info!("start {} {}", request.id, request.exec_id);
         let (pod, id) = (self.pod.clone(), request.id.clone());
-        let started = whole(async move { pod.start(&request.id, &request.exec_id).await });
-        let pid = logged("start", &id, started.await)?;
+        let start = async move { pod.start(&request.id, &request.exec_id).await };
+        let pid = done("start", &id, start).await?;
         Ok(api::StartResponse { pid, ..Default::default() })
     }
 
@@ -145,8 +156,8 @@ impl Task for TaskService {
         tracing::info!("delete {} {}", request.id, request.exec_id);
         let pid = self.pod.pid().await;
         let (pod, id) = (self.pod.clone(), request.id.clone());
-        let deleted = whole(async move { pod.delete(&request.id, &request.exec_id).await });
-        let Exit { status, at } = logged("delete", &id, deleted.await)?;
+        let delete = async move { pod.delete(&request.id, &request.exec_id).await };
+        let Exit { status, at } = done("delete", &id, delete).await?;
         Ok(api::DeleteResponse {
             pid,
             exit_status: status,
@@ -165,13 +176,13 @@ impl Task for TaskService {
     async fn pause(&self, _: &Context, request: api::PauseRequest) -> Result<api::Empty> {
         tracing::info!("pause {}", request.id);
         let (pod, id) = (self.pod.clone(), request.id.clone());
-        empty(logged("pause", &request.id, whole(async move { pod.pause(&id).await }).await))
+        empty(done("pause", &request.id, async move { pod.pause(&id).await }).await)
     }
 
     async fn resume(&self, _: &Context, request: api::ResumeRequest) -> Result<api::Empty> {
         tracing::info!("resume {}", request.id);
         let (pod, id) = (self.pod.clone(), request.id.clone());
-        empty(logged("resume", &request.id, whole(async move { pod.resume(&id).await }).await))
+        empty(done("resume", &request.id, async move { pod.resume(&id).await }).await)
     }
 
     async fn checkpoint(&self, _: &Context, _: api::CheckpointTaskRequest) -> Result<api::Empty> {
@@ -186,8 +197,8 @@ impl Task for TaskService {
             return empty(Err(ServiceError::Invalid(text)));
         }
         let (pod, id) = (self.pod.clone(), request.id.clone());
-        let updated = whole(async move { pod.update(&id, resources.value).await });
-        empty(logged("update", &request.id, updated.await))
+        let update = async move { pod.update(&id, resources.value).await };
+        empty(done("update", &request.id, update).await)
     }
 
     async fn stats(&self, _: &Context, request: api::StatsRequest) -> Result<api::StatsResponse> {
@@ -200,10 +211,10 @@ impl Task for TaskService {
     async fn kill(&self, _: &Context, request: api::KillRequest) -> Result<api::Empty> {
         tracing::info!("kill {} {} by {}", request.id, request.exec_id, request.signal);
         let (pod, id) = (self.pod.clone(), request.id.clone());
-        let killed = whole(async move {
+        let kill = async move {
             pod.kill(&request.id, &request.exec_id, request.signal, request.all).await
-        });
-        empty(logged("kill", &id, killed.await))
+        };
+        empty(done("kill", &id, kill).await)
     }
 
     async fn exec(&self, _: &Context, request: api::ExecProcessRequest) -> Result<api::Empty> {
@@ -217,8 +228,7 @@ impl Task for TaskService {
         let spec = request.spec.into_option().unwrap_or_default().value;
         let exec = Process::exec(request.exec_id, places, spec);
         let (pod, id) = (self.pod.clone(), request.id.clone());
-        let added = whole(async move { pod.add_exec(&id, exec).await });
-        empty(logged("exec", &request.id, added.await))
+        empty(done("exec", &request.id, async move { pod.add_exec(&id, exec).await }).await)
     }
 
     async fn resize_pty(&self, _: &Context, request: api::ResizePtyRequest) -> Result<api::Empty> {
@@ -257,7 +267,7 @@ impl Task for TaskService {
     async fn shutdown(&self, _: &Context, request: api::ShutdownRequest) -> Result<api::Empty> {
         tracing::info!("shutdown {}", request.id);
         let pod = self.pod.clone();
-        let shut_down = whole(async move { pod.shutdown(request.now).await });
-        empty(logged("shutdown", &request.id, shut_down.await))
+        let shut_down = async move { pod.shutdown(request.now).await };
+        empty(done("shutdown", &request.id, shut_down).await)
     }
 }
