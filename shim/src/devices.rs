@@ -31,6 +31,12 @@ use std::path::PathBuf;
 use address::Address;
 use ways::Node;
 
+/// The number in a device's name: digits, without a sign.
+fn number(text: &str) -> Option<u32> {
+    let digits = text.bytes().all(|byte| byte.is_ascii_digit());
+    text.parse().ok().filter(|_| digits)
+}
+
 /// The annotation of a pod that names addresses, with commas between them.
 pub const ANNOTATION: &str = "io.vial/pci-devices";
 /// What binds a function for VFIO.

@@ -18,6 +18,7 @@ use super::{
     address::Address,
     binding::Record,
     iommufd::Iommufd,
+    number,
     pci::Sysfs,
     ways::{self, Node, Way},
 };
@@ -36,8 +37,8 @@ const GROUP_FLAGS_VIABLE: u32 = 1;
 
 /// Whether there are functions bound to vfio-pci, which a container could ask for.
 pub fn are_any() -> bool {
-    let is_group = |name: &str| name.bytes().all(|byte| byte.is_ascii_digit());
-    has_any("/dev/vfio", is_group) || has_any(ways::DEVICES, |name| Node::of_name(name).is_some())
+    has_any("/dev/vfio", |name| number(name).is_some())
+        || has_any(ways::DEVICES, |name| Node::of_name(name).is_some())
 }
 
 fn has_any(directory: &str, is: impl Fn(&str) -> bool) -> bool {

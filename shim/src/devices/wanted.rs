@@ -8,15 +8,19 @@ use std::{
 
 use vial_vmm_api::MAX_PASSED_FUNCTIONS;
 
-use super::{ANNOTATION, DeviceError, address::Address, pci::Sysfs, ways::Node};
+use super::{
+    ANNOTATION, DeviceError,
+    address::Address,
+    number,
+    pci::Sysfs,
+    ways::{self, Node},
+};
 
 /// Where VFIO's devices are.
 const NODES: &str = "/dev/vfio";
 /// The one that groups are joined to, which device plugins name beside the groups. `/dev/iommu`,
 /// which they name beside functions, is not there.
 const CONTAINER: &str = "vfio";
-/// Where those of functions are, below that.
-const DEVICES: &str = "devices";
 
 /// The functions that a pod asks for.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -112,17 +116,13 @@ enum Named {
 
 /// What a device of a spec stands for, when it is one of VFIO's.
 fn named_by(device: &Path) -> Result<Option<Named>, DeviceError> {
-    let Ok(below) = device.strip_prefix(NODES) else { return Ok(None) };
-    let name = below.to_str().unwrap_or_default();
-    if name == CONTAINER {
+    let Ok(name) = device.strip_prefix(NODES) else { return Ok(None) };
+    if name == Path::new(CONTAINER) {
         return Ok(None);
     }
-    let named = match below.strip_prefix(DEVICES) {
+    let named = match device.strip_prefix(ways::DEVICES) {
         Ok(name) => name.to_str().and_then(Node::of_name).map(Named::Function),
-        Err(_) => {
-            let is_number = name.bytes().all(|byte| byte.is_ascii_digit());
-            name.parse().ok().filter(|_| is_number).map(Named::Group)
-        }
+        Err(_) => name.to_str().and_then(number).map(Named::Group),
     };
     let shown = || DeviceError::Node(device.display().to_string().chars().take(64).collect());
     named.map(Some).ok_or_else(shown)

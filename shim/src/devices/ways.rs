@@ -44,9 +44,7 @@ pub struct Node(pub u32);
 impl Node {
     /// What a file's name says, as sysfs and /dev have it.
     pub fn of_name(name: &str) -> Option<Self> {
-        let number = name.strip_prefix(NAME)?;
-        let is_number = number.bytes().all(|byte| byte.is_ascii_digit());
-        number.parse().ok().filter(|_| is_number).map(Self)
+        name.strip_prefix(NAME).and_then(super::number).map(Self)
     }
 
     /// Where it is.

@@ -34,6 +34,7 @@ pub const MAX_IMAGE_BYTES: u64 = 128 << 20;
 pub const IMAGE_MAGIC_AT: u64 = 1024;
 /// What it says: `EROFS_SUPER_MAGIC_V1`.
 pub const IMAGE_MAGIC: [u8; 4] = 0xe0f5_e1e2_u32.to_le_bytes();
+
 /// Whether a guest image can have that size, in bytes.
 pub fn is_image_size(bytes: u64) -> bool {
     (IMAGE_UNIT_BYTES..=MAX_IMAGE_BYTES).contains(&bytes) && bytes.is_multiple_of(IMAGE_UNIT_BYTES)

@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use vm_memory::{GuestMemory, GuestMemoryRegion};
 
-use super::requests::answer;
+use super::requests::{answer, prefer_large_pages};
 use crate::memory::GuestRam;
 
 /// A request's number: iommufd's have no direction and no size (linux/iommufd.h, `IOMMUFD_TYPE`).
@@ -71,11 +71,7 @@ impl AddressSpace {
         // What was put into it goes with this when one of the regions is refused.
         let this = Self { iommufd, id, _ram: ram.clone() };
         for region in ram.iter() {
-            let bytes = usize::try_from(region.len()).map_err(io::Error::other)?;
-            // Large pages make few entries in the IOMMU's tables. A host without them refuses,
-            // which only costs time.
-            // SAFETY: the range is a mapping of guest memory, and this changes no byte of it.
-            let _ = unsafe { libc::madvise(region.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE) };
+            prefer_large_pages(region)?;
             let mut map = IoasMap {
                 size: size_of::<IoasMap>() as u32,
                 flags: MAP_FIXED_IOVA | MAP_WRITEABLE | MAP_READABLE,

@@ -19,7 +19,7 @@ use vfio_bindings::bindings::vfio::{
     vfio_device_attach_iommufd_pt, vfio_device_detach_iommufd_pt, vfio_device_info,
     vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap, vfio_irq_info, vfio_region_info,
 };
-use vm_memory::{GuestMemory, GuestMemoryRegion};
+use vm_memory::{GuestMemory, GuestMemoryRegion, GuestRegionMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::regions::{Area, HostRegion};
@@ -42,6 +42,15 @@ const DEVICE_DETACH_IOMMUFD_PT: libc::c_ulong = vfio(20);
 
 /// The most bytes of a region's description that are asked for, capabilities included.
 const MAX_REGION_INFO_BYTES: usize = 4096;
+
+/// Has a region of guest memory in large pages, which make few entries in the IOMMU's tables. A host without them refuses,
+/// which only costs time.
+pub(super) fn prefer_large_pages(region: &GuestRegionMmap) -> io::Result<()> {
+    let bytes = usize::try_from(region.len()).map_err(io::Error::other)?;
+    // SAFETY: the range is a mapping of guest memory, and this changes no byte of it.
+    let _ = unsafe { libc::madvise(region.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE) };
+    Ok(())
+}
 
 pub(super) fn answer(result: libc::c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
@@ -76,11 +85,7 @@ impl Container {
     /// The kernel refuses; for want of a limit on locked memory as a rule.
     pub fn map(&self, ram: &GuestRam) -> io::Result<()> {
         for region in ram.iter() {
-            let bytes = usize::try_from(region.len()).map_err(io::Error::other)?;
-            // Large pages make few entries in the IOMMU's tables. A host without them refuses,
-            // which only costs time.
-            // SAFETY: the range is a mapping of guest memory, and this changes no byte of it.
-            let _ = unsafe { libc::madvise(region.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE) };
+            prefer_large_pages(region)?;
             let map = vfio_iommu_type1_dma_map {
                 argsz: size::<vfio_iommu_type1_dma_map>(),
                 flags: VFIO_DMA_MAP_FLAG_READ | VFIO_DMA_MAP_FLAG_WRITE,
