@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use crate::devices::{DeviceError, address::Address};
 use crate::disks::cache::Cache;
 use crate::jail::user_ids::Range;
+use crate::trust::{self, TrustError};
 use crate::vhost_user::listed::{Entry, Listed};
 use serde::Deserialize;
 use vial_vmm_api::{MAX_COMMAND_LINE_BYTES, MEMORY_MIB, VCPUS};
@@ -225,22 +226,43 @@ pub enum ConfigError {
         /// What it can be.
         expected: String,
     },
+    /// It, or a directory that it names, is not the operator's alone.
+    #[error("the configuration {path} is refused: {error}")]
+    Trust {
+        /// The file.
+        path: PathBuf,
+        /// Who could change what.
+        error: TrustError,
+    },
 }
 
 impl Config {
     /// Reads the file that [`PATH_VARIABLE`] names, or [`DEFAULT_PATH`].
     ///
     /// # Errors
-    /// [`ConfigError`]. A file that [`PATH_VARIABLE`] names has to exist.
+    /// [`ConfigError`]. A file that [`PATH_VARIABLE`] names has to exist. Others than root can change neither it nor the
+    /// directories of sandboxes and templates.
     pub fn load() -> Result<Self, ConfigError> {
         let named = std::env::var_os(PATH_VARIABLE).map(PathBuf::from);
         let path = named.clone().unwrap_or_else(|| DEFAULT_PATH.into());
-        match std::fs::read_to_string(&path) {
-            Ok(text) => Self::parse(&text, &path),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound && named.is_none() => {
-                Self::check(File::default(), &path)
+        let path = std::path::absolute(&path).unwrap_or(path);
+        let trusted = |place: &Path| {
+            trust::check(place).map_err(|error| ConfigError::Trust { path: path.clone(), error })
+        };
+        trusted(&path)?;
+        let config = Self::read(&path, named.is_some())?;
+        trusted(&config.state_directory)?;
+        trusted(&config.template_directory)?;
+        Ok(config)
+    }
+
+    fn read(path: &Path, named: bool) -> Result<Self, ConfigError> {
+        match std::fs::read_to_string(path) {
+            Ok(text) => Self::parse(&text, path),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && !named => {
+                Self::check(File::default(), path)
             }
-            Err(error) => Err(ConfigError::Read { path, error }),
+            Err(error) => Err(ConfigError::Read { path: path.into(), error }),
         }
     }
 

@@ -22,7 +22,7 @@
 //!   and nodes of the host its VM is.
 //! - [`life`] holds the states as pure functions; [`state_dir`], [`timeline`] and [`cleanup`]
 //!   what is kept on disk, and how it goes away after a crash.
-//! - [`config`] is the operator's file; [`check`], [`ps`] and [`export`] are behind the `vial` command.
+//! - [`config`] is the operator's file, which nobody else may change ([`trust`]); [`check`], [`ps`] and [`export`] are behind the `vial` command.
 
 pub mod agent;
 pub mod check;
@@ -61,6 +61,7 @@ pub mod stdio;
 pub mod task;
 pub mod template;
 pub mod timeline;
+pub mod trust;
 pub mod undo;
 pub mod vhost_user;
 pub mod vmm_client;

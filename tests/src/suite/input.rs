@@ -1,6 +1,7 @@
 //! What wrong input gets: a line that says what is wrong and what to do, and nothing left behind.
 
 use std::fs;
+use std::os::unix::fs::chown;
 use std::path::Path;
 use std::process::Command;
 
@@ -20,6 +21,9 @@ pub(crate) fn wrong_configuration_is_named(bed: &Bed) -> Result<()> {
     let zeros = tempfile::NamedTempFile::new_in("/var/tmp")?;
     zeros.as_file().set_len(2 << 20)?;
     let zeros = zeros.path().display();
+    let theirs = tempfile::tempdir_in("/var/tmp")?;
+    chown(theirs.path(), Some(1000), None)?;
+    let theirs = theirs.path().display().to_string();
     let cases = [
         (format!("colour = \"blue\"\n{text}"), "colour"),
         (format!("memory_mib = 8\n{}", without("memory_mib")), "memory_mib"),
@@ -27,10 +31,15 @@ pub(crate) fn wrong_configuration_is_named(bed: &Bed) -> Result<()> {
         (format!("kernel = \"/no/such/kernel\"\n{}", without("kernel")), "/no/such/kernel"),
         (format!("image = \"{zeros}\"\n{}", without("image")), "no EROFS"),
         (format!("initrd = \"/usr/lib/vial/initrd.img\"\n{}", without("image")), "it is `image`"),
+        (format!("state_directory = \"{theirs}/run\"\n{}", without("state_directory")), &theirs),
         ("this is no configuration".to_owned(), &path),
+        (text.to_owned(), "belongs to user 1000"),
     ];
     for (config, words) in cases {
         configuration.write(&config)?;
+        if words.starts_with("belongs") {
+            chown(node::path(), Some(1000), None)?;
+        }
         let outcome = bed.run(Runtime::Vial, &[], &["true"])?;
         ensure!(
             outcome.status != 0 && outcome.stderr.contains(words),
