@@ -26,6 +26,7 @@ use crate::cgroup::{Cgroup, CgroupError};
 use crate::copies::{self, CopyError};
 use crate::devices::DeviceError;
 use crate::launch::LaunchError;
+use crate::nodes::NodeError;
 use crate::pod::{Pod, PodError};
 use crate::reaper::{ExitStatus, Reaper};
 use crate::served::ServedError;
@@ -107,6 +108,8 @@ pub(crate) enum ContainerError {
     #[error(transparent)]
     Socket(#[from] SocketError),
     #[error(transparent)]
+    Node(#[from] NodeError),
+    #[error(transparent)]
     Workdir(#[from] WorkdirError),
     #[error(transparent)]
     Resource(#[from] ResourceError),
@@ -131,6 +134,10 @@ pub(crate) struct Places {
     pub(crate) shared_memory: PathBuf,
     /// Sockets in place of the host's, and the volumes that have some.
     pub(crate) sockets: PathBuf,
+    /// Nodes of devices, a directory a container.
+    pub(crate) nodes: PathBuf,
+    /// A sysfs of the pod's, if that has a user namespace.
+    pub(crate) sysfs: PathBuf,
 }
 
 impl Places {
@@ -142,6 +149,8 @@ impl Places {
             consoles: base.join("consoles"),
             shared_memory: base.join("shm"),
             sockets: base.join("sockets"),
+            nodes: base.join("nodes"),
+            sysfs: base.join("sysfs"),
             share,
         }
     }
@@ -264,6 +273,11 @@ impl Containers {
             counter: Arc::default(),
             hugetlb: controllers.split_whitespace().any(|name| name == "hugetlb"),
         }
+    }
+
+    /// Where files are.
+    pub(crate) fn places(&self) -> &Places {
+        &self.places
     }
 
     fn table(&self) -> MutexGuard<'_, HashMap<String, Arc<Container>>> {

@@ -20,6 +20,7 @@ use tokio::io::unix::AsyncFd;
 
 use crate::network::channels;
 use crate::sys;
+use crate::users::in_first_network;
 
 const PROCESSORS: &str = "/sys/devices/system/cpu";
 /// How long the kernel may take: it writes 16 MiB for each GiB.
@@ -113,7 +114,7 @@ pub(crate) async fn grow(size: Size) -> Result<(), FitError> {
     // Before anything is waited for: what has happened by then is not told.
     let events = match memory_bytes() < size.memory {
         false => None,
-        true => Some(uevents().map_err(FitError::Wait)?),
+        true => Some(in_first_network(uevents).map_err(FitError::Wait)?),
     };
     bring_online(PROCESSORS.as_ref(), size.vcpus).await?;
     if size.vcpus > 1 {
@@ -129,7 +130,7 @@ pub(crate) async fn grow(size: Size) -> Result<(), FitError> {
         }
     }
     if size.memory > size.raised_for {
-        raise_limits(size.raised_for, size.memory);
+        in_first_network(|| raise_limits(size.raised_for, size.memory));
     }
     Ok(())
 }

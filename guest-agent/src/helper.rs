@@ -5,6 +5,7 @@
 //! [`crate::launch`]); this process makes the container's init process or an added process, which
 //! the kernel gives to PID 1 when it ends, and leaves an [`Answer`] in a file.
 
+mod entry;
 mod executor;
 
 use std::error::Error;
@@ -22,6 +23,7 @@ use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Process, Spec};
 use serde::{Deserialize, Serialize};
 
 use crate::{log, network, sys};
+use entry::Entry;
 pub(crate) use executor::EXEC_PREFIX;
 use executor::{ContainerExecutor, Filter};
 
@@ -52,8 +54,9 @@ pub(crate) enum Task {
     /// A container, stopped before execve(2). When that fails later, the reason is written to
     /// the inherited descriptor; when it succeeds, the descriptor closes.
     Create { exec_errors: RawFd },
-    /// Another process in a running container; `process` is the file with its OCI process.
-    Exec { process: PathBuf },
+    /// Another process in a running container; `process` is the file with its OCI process. `owner` is its user
+    /// outside of the pod's user namespace.
+    Exec { process: PathBuf, owner: u32 },
 }
 
 /// The pid, or one sentence.
@@ -87,7 +90,7 @@ fn perform(order: &Order) -> Result<i32, Box<dyn Error>> {
             let exec_errors = File::from(sys::inherited_fd(*exec_errors)?);
             create(order, exec_errors)
         }
-        Task::Exec { process } => exec(order, process),
+        Task::Exec { process, owner } => exec(order, process, *owner),
     }
 }
 
@@ -127,9 +130,10 @@ fn bring_up_loopback_of(pid: i32) -> Result<(), Box<dyn Error>> {
     Ok(network::bring_up_loopback()?)
 }
 
-fn exec(order: &Order, path: &Path) -> Result<i32, Box<dyn Error>> {
+fn exec(order: &Order, path: &Path, owner: u32) -> Result<i32, Box<dyn Error>> {
     let spec = Spec::load(order.bundle.join("config.json"))?;
     let mut process: Process = serde_json::from_slice(&fs::read(path)?)?;
+    let entry = Entry::new(&spec, &mut process, owner)?;
     // libcontainer leaves an added process without the container's filter; it is loaded by the
     // executor, which keeps the capabilities for that until then.
     let filter = spec
@@ -137,10 +141,10 @@ fn exec(order: &Order, path: &Path) -> Result<i32, Box<dyn Error>> {
         .as_ref()
         .and_then(|linux| linux.seccomp().clone())
         .map(|seccomp| Filter::new(seccomp, &mut process));
-    if filter.is_some() {
+    if filter.is_some() || entry.is_some() {
         fs::write(path, serde_json::to_vec(&process)?)?;
     }
-    let pid = builder(order, ContainerExecutor::for_exec(filter))?
+    let pid = builder(order, ContainerExecutor::for_exec(entry, filter))?
         .as_tenant()
         .with_detach(true)
         .with_process(Some(path))

@@ -3,7 +3,7 @@
 //! It sets the guest up ([`boot`]), then serves the shim over vsock ([`server`], [`service`]):
 //! containers ([`container`]) made by libcontainer in single-threaded helper processes of this
 //! same program ([`launch`], [`helper`]), their streams ([`streams`], [`stdio`], [`terminal`]) and
-//! their ends ([`reaper`]). What containers share is in [`network`] and [`pod`], sockets of the host in [`sockets`]; a guest that goes
+//! their ends ([`reaper`]). What containers share is in [`network`], [`pod`] and [`users`], sockets of the host in [`sockets`]; a guest that goes
 //! on from a template becomes a pod's own in [`adopt`], and as large as that pod's VM in [`fit`].
 //! When it fails it ends, and the kernel
 //! panics for want of an init: that is how the host learns of it.
@@ -22,6 +22,7 @@ mod launch;
 mod log;
 mod marks;
 mod network;
+mod nodes;
 mod pod;
 mod reaper;
 mod served;
@@ -35,6 +36,7 @@ mod stdio;
 mod streams;
 mod sys;
 mod terminal;
+mod users;
 mod workdir;
 
 use std::convert::Infallible;
@@ -59,8 +61,10 @@ fn main() -> ExitCode {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match words.as_slice() {
         [helper::WORD, order] => helper::run(order),
-        [pod::MAKER_WORD] => pod::make_pid_namespace(),
+        [pod::MAKER_WORD] => pod::make_pid_namespace(None),
+        [pod::MAKER_WORD, users] => pod::make_pid_namespace(Some(users.as_ref())),
         [pod::INIT_WORD] => pod::be_pid_namespace_init(),
+        [users::MAKER_WORD] => users::make(),
         ["--version"] => {
             println!("vial-agent {}", env!("CARGO_PKG_VERSION"));
             ExitCode::SUCCESS

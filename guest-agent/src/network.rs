@@ -10,6 +10,7 @@ pub(crate) mod channels;
 use std::collections::HashSet;
 use std::io;
 use std::net::IpAddr;
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -19,6 +20,8 @@ use vial_agent_protocol::{
 };
 use vial_netlink::network::{self, Cidr, CidrError, Link, Neighbour, Route};
 use vial_netlink::{Message, Socket};
+
+use crate::users;
 
 pub(crate) use self::change::{await_change, change};
 
@@ -263,11 +266,10 @@ async fn await_interfaces(
     let mut awaited: Vec<(String, String)> = interfaces.collect();
     let start = Instant::now();
     while !awaited.is_empty() {
-        let listed = Socket::open().and_then(|mut socket| network::links(&mut socket));
-        let links = listed.map_err(|source| {
-            let action = "list the interfaces".into();
-            NetworkError::Kernel { action, source }
-        })?;
+        let mut links = list(Socket::open())?;
+        if users::of_pod().is_some() {
+            links.extend(list(users::in_first_network(Socket::open))?);
+        }
         let is_there =
             |address: &String| links.iter().any(|l| l.function.as_ref() == Some(address));
         awaited.retain(|(_, address)| !is_there(address));
@@ -284,6 +286,30 @@ async fn await_interfaces(
     Ok(())
 }
 
+fn list(socket: io::Result<Socket>) -> Result<Vec<Link>, NetworkError> {
+    let listed = socket.and_then(|mut socket| network::links(&mut socket));
+    let action = || "list the interfaces".into();
+    listed.map_err(|source| NetworkError::Kernel { action: action(), source })
+}
+
+/// Moves interfaces to the network namespace of a pod that has one of its own: the kernel makes all in its
+/// first. Their names are others then.
+fn bring_to_pod(is_wanted: impl Fn(&Link) -> bool) -> Result<(), NetworkError> {
+    let Some(pod) = users::of_pod() else { return Ok(()) };
+    let failed = |source| {
+        let action = "give the pod an interface".into();
+        NetworkError::Kernel { action, source }
+    };
+    let mut socket = users::in_first_network(Socket::open).map_err(failed)?;
+    let links = network::links(&mut socket).map_err(failed)?;
+    for link in links.iter().filter(|link| is_wanted(link)) {
+        let name = format!("new-{}", link.index);
+        let message = network::move_to(link.index, pod.network().as_raw_fd(), &name);
+        socket.change(message).map_err(failed)?;
+    }
+    Ok(())
+}
+
 /// Sets the guest's network up. Interfaces of functions are there, see [`await_functions`].
 ///
 /// # Errors
@@ -294,6 +320,7 @@ pub(crate) fn configure(request: &ConfigureNetworkRequest) -> Result<(), Network
         let action = action.to_owned();
         move |source| NetworkError::Kernel { action, source }
     };
+    bring_to_pod(|link| plan.interfaces.iter().any(|interface| interface.is(link)))?;
     let mut socket = Socket::open().map_err(kernel("open a netlink socket"))?;
     let links = network::links(&mut socket).map_err(kernel("list the interfaces"))?;
     let found: Result<Vec<&Link>, NetworkError> = plan

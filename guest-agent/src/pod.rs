@@ -1,7 +1,8 @@
 //! What the containers of the pod share: the guest's name and kernel parameters, the memory in
 //! /dev/shm, and, when they share process ids, an init for those.
 //!
-//! The network, IPC and UTS namespaces of the pod are the guest's own and need nothing.
+//! The network, IPC and UTS namespaces of the pod are the guest's own and need nothing, unless the pod has a
+//! user namespace ([`users`]).
 
 use std::fs::{self, DirBuilder};
 use std::io::{self, Read};
@@ -14,8 +15,11 @@ use nix::sched::{CloneFlags, unshare};
 use rustix::mount::{MountFlags, mount};
 use vial_agent_protocol::MAX_SYSCTLS;
 use vial_agent_protocol::agent::ConfigurePodRequest;
+use vial_agent_protocol::users::Users;
 
+use crate::container::Places;
 use crate::sys;
+use crate::users::{self, UserNamespaceError};
 
 /// The words on the command line that make the program the maker of a PID namespace, and its init.
 pub(crate) const MAKER_WORD: &str = "pid-namespace";
@@ -45,6 +49,8 @@ pub(crate) enum PodError {
     SharedMemory { path: PathBuf, source: io::Error },
     #[error("cannot start the init of the pod's process ids: {0}")]
     Init(io::Error),
+    #[error(transparent)]
+    Users(#[from] UserNamespaceError),
 }
 
 impl PodError {
@@ -55,16 +61,17 @@ impl PodError {
             | PodError::TooManySysctls(_)
             | PodError::UnknownSysctl(_) => true,
             PodError::Sysctl { source, .. } => source.kind() == io::ErrorKind::InvalidInput,
+            PodError::Users(error) => error.is_of_the_request(),
             _ => false,
         }
     }
 }
 
-/// Sets the name and the kernel parameters.
+/// Makes the pod's namespaces, if it has some, and sets the name and the kernel parameters.
 ///
 /// # Errors
 /// One cannot be set; those before it are.
-pub(crate) fn configure(request: &ConfigurePodRequest) -> Result<(), PodError> {
+pub(crate) fn configure(request: &ConfigurePodRequest, places: &Places) -> Result<(), PodError> {
     let sysctls = request.sysctls.len();
     if sysctls > MAX_SYSCTLS {
         return Err(PodError::TooManySysctls(sysctls));
@@ -72,6 +79,10 @@ pub(crate) fn configure(request: &ConfigurePodRequest) -> Result<(), PodError> {
     let name = request.hostname.as_bytes();
     if name.len() > MAX_HOSTNAME_BYTES {
         return Err(PodError::HostnameLength(name.len()));
+    }
+    if let Some(users) = request.user_namespace.as_ref() {
+        let users = Users::of_wire(users).map_err(UserNamespaceError::from)?;
+        users::enter(users, places.sysfs.clone())?;
     }
     if !name.is_empty() {
         rustix::system::sethostname(name).map_err(|error| PodError::Hostname(error.into()))?;
@@ -91,7 +102,14 @@ fn set_sysctl(root: &Path, name: &str, value: &str) -> Result<(), PodError> {
     if !path.is_file() {
         return Err(unknown());
     }
-    fs::write(path, value).map_err(|source| PodError::Sysctl {
+    // Those of IPC ask who is writing, and the others for capabilities.
+    let written = match fs::write(&path, value) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            users::as_root_of_pod(|| fs::write(&path, value))
+        }
+        written => written,
+    };
+    written.map_err(|source| PodError::Sysctl {
         name: name.to_owned(),
         value: value.to_owned(),
         source,
@@ -188,6 +206,7 @@ pub(crate) fn pid_namespace_of(pid: i32) -> PathBuf {
 fn start_init() -> io::Result<i32> {
     let mut maker = Command::new("/proc/self/exe")
         .arg(MAKER_WORD)
+        .args(users::of_pod().map(|namespace| namespace.path()))
         .env_clear()
         .current_dir("/")
         .stdin(Stdio::null())
@@ -200,9 +219,10 @@ fn start_init() -> io::Result<i32> {
     pid.trim().parse().map_err(|_| io::Error::other("it did not start; see the kernel's log"))
 }
 
-/// Makes a PID namespace with an init, and prints the pid of that.
-pub(crate) fn make_pid_namespace() -> ExitCode {
+/// Makes a PID namespace with an init, and prints the pid of that. It belongs to the user namespace `users`.
+pub(crate) fn make_pid_namespace(users: Option<&Path>) -> ExitCode {
     let made = || -> io::Result<u32> {
+        users.map_or(Ok(()), users::become_root_in)?;
         unshare(CloneFlags::CLONE_NEWPID)?;
         let init = Command::new("/proc/self/exe")
             .arg(INIT_WORD)
@@ -272,12 +292,13 @@ mod tests {
 
     #[test]
     fn requests_beyond_the_bounds_are_refused() {
+        let places = Places::below("/nowhere".as_ref(), PathBuf::new());
         let mut request = ConfigurePodRequest::new();
         request.hostname = "h".repeat(MAX_HOSTNAME_BYTES + 1);
-        assert!(matches!(configure(&request), Err(PodError::HostnameLength(65))));
+        assert!(matches!(configure(&request, &places), Err(PodError::HostnameLength(65))));
         let mut request = ConfigurePodRequest::new();
         request.sysctls = (0..=MAX_SYSCTLS).map(|n| (format!("a.{n}"), String::new())).collect();
-        assert!(matches!(configure(&request), Err(PodError::TooManySysctls(257))));
+        assert!(matches!(configure(&request, &places), Err(PodError::TooManySysctls(257))));
     }
 
     proptest! {

@@ -85,6 +85,7 @@ fn code(error: &ContainerError) -> Code {
         | E::Served(_)
         | E::Socket(_)
         | E::Device(_)
+        | E::Node(_)
         | E::BrokenOff => Code::INTERNAL,
     }
 }
@@ -198,7 +199,7 @@ impl agent_ttrpc::Agent for AgentService {
     }
 
     async fn configure_pod(&self, _: &TtrpcContext, request: ConfigurePodRequest) -> Answer<Empty> {
-        pod::configure(&request).map_err(|error| answer(error.into()))?;
+        pod::configure(&request, self.containers.places()).map_err(|error| answer(error.into()))?;
         Ok(Empty::new())
     }
 

@@ -8,7 +8,9 @@
 //! | `ro` of a shared mount with others below it that may be written | dropped: the host sees to it |
 //! | network, ipc and uts namespaces with a path | no entry: the guest is the pod, its own namespaces are the pod's |
 //! | a PID namespace with a path | the pod's, or another container's |
+//! | a user namespace | the pod's, which the spec has to map as the pod does |
 //! | other namespaces with a path | refused |
+//! | `uidMappings` and `gidMappings`, of mounts too; `idmap`, `ridmap` | dropped: the namespace has them, and the host's mounts |
 //! | `devices` | see [`devices`] |
 //! | addresses of the host's PCI functions in the environment | those of the guest, see [`environment`] |
 //! | `cgroupsPath` | the container's cgroup below [`crate::cgroup::CONTAINERS`] |
@@ -29,8 +31,11 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use oci_spec::runtime::{
-    Linux, LinuxDevice, LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount, Process, Spec,
+    Linux, LinuxDevice, LinuxIdMapping, LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount,
+    Process, Spec,
 };
+
+use vial_agent_protocol::users::{Users, UsersError};
 
 use crate::cgroup::resources::weight;
 
@@ -51,6 +56,16 @@ pub(crate) enum SpecError {
     HostMount(PathBuf),
     #[error("joining another container's {0} namespace is not supported")]
     Namespace(String),
+    #[error(
+        "the container asks for a user namespace, and its pod has none: both have to be asked for it"
+    )]
+    NoUserNamespace,
+    #[error("the container has to be in the user namespace of its pod")]
+    NotInUserNamespace,
+    #[error("the container's user namespace maps other ids than that of its pod")]
+    OtherUsers,
+    #[error(transparent)]
+    Users(#[from] UsersError),
     #[error(
         "the device {0} is the host's: a guest has none with its numbers; use a container without it"
     )]
@@ -73,6 +88,8 @@ pub(crate) struct Guest {
     pub(crate) hugetlb: bool,
     /// In place of a PID namespace that the spec joins.
     pub(crate) pid_namespace: Option<PathBuf>,
+    /// The pod's user namespace, and whom it maps.
+    pub(crate) user_namespace: Option<(PathBuf, Users)>,
     /// The guest's devices, when those of the spec matter ([`devices::has_any`]).
     pub(crate) devices: Vec<LinuxDevice>,
     /// Where the container has disks that are to be put in place of the host's.
@@ -147,6 +164,11 @@ fn rewrite_mounts(mounts: &mut [Mount], guest: &Guest) -> Result<(), SpecError> 
         return Err(SpecError::MountIndex { index, count });
     }
     for (index, mount) in mounts.iter_mut().enumerate() {
+        mount.set_uid_mappings(None);
+        mount.set_gid_mappings(None);
+        if let Some(options) = mount.options_mut() {
+            options.retain(|option| option != "idmap" && option != "ridmap");
+        }
         match guest.sources.get(&index) {
             Some(source) => {
                 mount.set_source(Some(source.clone()));
@@ -176,7 +198,8 @@ fn is_bind(mount: &Mount) -> bool {
 
 /// Answers whether the container shares the pod's uts namespace.
 fn rewrite_linux(linux: &mut Linux, guest: &Guest) -> Result<bool, SpecError> {
-    let namespaces = linux.namespaces().clone().unwrap_or_default();
+    let mut namespaces = linux.namespaces().clone().unwrap_or_default();
+    rewrite_user_namespace(linux, &mut namespaces, guest)?;
     let kept = namespaces
         .into_iter()
         .filter_map(|namespace| keep_namespace(namespace, guest))
@@ -201,6 +224,35 @@ fn rewrite_linux(linux: &mut Linux, guest: &Guest) -> Result<bool, SpecError> {
         weigh_shares(resources);
     }
     Ok(shares_uts)
+}
+
+/// Puts the pod's in place of the container's, whatever that is called on the host.
+fn rewrite_user_namespace(
+    linux: &mut Linux,
+    namespaces: &mut [LinuxNamespace],
+    guest: &Guest,
+) -> Result<(), SpecError> {
+    let asked = namespaces.iter_mut().find(|one| one.typ() == LinuxNamespaceType::User);
+    match (asked, &guest.user_namespace) {
+        (None, None) => {}
+        (Some(_), None) => return Err(SpecError::NoUserNamespace),
+        (None, Some(_)) => return Err(SpecError::NotInUserNamespace),
+        (Some(asked), Some((path, users))) => {
+            let uids = ranges(linux.uid_mappings().as_deref());
+            if Users::new(&uids, &ranges(linux.gid_mappings().as_deref()))? != *users {
+                return Err(SpecError::OtherUsers);
+            }
+            asked.set_path(Some(path.clone()));
+        }
+    }
+    linux.set_uid_mappings(None);
+    linux.set_gid_mappings(None);
+    Ok(())
+}
+
+fn ranges(mappings: Option<&[LinuxIdMapping]>) -> Vec<(u32, u32, u32)> {
+    let mappings = mappings.unwrap_or_default().iter();
+    mappings.map(|one| (one.container_id(), one.host_id(), one.size())).collect()
 }
 
 /// libcontainer knows the propagations without the `r` of "recursive", and means them so. What is
@@ -233,6 +285,7 @@ fn keep_namespace(
     match namespace.typ() {
         _ if !joins => Some(Ok(namespace)),
         LinuxNamespaceType::Network | LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts => None,
+        LinuxNamespaceType::User => Some(Ok(namespace)),
         LinuxNamespaceType::Pid if guest.pid_namespace.is_some() => {
             namespace.set_path(guest.pid_namespace.clone());
             Some(Ok(namespace))

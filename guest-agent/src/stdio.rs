@@ -15,6 +15,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::process::Stdio;
 
+use rustix::fs::{Uid, fchown};
 use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::pipe;
@@ -22,6 +23,7 @@ use tokio::task::JoinHandle;
 
 use crate::streams::{Stream, StreamError, Streams};
 use crate::terminal::Terminal;
+use crate::users;
 
 /// What one direction of one stream holds at most.
 pub(crate) const BUFFER_BYTES: usize = 64 << 10;
@@ -59,6 +61,8 @@ pub(crate) struct Claimed {
     stdin: Option<Stream>,
     stdout: Option<Stream>,
     stderr: Option<Stream>,
+    /// Outside of the pod's user namespace.
+    owner: Uid,
 }
 
 /// Ends the copying to a process's stdin when the process is no more.
@@ -74,11 +78,15 @@ impl Drop for Input {
 }
 
 impl Claimed {
-    /// Waits for the streams.
+    /// Waits for the streams of a process of that user.
     ///
     /// # Errors
     /// One does not come in time, or the ids contradict each other.
-    pub(crate) async fn claim(streams: &Streams, ids: StdioIds) -> Result<Self, StdioError> {
+    pub(crate) async fn claim(
+        streams: &Streams,
+        ids: StdioIds,
+        user: u32,
+    ) -> Result<Self, StdioError> {
         if ids.terminal && ids.stderr != 0 {
             return Err(StdioError::TerminalStderr);
         }
@@ -93,6 +101,7 @@ impl Claimed {
             stdin: streams.claim(ids.stdin).await?,
             stdout: streams.claim(ids.stdout).await?,
             stderr: streams.claim(ids.stderr).await?,
+            owner: Uid::from_raw(users::outside(user)),
         })
     }
 
@@ -106,6 +115,7 @@ impl Claimed {
             None => Stdio::null(),
             Some(stream) => {
                 let (theirs, ours) = pipe_with(PipeFlags::CLOEXEC).map_err(pipe_error)?;
+                belong(&theirs, self.owner)?;
                 let sender = pipe::Sender::from_owned_fd(ours).map_err(StdioError::Pipe)?;
                 pipes.stdin = Some((stream, sender));
                 Stdio::from(theirs)
@@ -114,6 +124,7 @@ impl Claimed {
         let mut output = |stream: Option<Stream>| -> Result<Stdio, StdioError> {
             let Some(stream) = stream else { return Ok(Stdio::null()) };
             let (ours, theirs) = pipe_with(PipeFlags::CLOEXEC).map_err(pipe_error)?;
+            belong(&theirs, self.owner)?;
             // A smaller pipe is only slower.
             let _ = fcntl_setpipe_size(&ours, OUTPUT_PIPE_BYTES);
             let receiver = pipe::Receiver::from_owned_fd(ours).map_err(StdioError::Pipe)?;
@@ -133,6 +144,14 @@ impl Claimed {
         let stdin = terminal.clone();
         Input(self.stdin.map(|stream| tokio::spawn(terminal_input(stream, stdin))))
     }
+}
+
+/// Lets a process open a pipe again by its name: /dev/stdout and the like.
+fn belong(pipe: &OwnedFd, owner: Uid) -> Result<(), StdioError> {
+    if owner.is_root() {
+        return Ok(());
+    }
+    fchown(pipe, Some(owner), None).map_err(pipe_error)
 }
 
 fn pipe_error(error: rustix::io::Errno) -> StdioError {
@@ -257,6 +276,7 @@ mod tests {
             stdin: Some(Box::new(far_in)),
             stdout: Some(Box::new(far_out)),
             stderr: Some(Box::new(far_err)),
+            owner: Uid::ROOT,
         };
         let ([child_in, child_out, child_err], pipes) = claimed.pipes().unwrap();
         let mut child = Command::new("/bin/sh")
@@ -316,7 +336,12 @@ mod tests {
     async fn output_that_nobody_reads_blocks_no_process() {
         let (stdout, far_out) = tokio::io::duplex(10);
         drop(stdout);
-        let claimed = Claimed { stdin: None, stdout: Some(Box::new(far_out)), stderr: None };
+        let claimed = Claimed {
+            stdin: None,
+            stdout: Some(Box::new(far_out)),
+            stderr: None,
+            owner: Uid::ROOT,
+        };
         let ([_, child_out, _], pipes) = claimed.pipes().unwrap();
         let mut child = Command::new("/bin/sh")
             .args(["-c", "head -c 1000000 /dev/zero"])
@@ -333,10 +358,10 @@ mod tests {
     async fn contradicting_ids_are_refused() {
         let streams = Streams::new();
         let terminal = StdioIds { terminal: true, stderr: 3, ..StdioIds::default() };
-        let error = Claimed::claim(&streams, terminal).await.err().unwrap();
+        let error = Claimed::claim(&streams, terminal, 0).await.err().unwrap();
         assert!(matches!(error, StdioError::TerminalStderr));
         let twice = StdioIds { stdin: 4, stderr: 4, ..StdioIds::default() };
-        let error = Claimed::claim(&streams, twice).await.err().unwrap();
+        let error = Claimed::claim(&streams, twice, 0).await.err().unwrap();
         assert!(matches!(error, StdioError::Twice(4)));
     }
 }

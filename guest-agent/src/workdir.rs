@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io;
 use std::path::{Component, Path, PathBuf};
 
-use rustix::fs::{Mode, OFlags, ResolveFlags, mkdirat, openat2};
+use rustix::fs::{AtFlags, Gid, Mode, OFlags, ResolveFlags, Uid, chownat, mkdirat, openat2};
 use rustix::io::Errno;
 
 /// The longest path, in bytes (PATH_MAX).
@@ -20,21 +20,21 @@ pub(crate) enum WorkdirError {
     Make { path: PathBuf, source: io::Error },
 }
 
-/// Makes `directory` and what it lies in, below `root`. What is there stays as it is; symbolic links
+/// Makes `directory` and what it lies in, below `root`, as that user's and group's. What is there stays as it is; symbolic links
 /// are followed as the container would follow them, and never lead out of `root`.
 ///
 /// # Errors
 /// [`WorkdirError`].
-pub(crate) fn make(root: &Path, directory: &Path) -> Result<(), WorkdirError> {
+pub(crate) fn make(root: &Path, directory: &Path, owner: (u32, u32)) -> Result<(), WorkdirError> {
     let bytes = directory.as_os_str().len();
     if bytes > MAX_PATH_BYTES {
         return Err(WorkdirError::TooLong(bytes));
     }
-    make_each(root, directory)
+    make_each(root, directory, owner)
         .map_err(|source| WorkdirError::Make { path: directory.into(), source })
 }
 
-fn make_each(root: &Path, directory: &Path) -> io::Result<()> {
+fn make_each(root: &Path, directory: &Path, (uid, gid): (u32, u32)) -> io::Result<()> {
     let root = File::open(root)?;
     let open = |path: &Path| {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -53,7 +53,13 @@ fn make_each(root: &Path, directory: &Path) -> io::Result<()> {
             Err(Errno::NOENT) => {
                 let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
                 match mkdirat(&parent, name, Mode::from_raw_mode(0o755)) {
-                    Ok(()) | Err(Errno::EXIST) => open(&path)?,
+                    Ok(()) => {
+                        let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
+                        let flags = AtFlags::SYMLINK_NOFOLLOW;
+                        chownat(&parent, name, Some(uid), Some(gid), flags)?;
+                        open(&path)?
+                    }
+                    Err(Errno::EXIST) => open(&path)?,
                     Err(error) => return Err(error.into()),
                 }
             }
@@ -77,7 +83,7 @@ mod tests {
         fs::create_dir(at("there")).unwrap();
         fs::write(at("there/file"), "kept").unwrap();
         for path in ["/there/made/deep", "/there", "/", "new", "/there/../other"] {
-            make(root.path(), Path::new(path)).unwrap();
+            make(root.path(), Path::new(path), (0, 0)).unwrap();
         }
         for path in ["there/made/deep", "new", "other"] {
             assert!(at(path).is_dir(), "{path}");
@@ -92,11 +98,11 @@ mod tests {
         fs::create_dir_all(root.path().join("real")).unwrap();
         symlink("/real", root.path().join("link")).unwrap();
         symlink(outside.path(), root.path().join("out")).unwrap();
-        make(root.path(), Path::new("/link/made")).unwrap();
+        make(root.path(), Path::new("/link/made"), (0, 0)).unwrap();
         assert!(root.path().join("real/made").is_dir());
         // The link's target is not in the root, so nothing can be made below it.
-        assert!(make(root.path(), Path::new("/out/made")).is_err());
-        make(root.path(), Path::new("/../../up")).unwrap();
+        assert!(make(root.path(), Path::new("/out/made"), (0, 0)).is_err());
+        make(root.path(), Path::new("/../../up"), (0, 0)).unwrap();
         assert!(root.path().join("up").is_dir());
         assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0);
     }
@@ -106,10 +112,13 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         fs::write(root.path().join("file"), "").unwrap();
         assert!(matches!(
-            make(root.path(), Path::new("/file/below")),
+            make(root.path(), Path::new("/file/below"), (0, 0)),
             Err(WorkdirError::Make { .. })
         ));
         let long = format!("/{}", "a/".repeat(MAX_PATH_BYTES / 2));
-        assert!(matches!(make(root.path(), Path::new(&long)), Err(WorkdirError::TooLong(_))));
+        assert!(matches!(
+            make(root.path(), Path::new(&long), (0, 0)),
+            Err(WorkdirError::TooLong(_))
+        ));
     }
 }

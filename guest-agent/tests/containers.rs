@@ -9,6 +9,8 @@ mod harness;
 mod pod;
 #[path = "containers/sockets.rs"]
 mod sockets;
+#[path = "containers/users.rs"]
+mod users;
 
 use std::time::Duration;
 

@@ -19,6 +19,8 @@
 //!   connects to the socket and answers [`SOCKET_REACHED`]; then the two are one connection. Without
 //!   that byte there is none.
 
+pub mod users;
+
 use std::path::{Component, Path};
 
 /// The messages of `proto/agent.proto`.
@@ -36,7 +38,7 @@ pub mod agent_ttrpc {
 }
 
 /// The version of this protocol. Shim and agent refuse each other when it differs.
-pub const PROTOCOL_VERSION: u32 = 11;
+pub const PROTOCOL_VERSION: u32 = 12;
 
 /// The host's vsock port that the agent connects to when it can serve.
 pub const READY_PORT: u32 = 1024;

@@ -21,6 +21,7 @@ use crate::copies;
 use crate::devices::Program;
 use crate::helper::{Order, Task};
 use crate::launch;
+use crate::nodes;
 use crate::pod;
 use crate::reaper::Launch;
 use crate::served;
@@ -28,6 +29,7 @@ use crate::spec::environment::{self, Names};
 use crate::spec::{self, Guest};
 use crate::stdio::{self, Claimed, Input, StdioIds};
 use crate::terminal::{ConsoleSocket, Terminal};
+use crate::users;
 use crate::workdir;
 
 /// How long a terminal may take to arrive after its process was made.
@@ -134,8 +136,8 @@ impl Containers {
         container: &Arc<Container>,
         create: Create,
     ) -> Result<u32, ContainerError> {
-        let devices = self.write_bundle(container, &create)?;
-        let claimed = Claimed::claim(&self.streams, create.stdio).await?;
+        let (devices, user) = self.write_bundle(container, &create)?;
+        let claimed = Claimed::claim(&self.streams, create.stdio, user).await?;
         let (exec_errors, theirs) = stdio::error_pipe()?;
         let task = Task::Create { exec_errors: launch::number(&theirs) };
         let order = self.order(&container.id, &container.directory, task);
@@ -175,12 +177,12 @@ impl Containers {
         Ok(pid as u32)
     }
 
-    /// Answers the rules for the container's devices.
+    /// Answers the rules for the container's devices, and its user.
     fn write_bundle(
         &self,
         container: &Container,
         create: &Create,
-    ) -> Result<Program, ContainerError> {
+    ) -> Result<(Program, u32), ContainerError> {
         let directory = &container.directory;
         fs::create_dir(directory).map_err(file_error("create directory", directory))?;
         let mut sources = BTreeMap::new();
@@ -227,13 +229,18 @@ impl Containers {
             terminal: create.stdio.terminal,
             hugetlb: self.hugetlb,
             pid_namespace,
+            user_namespace: users::of_pod().map(|namespace| (namespace.path(), namespace.users)),
             devices,
             disks: create.served.iter().map(|device| PathBuf::from(&device.path)).collect(),
         };
         let (mut spec, dropped) = spec::rewrite(spec, &guest)?;
         served::add_to(&mut spec, &served::prepare(&create.served)?);
+        if let Some(pod) = users::of_pod() {
+            nodes::bind(&mut spec, &pod.users, &self.places.nodes, &container.id)?;
+        }
         if let Some(process) = spec.process() {
-            workdir::make(&guest.root, process.cwd())?;
+            let owner = users::of_pod().map_or((0, 0), users::UserNamespace::root);
+            workdir::make(&guest.root, process.cwd(), owner)?;
         }
         for name in dropped {
             tracing::warn!("container {}: {name} of the spec are not run in a guest", container.id);
@@ -241,7 +248,8 @@ impl Containers {
         write_json(&directory.join("config.json"), &spec)?;
         let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
         let rules = resources.and_then(|resources| resources.devices().as_deref());
-        Ok(Program::new(rules.unwrap_or_default())?)
+        let user = spec.process().as_ref().map_or(0, |process| process.user().uid());
+        Ok((Program::new(rules.unwrap_or_default())?, user))
     }
 
     /// Those that are there before the container is. Without one the container has a socket that
@@ -321,7 +329,9 @@ impl Containers {
         container.cgroup.kill()?;
         container.cgroup.remove().await?;
         self.sockets.release(&container.id)?;
-        for path in [self.places.runtime.join(&container.id), container.directory.clone()] {
+        let id = &container.id;
+        let (runtime, nodes) = (self.places.runtime.join(id), self.places.nodes.join(id));
+        for path in [runtime, nodes, container.directory.clone()] {
             match fs::remove_dir_all(&path) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                     return Err(file_error("remove", &path)(error));

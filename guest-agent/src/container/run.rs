@@ -24,6 +24,7 @@ use crate::spec;
 use crate::spec::environment::{self, Names};
 use crate::stdio::{Claimed, StdioIds};
 use crate::sys;
+use crate::users;
 
 /// How long a deletion waits for processes that are being added, and a shutdown for ended ones.
 const SETTLE_TRIES: u32 = 500;
@@ -109,9 +110,11 @@ impl Containers {
         environment::name_functions(&mut process, &exec.functions);
         let path = container.directory.join(format!("process-{}.json", self.count()));
         write_json(&path, &process)?;
-        let task = Task::Exec { process: path.clone() };
+        let owner = users::outside(process.user().uid());
+        let task = Task::Exec { process: path.clone(), owner };
         let order = self.order(&container.id, &container.directory, task);
-        let made = match Claimed::claim(&self.streams, exec.stdio).await {
+        let user = process.user().uid();
+        let made = match Claimed::claim(&self.streams, exec.stdio, user).await {
             Ok(claimed) => self.launch(order, exec.stdio.terminal, claimed, None).await,
             Err(error) => Err(error.into()),
         };

@@ -17,6 +17,7 @@ use libcontainer::syscall::syscall::create_syscall;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
 use oci_spec::runtime::{Capability, LinuxCapabilities, LinuxSeccomp, Process, Spec};
 
+use super::entry::Entry;
 use crate::sys;
 
 /// How every message about an executable begins.
@@ -35,6 +36,8 @@ enum ExecError {
     Nul(String),
     #[error("cannot load the seccomp filter: {0}")]
     Filter(String),
+    #[error("cannot enter the user namespace of the container: {0}")]
+    Users(std::io::Error),
 }
 
 /// The container's seccomp filter for an added process, with the capabilities that loading it
@@ -87,22 +90,38 @@ impl Filter {
 #[derive(Clone)]
 pub(crate) struct ContainerExecutor {
     exec_errors: Option<Arc<File>>,
+    entry: Option<Entry>,
     filter: Option<Filter>,
 }
 
 impl ContainerExecutor {
     /// For a container's first process: a failure of execve(2) goes to `exec_errors`.
     pub(crate) fn for_init(exec_errors: Arc<File>) -> Self {
-        ContainerExecutor { exec_errors: Some(exec_errors), filter: None }
+        ContainerExecutor { exec_errors: Some(exec_errors), entry: None, filter: None }
     }
 
     /// For an added process, whose failure libcontainer reports itself.
-    pub(crate) fn for_exec(filter: Option<Filter>) -> Self {
-        ContainerExecutor { exec_errors: None, filter }
+    pub(crate) fn for_exec(entry: Option<Entry>, filter: Option<Filter>) -> Self {
+        ContainerExecutor { exec_errors: None, entry, filter }
+    }
+
+    /// The last steps of an added process but its program itself.
+    fn confine(&self, process: &Process) -> Result<(), ExecError> {
+        let load = || self.filter.as_ref().map_or(Ok(()), Filter::load);
+        let Some(entry) = &self.entry else { return load() };
+        let drop_privileges = || entry.drop_privileges().map_err(ExecError::Users);
+        // Without no_new_privs the filter takes capabilities to be loaded.
+        match process.no_new_privileges() {
+            Some(true) => drop_privileges().and_then(|()| load()),
+            _ => load().and_then(|()| drop_privileges()),
+        }
     }
 
     fn execute(&self, spec: &Spec) -> Result<Infallible, ExecError> {
         let process = spec.process().as_ref().ok_or(ExecError::NoArguments)?;
+        if let Some(entry) = &self.entry {
+            entry.enter().map_err(ExecError::Users)?;
+        }
         let (name, path) = find(process)?;
         let nul = |_| ExecError::Nul(name.to_owned());
         let program = CString::new(path.as_os_str().as_encoded_bytes()).map_err(nul)?;
@@ -122,9 +141,7 @@ impl ContainerExecutor {
             })
             .collect::<Result<Vec<_>, _>>()
             .map_err(nul)?;
-        if let Some(filter) = &self.filter {
-            filter.load()?;
-        }
+        self.confine(process)?;
         sys::default_signals();
         nix::unistd::execve(&program, &arguments, &environment).map_err(|error| {
             ExecError::Refused { name: name.to_owned(), reason: lower(error.desc()) }

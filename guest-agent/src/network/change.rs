@@ -15,8 +15,8 @@ use vial_netlink::network::{self, Cidr, CidrError, Link, Neighbour, Route};
 use vial_netlink::{Message, Socket};
 
 use super::{
-    FUNCTIONS, MTU, NetworkError, add_route, apply, at_most, await_interfaces, exists, is_name,
-    mac, read_function, read_neighbour, read_route, shown,
+    FUNCTIONS, MTU, NetworkError, add_route, apply, at_most, await_interfaces, bring_to_pod,
+    exists, is_name, mac, read_function, read_neighbour, read_route, shown,
 };
 
 /// What the kernel answers when there is nothing to be removed.
@@ -139,6 +139,10 @@ pub(crate) fn change(request: &ChangeNetworkRequest) -> Result<(), NetworkError>
         let action = action.to_owned();
         move |source| NetworkError::Kernel { action, source }
     };
+    let comes = |link: &Link| {
+        change.interfaces.iter().any(|interface| interface.comes && is_new(link, interface))
+    };
+    bring_to_pod(comes)?;
     let mut socket = Socket::open().map_err(failed("open a netlink socket"))?;
     let links = network::links(&mut socket).map_err(failed("list the interfaces"))?;
     let mut changing = Changing { socket, indices: Vec::new(), failures: Vec::new() };

@@ -6,15 +6,19 @@ use std::io;
 use std::path::Path;
 
 use crate::sys::{self, Channels};
+use crate::users;
 
-const INTERFACES: &str = "/sys/class/net";
 /// Others know by themselves, and their number is no matter of the VM's size.
 const DRIVER: &str = "virtio_net";
 
 /// Has each of the VMM's interfaces use a pair of queues for each of so many processors, as far as
 /// it has them. One that uses more keeps them.
 pub(crate) fn fit(vcpus: u32) {
-    let Ok(interfaces) = fs::read_dir(INTERFACES) else { return };
+    users::for_interfaces(|directory| fit_all(directory, vcpus));
+}
+
+fn fit_all(directory: &Path, vcpus: u32) {
+    let Ok(interfaces) = fs::read_dir(directory) else { return };
     for interface in interfaces.flatten().filter(|interface| is_of(&interface.path(), DRIVER)) {
         let name = interface.file_name();
         if let Err(error) = fit_one(&name.to_string_lossy(), vcpus) {

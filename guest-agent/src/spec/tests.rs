@@ -71,6 +71,7 @@ fn guest() -> Guest {
         terminal: false,
         hugetlb: false,
         pid_namespace: None,
+        user_namespace: None,
         devices: Vec::new(),
         disks: Vec::new(),
     }
@@ -149,13 +150,7 @@ fn pod_namespaces_become_the_guests_own() {
 #[test]
 fn namespaces_of_others_are_refused() {
     // "mnt" is how the type calls it.
-    let kinds = [
-        ("pid", "pid"),
-        ("mount", "mnt"),
-        ("user", "user"),
-        ("cgroup", "cgroup"),
-        ("time", "time"),
-    ];
+    let kinds = [("pid", "pid"), ("mount", "mnt"), ("cgroup", "cgroup"), ("time", "time")];
     for (kind, shown) in kinds {
         let mut spec = ctr_spec();
         spec["linux"]["namespaces"] = json!([{"type": kind, "path": "/proc/7/ns/x"}]);
@@ -258,4 +253,41 @@ fn propagation_is_named_as_the_library_knows_it() {
     }
     let (spec, _) = rewritten(&ctr_spec(), &guest()).unwrap();
     assert!(spec["linux"].get("rootfsPropagation").is_none(), "{spec}");
+}
+
+fn in_user_namespace(host: u32) -> Value {
+    let mut spec = ctr_spec();
+    let mappings = json!([{"containerID": 0, "hostID": host, "size": 50}]);
+    spec["linux"]["uidMappings"] = mappings.clone();
+    spec["linux"]["gidMappings"] = mappings.clone();
+    spec["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "user"}));
+    spec["mounts"].as_array_mut().unwrap().push(json!(
+        {"destination": "/data", "type": "bind", "source": "/srv/data",
+         "options": ["rbind", "ridmap"], "uidMappings": mappings.clone(), "gidMappings": mappings}
+    ));
+    spec
+}
+
+#[test]
+fn user_namespace_is_the_pods_and_mounts_are_mapped_already() {
+    let mut guest = guest();
+    guest.sources.insert(7, "/run/vial/share/data".into());
+    assert_eq!(rewritten(&in_user_namespace(1000), &guest), Err(SpecError::NoUserNamespace));
+    let users = Users::new(&[(0, 1000, 50)], &[(0, 1000, 50)]).unwrap();
+    guest.user_namespace = Some(("/proc/1/fd/9".into(), users));
+    let (got, _) = rewritten(&in_user_namespace(1000), &guest).unwrap();
+    let namespaces = got["linux"]["namespaces"].as_array().unwrap();
+    assert!(namespaces.contains(&json!({"type": "user", "path": "/proc/1/fd/9"})));
+    for mapping in ["uidMappings", "gidMappings"] {
+        assert_eq!(got["linux"].get(mapping), None);
+        assert_eq!(got["mounts"][7].get(mapping), None);
+    }
+    assert_eq!(got["mounts"][7]["options"], json!(["rbind"]));
+    assert_eq!(rewritten(&in_user_namespace(1001), &guest), Err(SpecError::OtherUsers));
+    let mut two = in_user_namespace(1000);
+    let more = json!({"containerID": 50, "hostID": 5000, "size": 50});
+    two["linux"]["uidMappings"].as_array_mut().unwrap().push(more);
+    assert!(matches!(rewritten(&two, &guest), Err(SpecError::Users(_))));
+    guest.sources.clear();
+    assert_eq!(rewritten(&ctr_spec(), &guest), Err(SpecError::NotInUserNamespace));
 }
