@@ -11,11 +11,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use vial_agent_protocol::users::Users;
 use vial_vmm_api::{IMAGE_MAGIC, IMAGE_MAGIC_AT, is_image_size};
 
 use crate::{
     config::{Config, VhostNet},
     devices::ways,
+    idmap::{Extent, Mapped, Namespaces},
     jail::user_ids::Range,
     network::vhost,
     numa::{
@@ -29,6 +31,9 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(30);
 /// The most output of a program that is looked at, in bytes.
 const MAX_OUTPUT_BYTES: u64 = 64 << 10;
+
+/// Where containerd and the kubelet keep what containers have.
+const VOLUMES: &str = "/var/lib";
 
 /// How one thing was found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -110,6 +115,7 @@ pub fn run(containerd: &Path) -> Vec<Finding> {
     findings.push(optional("tun", "/dev/net/tun", "`modprobe tun`; pods need it for networks"));
     findings.push(carrier(vhost_net, Path::new(vhost::PATH)));
     findings.push(functions(iommufd, ways::Host::look(Path::new("/"))));
+    findings.push(owners(Path::new(VOLUMES)));
     findings
 }
 
@@ -145,6 +151,30 @@ fn carrier(wanted: VhostNet, path: &Path) -> Finding {
         },
     };
     Finding { required: false, ..found }
+}
+
+/// Whether files can belong to the users of pods that have some of their own.
+fn owners(path: &Path) -> Finding {
+    let optional =
+        |verdict, text: String| Finding { required: false, ..finding("hostUsers", verdict, text) };
+    let mapped = Users::of_texts("0:65536:65536", "0:65536:65536")
+        .map_err(std::io::Error::other)
+        .and_then(|users| Namespaces::default().with(users))
+        .and_then(|namespace| Mapped::new(path, &namespace, Extent::default()));
+    let path = path.display();
+    match mapped {
+        Ok(_) => optional(
+            Verdict::Ok,
+            format!("files in {path} can belong to the users of pods with `hostUsers: false`"),
+        ),
+        Err(error) => optional(
+            Verdict::Missing,
+            format!(
+                "{path}: {error}: pods with `hostUsers: false` cannot have what is there; it takes Linux 5.19, \
+                 and a file system with idmapped mounts"
+            ),
+        ),
+    }
 }
 
 /// Whether pods start from a template.
@@ -388,6 +418,15 @@ mod tests {
     use vial_vmm_api::IMAGE_UNIT_BYTES;
 
     use super::*;
+
+    #[test]
+    fn place_whose_files_cannot_belong_to_others_is_told() {
+        let found = owners(Path::new("/proc"));
+        assert_eq!(found.verdict, Verdict::Missing);
+        assert!(found.text.contains("hostUsers") && !found.stands_in_the_way(), "{found}");
+        let found = owners(Path::new("/nowhere"));
+        assert!(found.verdict == Verdict::Missing && found.text.contains("/nowhere"), "{found}");
+    }
 
     #[test]
     fn absent_file_stands_in_the_way_unless_optional() {

@@ -261,6 +261,7 @@ mod tests {
             kind: Some("bind".into()),
             source: Some(source.into()),
             options: vec!["rbind".into(), option.into()],
+            ..Mount::default()
         }
     }
 

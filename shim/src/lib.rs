@@ -37,6 +37,7 @@ pub mod error;
 pub mod events;
 pub mod export;
 mod forward;
+pub mod idmap;
 pub mod jail;
 pub mod life;
 pub mod metrics;

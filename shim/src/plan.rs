@@ -11,12 +11,12 @@ use std::{
 
 use containerd_shim_protos::{
     protobuf::{
-        Message, UnknownFields, UnknownValueRef,
+        Message, MessageField, UnknownFields, UnknownValueRef,
         well_known_types::{any::Any, empty::Empty},
     },
     sandbox_api::CreateSandboxRequest,
 };
-use vial_agent_protocol::agent::ConfigurePodRequest;
+use vial_agent_protocol::{agent::ConfigurePodRequest, users::Users};
 use vial_vmm_api::HugePages;
 
 use crate::{
@@ -113,8 +113,9 @@ impl Place {
         let devices = spec.wanted_devices(&config.pci_devices)?;
         let asked = Asked::new(&spec.annotations, &config.vhost_user)?;
         let claim = spec.claim()?;
+        let user_namespace = MessageField::from_option(spec.users()?.map(Users::to_wire));
         if spec.role()? != Role::Sandbox {
-            let pod = ConfigurePodRequest::default();
+            let pod = ConfigurePodRequest { user_namespace, ..Default::default() };
             // A container by itself is all that its VM is for.
             let limits = Limits::default().changed(&spec.linux.resources);
             let plan = self.plan(limits, network, pod, asked)?;
@@ -124,6 +125,7 @@ impl Place {
         let pod = ConfigurePodRequest {
             hostname: spec.hostname.unwrap_or_default(),
             sysctls: spec.linux.sysctl,
+            user_namespace,
             ..Default::default()
         };
         let plan = self.plan(Limits::of_annotations(&spec.annotations), network, pod, asked)?;
@@ -214,13 +216,21 @@ mod field {
     pub(super) const NAMESPACES_NETWORK: u32 = 1;
     pub(super) const NAMESPACES_PID: u32 = 2;
     pub(super) const NAMESPACES_IPC: u32 = 3;
+    pub(super) const NAMESPACES_USERS: u32 = 5;
+    pub(super) const USERS_MODE: u32 = 1;
+    pub(super) const USERS_UIDS: u32 = 2;
+    pub(super) const USERS_GIDS: u32 = 3;
+    pub(super) const MAPPING_HOST: u32 = 1;
+    pub(super) const MAPPING_CONTAINER: u32 = 2;
+    pub(super) const MAPPING_LENGTH: u32 = 3;
     pub(super) const RESOURCES_PERIOD: u32 = 1;
     pub(super) const RESOURCES_QUOTA: u32 = 2;
     pub(super) const RESOURCES_SHARES: u32 = 3;
     pub(super) const RESOURCES_MEMORY: u32 = 4;
 }
 
-/// CRI's `NamespaceMode` NODE.
+/// CRI's `NamespaceMode` POD and NODE.
+const POD: u64 = 0;
 const NODE: u64 = 2;
 
 /// A message of which a handful of fields matter, by their numbers.
@@ -315,6 +325,7 @@ fn read_pod_config(options: &Any) -> Result<(Limits, ConfigurePodRequest, PodFil
             return Err(SpecError::OfTheHost(asked).into());
         }
     }
+    let users = users_of(&namespaces)?;
     let resources = linux.message(field::LINUX_RESOURCES)?;
     let limits = Limits {
         cpu_quota: resources.number(field::RESOURCES_QUOTA).cast_signed(),
@@ -326,10 +337,40 @@ fn read_pod_config(options: &Any) -> Result<(Limits, ConfigurePodRequest, PodFil
     let pod = ConfigurePodRequest {
         hostname: hostname.clone(),
         sysctls: linux.map(field::LINUX_SYSCTLS)?,
+        user_namespace: MessageField::from_option(users.map(Users::to_wire)),
         ..Default::default()
     };
     let resolver = resolver(&config.message(field::CONFIG_DNS)?);
     Ok((limits, pod, PodFiles { hostname, resolver }))
+}
+
+/// The users of a pod that has some of its own.
+fn users_of(namespaces: &Fields) -> Result<Option<Users>, PlanError> {
+    if namespaces.all(field::NAMESPACES_USERS).next().is_none() {
+        return Ok(None);
+    }
+    let asked = namespaces.message(field::NAMESPACES_USERS)?;
+    match asked.number(field::USERS_MODE) {
+        NODE => return Ok(None),
+        POD => {}
+        other => return Err(SpecError::UsersMode(other).into()),
+    }
+    let ranges = |number: u32| -> Result<Vec<(u32, u32, u32)>, PlanError> {
+        let range = |value| match value {
+            UnknownValueRef::LengthDelimited(bytes) => {
+                let mapping = Fields::read(bytes)?;
+                // They are of 32 bits in CRI: what is more is no range.
+                let id = |number| u32::try_from(mapping.number(number)).unwrap_or(u32::MAX);
+                let (first, host) = (id(field::MAPPING_CONTAINER), id(field::MAPPING_HOST));
+                Ok((first, host, id(field::MAPPING_LENGTH)))
+            }
+            // No range, which is refused.
+            _ => Ok((0, 0, 0)),
+        };
+        asked.all(number).map(range).collect()
+    };
+    let users = Users::new(&ranges(field::USERS_UIDS)?, &ranges(field::USERS_GIDS)?);
+    Ok(Some(users.map_err(SpecError::from)?))
 }
 
 /// The cgroup of the sandbox `id` below the pod's, in the words of an OCI spec: the form depends on
@@ -402,6 +443,34 @@ mod tests {
             let config = bytes(8, &bytes(2, &security));
             let error = read_pod_config(&options(config)).unwrap_err().to_string();
             assert!(error.contains(asked), "{error}");
+        }
+    }
+
+    #[test]
+    fn users_of_a_pod_are_read_and_checked() {
+        let of = |users: &[u8]| {
+            let config = bytes(8, &bytes(2, &bytes(1, &bytes(5, users))));
+            read_pod_config(&options(config)).map(|(_, pod, _)| pod.user_namespace.into_option())
+        };
+        let mapping = |host: u8, container: u8, length: u8| {
+            [varint(1, host), varint(2, container), varint(3, length)].concat()
+        };
+        let pod = [bytes(2, &mapping(100, 0, 50)), bytes(3, &mapping(110, 0, 60))].concat();
+        let users = Users::of_wire(&of(&pod).unwrap().unwrap()).unwrap();
+        assert_eq!((users.uids.on_host(49), users.uids.on_host(50)), (Some(149), None));
+        assert_eq!(users.gids.on_host(59), Some(169));
+        // Those of the host.
+        assert_eq!(of(&varint(1, 2)).unwrap(), None);
+        for (wrong, said) in [
+            (varint(1, 1), "kind"),
+            (varint(1, 3), "kind"),
+            (Vec::new(), "0 ranges"),
+            ([pod.clone(), bytes(2, &mapping(1, 0, 1))].concat(), "2 ranges"),
+            ([bytes(2, &mapping(100, 1, 50)), bytes(3, &mapping(100, 0, 50))].concat(), "root"),
+            ([bytes(2, &mapping(100, 0, 0)), bytes(3, &mapping(100, 0, 50))].concat(), "empty"),
+        ] {
+            let error = of(&wrong).unwrap_err().to_string();
+            assert!(error.contains(said), "{error}");
         }
     }
 

@@ -23,7 +23,7 @@ use containerd_shim_protos::{
     types::mount::Mount,
 };
 use protobuf::MessageField;
-use vial_agent_protocol::{MAX_SPEC_BYTES, is_valid_id};
+use vial_agent_protocol::{MAX_SPEC_BYTES, is_valid_id, users::Users};
 
 use guest::{explain, forget, make, start_exec, start_init, wait, write_timeline};
 
@@ -35,7 +35,7 @@ use crate::{
     pids::{self, Joined},
     process::{KILLED, Process},
     sandbox::{Plan, Sandbox, Shortage},
-    spec::{Role, Spec},
+    spec::{Role, Spec, SpecError},
     stdio::{Places, Streams},
 };
 
@@ -285,6 +285,10 @@ impl Pod {
             return Err(error);
         }
         let sandbox = self.running(&mut slot, plan).await?;
+        let users = spec.users()?.map(Users::to_wire);
+        if users.as_ref() != plan.pod.user_namespace.as_ref() {
+            return Err(SpecError::OtherUsers.into());
+        }
         let claim = spec.claim()?;
         let devices = spec.wanted_devices(&plan.config.pci_devices)?;
         let disks = spec.wanted_disks()?;

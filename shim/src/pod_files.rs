@@ -11,7 +11,7 @@ use std::{
 
 use serde_json::{Value, json};
 
-use crate::spec::{SHARED_MEMORY, Spec};
+use crate::spec::{Mount, SHARED_MEMORY, Spec};
 
 /// Where containers find them, and what they are called here.
 const FILES: [(&str, &str); 3] =
@@ -85,6 +85,14 @@ pub fn substitute(
             mount.source = Some(directory.join(name));
         }
     }
+    // As those that containerd makes belong to the pod's root.
+    let ours = if spec.has_users() { vec!["idmap".to_owned()] } else { Vec::new() };
+    for mount in &mut spec.mounts {
+        let is_ours = mount.source.as_ref().is_some_and(|source| source.starts_with(directory));
+        if is_ours && mount.is_bind() {
+            mount.options.extend_from_slice(&ours);
+        }
+    }
     let has = |destination: &str| {
         spec.mounts.iter().any(|mount| mount.destination == Path::new(destination))
     };
@@ -122,7 +130,9 @@ pub fn substitute(
             "source": directory.join(name),
             "options": ["rbind", "rprivate", access],
         });
-        spec.mounts.push(serde_json::from_value(mount.clone())?);
+        let mut shared: Mount = serde_json::from_value(mount.clone())?;
+        shared.options.extend_from_slice(&ours);
+        spec.mounts.push(shared);
         mounts.push(mount);
     }
     text["mounts"] = mounts.into();

@@ -176,7 +176,8 @@ fn info() -> Result<Vec<u8>, RuntimeError> {
 }
 
 /// What of the OCI specification is there (runtime-spec, features.md), as far as somebody asks: containerd, which offers the
-/// kubelet mounts that are read-only with all that is below them when the list has `rro`.
+/// kubelet mounts that are read-only with all that is below them when the list has `rro`, and pods with users of their own when
+/// there are user namespaces and idmapped mounts.
 fn features() -> serde_json::Value {
     serde_json::json!({
         "ociVersionMin": "1.0.0",
@@ -185,8 +186,11 @@ fn features() -> serde_json::Value {
             "bind", "rbind", "ro", "rw", "rro", "nosuid", "nodev", "noexec", "private", "rprivate", "slave",
             "rslave", "shared", "rshared",
         ],
-        // containerd 2 ends when there is none of this. User namespaces are not in the list.
-        "linux": { "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "uts"] },
+        // containerd 2 ends when there is none of this.
+        "linux": {
+            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "user", "uts"],
+            "mountExtensions": { "idmap": { "enabled": true } },
+        },
     })
 }
 
@@ -518,7 +522,9 @@ mod tests {
         let options = features["mountOptions"].as_array().unwrap();
         assert!(options.iter().any(|option| option == "rro"));
         let namespaces = features["linux"]["namespaces"].as_array().unwrap();
-        assert!(namespaces.iter().all(|namespace| namespace != "user"), "none are offered");
+        assert!(namespaces.iter().any(|namespace| namespace == "user"));
+        let idmap = &features["linux"]["mountExtensions"]["idmap"];
+        assert_eq!(idmap["enabled"], true);
     }
 
     #[test]

@@ -18,9 +18,11 @@
 //! The flags of a mount do not spread when they change, so each mount is finished in `staging/`,
 //! which spreads nothing, and then moved: read-only is read-only from the first moment.
 
+mod root;
+
 use std::{
     os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt},
-    path::{Component, Path, PathBuf},
+    path::{Path, PathBuf},
 };
 
 use containerd_shim_protos::types::mount::Mount as RootMount;
@@ -28,9 +30,11 @@ use rustix::{
     io::Errno,
     mount::{MountFlags, MountPropagationFlags, UnmountFlags},
 };
+use vial_agent_protocol::users::{Users, UsersError};
 
 use crate::{
     copies::is_copied,
+    idmap::{Extent, Mapped, Namespaces},
     spec::{Mount, Spec},
 };
 
@@ -66,6 +70,34 @@ pub enum ShareError {
         /// What went wrong.
         error: std::io::Error,
     },
+    /// Its files cannot belong to the pod's users.
+    #[error(
+        "cannot have the files of {source_path} belong to the pod's users, for its mount at \
+         {destination}: {error}; its file system has to support idmapped mounts, as ext4, XFS and Btrfs do, \
+         and tmpfs from Linux 6.3 on"
+    )]
+    Users {
+        /// On the host.
+        source_path: PathBuf,
+        /// In the container.
+        destination: PathBuf,
+        /// What went wrong.
+        error: std::io::Error,
+    },
+    /// The files of the root cannot.
+    #[error(
+        "cannot have the files of {path}, a part of the container's root, belong to the pod's users: {error}; \
+         its file system has to support idmapped mounts, and overlays on top of them need Linux 5.19"
+    )]
+    RootUsers {
+        /// On the host.
+        path: PathBuf,
+        /// What went wrong.
+        error: std::io::Error,
+    },
+    /// Whom they are to belong to, nobody can be.
+    #[error(transparent)]
+    NoUsers(#[from] UsersError),
     /// The source is a device.
     #[error(
         "cannot mount the device {source_path} at {destination}: a device of the host does not \
@@ -99,6 +131,8 @@ pub struct Share {
     pub containers: PathBuf,
     /// What the VMM serves.
     pub share: PathBuf,
+    /// Whom files can belong to.
+    pub namespaces: Namespaces,
     /// Whether the VMM has its own copy of the tree, in the mount namespace of its jail. Only once
     /// it is there.
     pub has_own_copy: bool,
@@ -170,8 +204,9 @@ impl Share {
         make_dir(&staging)?;
         let root = staging.join("rootfs");
         make_dir(&root)?;
-        mount_root(&root, bundle, root_mounts, spec).await?;
-        let binds = stage(spec, &staging, &dir)?;
+        let own = (staging.as_path(), &self.namespaces);
+        root::mount(&root, bundle, (root_mounts, spec), own).await?;
+        let binds = stage(spec, &staging, &dir, &self.namespaces)?;
         // Until each is safe, it is where nothing spreads from: the VMM's file server, to which what is published comes at
         // once, has no way to the staging directory.
         let staged = staged(&staging, &root, root_mounts, &binds)?;
@@ -301,35 +336,6 @@ fn make_host_safe(
     Ok(has_below)
 }
 
-async fn mount_root(
-    root: &Path,
-    bundle: &Path,
-    mounts: &[RootMount],
-    spec: &Spec,
-) -> Result<(), ShareError> {
-    if mounts.is_empty() {
-        let path = &spec.root.as_ref().ok_or(ShareError::NoRoot)?.path;
-        let source = bundle.join(path);
-        rustix::mount::mount_bind_recursive(&source, root).map_err(io("bind", &source))?;
-    }
-    for mount in mounts {
-        let mut target = root.to_path_buf();
-        for part in Path::new(&mount.target).components() {
-            match part {
-                Component::RootDir | Component::CurDir => {}
-                Component::Normal(part) => target.push(part),
-                _ => {
-                    let text = format!("the root mount's target '{}' leaves it", mount.target);
-                    return Err(ShareError::Spec(text));
-                }
-            }
-        }
-        containerd_shim::util::mount_rootfs(mount, target).await.map_err(ShareError::Root)?;
-    }
-    let isolated = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
-    rustix::mount::mount_change(root, isolated).map_err(io("isolate", root))
-}
-
 /// A volume that is bound in the staging directory.
 struct Bind<'a> {
     index: u32,
@@ -343,7 +349,12 @@ struct Bind<'a> {
 }
 
 /// Binds all volumes of a container in `staging`, and makes their places in `dir`.
-fn stage<'a>(spec: &'a Spec, staging: &Path, dir: &Path) -> Result<Vec<Bind<'a>>, ShareError> {
+fn stage<'a>(
+    spec: &'a Spec,
+    staging: &Path,
+    dir: &Path,
+    namespaces: &Namespaces,
+) -> Result<Vec<Bind<'a>>, ShareError> {
     let mut binds = Vec::new();
     for (index, mount) in (0..).zip(&spec.mounts).filter(|(_, mount)| mount.is_bind()) {
         if binds.is_empty() {
@@ -355,7 +366,9 @@ fn stage<'a>(spec: &'a Spec, staging: &Path, dir: &Path) -> Result<Vec<Bind<'a>>
             )));
         }
         let name = index.to_string();
-        let bound = bind(mount, &staging.join(&name), &dir.join("mounts").join(&name))?;
+        let places = (staging.join(&name), dir.join("mounts").join(&name));
+        let users = (spec.users_of(mount)?, namespaces);
+        let bound = bind(mount, (&places.0, &places.1), users)?;
         let Bound { receives, recursive } = bound;
         binds.push(Bind { index, mount, name, receives, recursive });
     }
@@ -368,8 +381,13 @@ struct Bound {
     recursive: bool,
 }
 
-/// Binds the source of `mount` at `staged`, with a like file or directory made at `place`.
-fn bind(mount: &Mount, staged: &Path, place: &Path) -> Result<Bound, ShareError> {
+/// Binds the source of `mount` at `staged`, with a like file or directory made at `place`. Its files belong to
+/// `users`, if there are some.
+fn bind(
+    mount: &Mount,
+    (staged, place): (&Path, &Path),
+    (users, namespaces): (Option<Users>, &Namespaces),
+) -> Result<Bound, ShareError> {
     let Some(source) = mount.source.as_ref().filter(|source| source.is_absolute()) else {
         return Err(ShareError::Spec(format!(
             "the mount at {} has no absolute source",
@@ -398,11 +416,23 @@ fn bind(mount: &Mount, staged: &Path, place: &Path) -> Result<Bound, ShareError>
     }
     // Nothing is mounted below what is no directory.
     let recursive = kind.is_dir() && (mount.has_option("rbind") || !mount.has_option("bind"));
-    let bound = match recursive {
-        true => rustix::mount::mount_bind_recursive(source, staged),
-        false => rustix::mount::mount_bind(source, staged),
-    };
-    bound.map_err(|error| absent(error.into()))?;
+    if let Some(users) = users {
+        let maps_below = recursive && mount.has_option("ridmap");
+        let extent = Extent { recursive, maps_below, read_only: false };
+        let mapped = namespaces.with(users).and_then(|users| Mapped::new(source, &users, extent));
+        let mapped = mapped.map_err(|error| ShareError::Users {
+            source_path: source.clone(),
+            destination: mount.destination.clone(),
+            error,
+        })?;
+        mapped.attach(staged).map_err(io("attach a volume at", staged))?;
+    } else {
+        let bound = match recursive {
+            true => rustix::mount::mount_bind_recursive(source, staged),
+            false => rustix::mount::mount_bind(source, staged),
+        };
+        bound.map_err(|error| absent(error.into()))?;
+    }
     // What the host mounts below the source later is the container's to see only when its spec
     // says so; what is mounted in the shared tree must never reach the source.
     let receives = ["rslave", "slave", "rshared", "shared"];
@@ -550,6 +580,7 @@ mod tests {
             kind: Some("bind".into()),
             source: Some(source.into()),
             options: vec![option.into()],
+            ..Mount::default()
         }
     }
 
@@ -604,7 +635,9 @@ mod tests {
         let mut binds = Vec::new();
         for (index, mount) in (0..).zip(&volumes) {
             let name = index.to_string();
-            let bound = bind(mount, &staging.join(&name), &places.join(&name)).unwrap();
+            let at = (staging.join(&name), places.join(&name));
+            let nobodys = (None, &Namespaces::default());
+            let bound = bind(mount, (&at.0, &at.1), nobodys).unwrap();
             let Bound { receives, recursive } = bound;
             binds.push(Bind { index, mount, name, receives, recursive });
         }
@@ -626,7 +659,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mount = volume(Path::new("/nowhere/data"), "rbind");
         let (staged, place) = (dir.path().join("0"), dir.path().join("1"));
-        let error = bind(&mount, &staged, &place).map(|_| ()).unwrap_err().to_string();
+        let nobodys = (None, &Namespaces::default());
+        let error = bind(&mount, (&staged, &place), nobodys).map(|_| ()).unwrap_err().to_string();
         assert!(error.contains("/nowhere/data") && error.contains("/data"), "{error}");
     }
 }

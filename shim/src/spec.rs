@@ -9,7 +9,10 @@ use std::{
 };
 
 use serde::Deserialize;
-use vial_agent_protocol::MAX_SPEC_BYTES;
+use vial_agent_protocol::{
+    MAX_SPEC_BYTES,
+    users::{IdRange, Users, UsersError},
+};
 
 use crate::{
     core_scheduling,
@@ -39,6 +42,8 @@ const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 pub(crate) const SHARED_MEMORY: &str = "/dev/shm";
 /// What a pod's shared memory holds unless something else is known, in bytes: as with runc.
 pub const DEFAULT_SHARED_MEMORY_BYTES: u64 = 64 << 20;
+/// Who has no id (user_namespaces(7), the overflow id).
+const NOBODY: u32 = 65534;
 /// The type of a mount that the agent makes the pod's shared memory.
 const SHARED_MEMORY_KIND: &str = "vial-shared-memory";
 
@@ -93,6 +98,12 @@ pub struct Linux {
     /// The namespaces that the container gets.
     #[serde(default)]
     pub namespaces: Vec<Namespace>,
+    /// Which users of the host those of its user namespace are.
+    #[serde(default, rename = "uidMappings")]
+    pub uid_mappings: Vec<IdMapping>,
+    /// The same of groups.
+    #[serde(default, rename = "gidMappings")]
+    pub gid_mappings: Vec<IdMapping>,
     /// Kernel parameters.
     #[serde(default)]
     pub sysctl: HashMap<String, String>,
@@ -105,6 +116,26 @@ pub struct Linux {
     /// What it may use.
     #[serde(default)]
     pub resources: claim::Resources,
+}
+
+/// A range of ids that are others on the host.
+#[derive(Debug, Clone, Copy, Deserialize)]
+pub struct IdMapping {
+    /// The first in the container.
+    #[serde(rename = "containerID")]
+    pub container: u32,
+    /// The same on the host.
+    #[serde(rename = "hostID")]
+    pub host: u32,
+    /// How many.
+    pub size: u32,
+}
+
+fn users_of(uids: &[IdMapping], gids: &[IdMapping]) -> Result<Users, UsersError> {
+    let ranges = |mappings: &[IdMapping]| -> Vec<(u32, u32, u32)> {
+        mappings.iter().map(|one| (one.container, one.host, one.size)).collect()
+    };
+    Users::new(&ranges(uids), &ranges(gids))
 }
 
 /// One of a spec's `linux.devices`.
@@ -142,7 +173,7 @@ pub struct Root {
 }
 
 /// One of a spec's `mounts`.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
 pub struct Mount {
     /// Where in the container.
     pub destination: PathBuf,
@@ -155,6 +186,12 @@ pub struct Mount {
     /// How.
     #[serde(default)]
     pub options: Vec<String>,
+    /// Which users own the files in the container, by those who own them on the host.
+    #[serde(default, rename = "uidMappings")]
+    pub uid_mappings: Vec<IdMapping>,
+    /// The same of groups.
+    #[serde(default, rename = "gidMappings")]
+    pub gid_mappings: Vec<IdMapping>,
 }
 
 impl Mount {
@@ -218,6 +255,20 @@ pub enum SpecError {
          another runtimeClassName"
     )]
     OfTheHost(&'static str),
+    /// The users of the pod's user namespace.
+    #[error(transparent)]
+    Users(#[from] UsersError),
+    /// The container is not in the user namespace of its pod.
+    #[error(
+        "the container asks for other users than its pod: all containers of a pod are in its user namespace, \
+         with the same ids, or the pod has none"
+    )]
+    OtherUsers,
+    /// A namespace mode that makes no sense for users.
+    #[error(
+        "the pod asks for users of a kind that there is not ({0}): they are its own, or those of the host"
+    )]
+    UsersMode(u64),
     /// An annotation of ours that there is not.
     #[error("the annotation {0} is none of Vial's; it knows {known}", known = ANNOTATIONS.join(", "))]
     Annotation(String),
@@ -278,10 +329,41 @@ impl Spec {
                 return Err(SpecError::OfTheHost(asked));
             }
         }
-        if has("user") {
-            return Err(SpecError::OfTheHost("a user namespace of the host (hostUsers: false)"));
-        }
         Ok(())
+    }
+
+    /// Whether the container has, or joins, a user namespace.
+    pub fn has_users(&self) -> bool {
+        self.linux.namespaces.iter().any(|namespace| namespace.kind == "user")
+    }
+
+    /// Which users of the host those of the container are, if it is in a user namespace.
+    ///
+    /// # Errors
+    /// [`SpecError::Users`].
+    pub fn users(&self) -> Result<Option<Users>, SpecError> {
+        match self.has_users() {
+            true => Ok(Some(users_of(&self.linux.uid_mappings, &self.linux.gid_mappings)?)),
+            false => Ok(None),
+        }
+    }
+
+    /// Which users of the host those are that the files in a mount belong to, if they are others than on the
+    /// disk.
+    ///
+    /// # Errors
+    /// There are no such users.
+    pub fn users_of(&self, mount: &Mount) -> Result<Option<Users>, UsersError> {
+        let (uids, gids) = (&mount.uid_mappings, &mount.gid_mappings);
+        match (
+            uids.is_empty() && gids.is_empty(),
+            mount.has_option("idmap") || mount.has_option("ridmap"),
+        ) {
+            (true, false) => Ok(None),
+            // They are the container's.
+            (true, true) => users_of(&self.linux.uid_mappings, &self.linux.gid_mappings).map(Some),
+            (false, _) => users_of(uids, gids).map(Some),
+        }
     }
 
     /// What the container, or the pod whose sandbox this is, asks for of the host's functions.
@@ -315,10 +397,18 @@ impl Spec {
         })
     }
 
-    /// As whom the container's first process runs.
+    /// As whom the container's first process runs, on the host. Who is nobody there, the guest refuses to run.
     pub fn user(&self) -> User {
         let ProcessUser { uid, gid, additional_gids } = &self.process.user;
-        User { uid: *uid, gid: *gid, groups: additional_gids.clone() }
+        let users = self.users().ok().flatten();
+        let on_host = |id: u32, range: Option<IdRange>| match range {
+            Some(range) => range.on_host(id).unwrap_or(NOBODY),
+            None => id,
+        };
+        let user = |id: u32| on_host(id, users.map(|users| users.uids));
+        let group = |id: u32| on_host(id, users.map(|users| users.gids));
+        let groups = additional_gids.iter().map(|id| group(*id)).collect();
+        User { uid: user(*uid), gid: group(*gid), groups }
     }
 
     /// Whether the container joins a PID namespace.
@@ -453,8 +543,50 @@ mod tests {
             let error = with(&less).unwrap_err().to_string();
             assert!(error.contains(asked), "{error}");
         }
-        let error = with(&[&kinds[..], &["user"]].concat()).unwrap_err().to_string();
-        assert!(error.contains("hostUsers"), "{error}");
+        with(&[&kinds[..], &["user"]].concat()).unwrap();
+    }
+
+    #[test]
+    fn users_are_those_of_the_user_namespace() {
+        let mapping =
+            |host: u64| format!(r#"[{{"containerID": 0, "hostID": {host}, "size": 50}}]"#);
+        let linux = |uids: &str| {
+            format!(
+                r#"{{"linux": {{"namespaces": [{{"type": "user", "path": "/proc/7/ns/user"}}],
+                    "uidMappings": {uids}, "gidMappings": {}}},
+                    "process": {{"user": {{"uid": 7, "gid": 8, "additionalGids": [9, 50]}}}}}}"#,
+                mapping(2000)
+            )
+        };
+        let found = spec(&linux(&mapping(1000)));
+        assert_eq!(found.users().unwrap().unwrap().gids.on_host(49), Some(2049));
+        let user = found.user();
+        assert_eq!((user.uid, user.gid, user.groups), (1007, 2008, vec![2009, NOBODY]));
+        assert!(matches!(spec(&linux("[]")).users(), Err(SpecError::Users(_))));
+        // No id of the host.
+        assert!(Spec::parse(linux(&mapping(1 << 32)).as_bytes()).is_err());
+        let none = spec(r#"{"process": {"user": {"uid": 7}}}"#);
+        assert_eq!((none.users().unwrap(), none.user().uid), (None, 7));
+    }
+
+    #[test]
+    fn files_of_a_mount_belong_to_whom_it_says_or_to_the_container() {
+        let spec = spec(
+            r#"{"linux": {"uidMappings": [{"containerID": 0, "hostID": 1000, "size": 5}],
+                          "gidMappings": [{"containerID": 0, "hostID": 1000, "size": 5}]},
+                "mounts": [{"destination": "/a"}, {"destination": "/b", "options": ["ridmap"]},
+                    {"destination": "/c",
+                     "uidMappings": [{"containerID": 0, "hostID": 3000, "size": 5}],
+                     "gidMappings": [{"containerID": 0, "hostID": 3000, "size": 5}]},
+                    {"destination": "/d",
+                     "uidMappings": [{"containerID": 0, "hostID": 3000, "size": 5}]}]}"#,
+        );
+        let root = |index: usize| {
+            let users = spec.users_of(&spec.mounts[index]).unwrap();
+            users.map(|users| users.uids.on_host(0).unwrap())
+        };
+        assert_eq!([root(0), root(1), root(2)], [None, Some(1000), Some(3000)]);
+        spec.users_of(&spec.mounts[3]).unwrap_err();
     }
 
     #[test]

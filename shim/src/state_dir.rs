@@ -167,6 +167,7 @@ impl StateDir {
     /// The tree that the guest sees.
     pub fn share(&self) -> crate::share::Share {
         crate::share::Share {
+            namespaces: crate::idmap::Namespaces::default(),
             staging: self.path.join("staging"),
             containers: self.path.join("containers"),
             share: self.path.join("share"),

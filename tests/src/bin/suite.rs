@@ -29,6 +29,9 @@ struct Cli {
     /// The handler in containerd's CRI configuration by which pods of Vial are run
     #[arg(long, value_name = "NAME", default_value = "vial")]
     handler: String,
+    /// Gives all pods of CRI users of their own, with runc, too
+    #[arg(long)]
+    own_users: bool,
     /// Lists the cases and runs none
     #[arg(long)]
     list: bool,
@@ -144,6 +147,9 @@ fn main() -> ExitCode {
         return ExitCode::from(2);
     }
     cri::pod::use_handler(cli.handler);
+    if cli.own_users {
+        cri::pod::give_own_users();
+    }
     if let Some(minutes) = cli.soak {
         let long = Duration::from_secs(60 * u64::from(minutes));
         let clock = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();

@@ -22,6 +22,7 @@ pub(crate) mod queues;
 mod resources;
 mod sockets;
 mod streaming;
+mod users;
 pub(crate) mod vhost_net;
 mod volumes;
 pub(crate) mod wire;
@@ -83,6 +84,10 @@ pub(crate) fn cases() -> Vec<Case> {
         queues::network_of_several_cpus_leaves_nothing_when_vmm_or_shim_is_killed,
         volumes::volumes_are_the_same_as_with_runc,
         volumes::volumes_are_read_only_with_what_is_below,
+        users::users_of_a_pod_are_mapped_as_with_runc,
+        users::users_of_pods_are_offered_and_checked,
+        users::users_of_two_pods_are_others,
+        users::pod_with_users_that_is_killed_leaves_nothing,
         sockets::sockets_are_the_same_as_with_runc,
         sockets::sockets_of_a_pod_whose_shim_is_killed_are_let_go,
         disks::block_volumes_are_the_same_as_with_runc,

@@ -27,6 +27,28 @@ pub(crate) fn use_handler(name: String) {
     VIAL_HANDLER.get_or_init(|| name);
 }
 
+/// Where the users of pods begin on the host that have some of their own.
+pub(crate) const HOST_USERS: u32 = 200_000;
+
+/// Whether all pods have users of their own, with runc and with Vial.
+static OWN_USERS: OnceLock<()> = OnceLock::new();
+
+/// Gives pods users of their own from here on.
+pub(crate) fn give_own_users() {
+    OWN_USERS.get_or_init(|| ());
+}
+
+/// One range of users that begins there.
+pub(crate) fn mapping(host: u32) -> Vec<IdMapping> {
+    vec![IdMapping { host_id: host, container_id: 0, length: 65536 }]
+}
+
+/// Users of a pod that begin there.
+pub(crate) fn users(host: u32) -> Option<UserNamespace> {
+    let mode = NamespaceMode::Pod.into();
+    Some(UserNamespace { mode, uids: mapping(host), gids: mapping(host) })
+}
+
 /// containerd's name of the runtime in its CRI configuration.
 pub(crate) fn handler(runtime: Runtime) -> &'static str {
     match runtime {
@@ -85,6 +107,11 @@ impl Pod {
         let number = unique();
         let (name, uid) = (format!("pod-{number}"), format!("uid-{number}"));
         let mut config = configs::pod(&name, &uid, "suite", &logs);
+        if OWN_USERS.get().is_some() {
+            let security =
+                config.linux.get_or_insert_default().security_context.get_or_insert_default();
+            security.namespace_options.get_or_insert_default().userns_options = users(HOST_USERS);
+        }
         adapt(&mut config);
         let id =
             cri.run_pod(&config, handler).with_context(|| format!("start a pod with {handler}"))?;
@@ -117,7 +144,10 @@ impl Pod {
 
     /// Creates a container by a certain client, and returns its id.
     pub(crate) fn create_by(&self, cri: &Cri, config: ContainerConfig) -> Result<String> {
-        let config = named(config);
+        let mut config = named(config);
+        if OWN_USERS.get().is_some() {
+            config = config.of_users(HOST_USERS);
+        }
         cri.create(&self.id, &config, &self.config)
             .with_context(|| format!("create a container for {:?}", config.command))
     }
@@ -225,6 +255,16 @@ impl ContainerConfig {
         self
     }
 
+    /// In a pod with users of its own, to whom the files of its volumes belong.
+    pub(crate) fn of_users(mut self, host: u32) -> Self {
+        for mount in &mut self.mounts {
+            (mount.uid_mappings, mount.gid_mappings) = (mapping(host), mapping(host));
+        }
+        self.security(|security| {
+            security.namespace_options.get_or_insert_default().userns_options = users(host);
+        })
+    }
+
     pub(crate) fn resources(mut self, resources: LinuxContainerResources) -> Self {
         self.linux.get_or_insert_default().resources = Some(resources);
         self
@@ -237,7 +277,7 @@ impl ContainerConfig {
             host_path: host.display().to_string(),
             readonly,
             propagation: Propagation::Private.into(),
-            recursive_read_only: false,
+            ..Default::default()
         });
         self
     }

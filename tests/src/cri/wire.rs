@@ -232,6 +232,17 @@ messages! {
         [enumeration = "NamespaceMode"] pid: i32 = 2;
         [enumeration = "NamespaceMode"] ipc: i32 = 3;
         [string] target_id: String = 4;
+        [message, optional] userns_options: Option<UserNamespace> = 5;
+    }
+    UserNamespace {
+        [enumeration = "NamespaceMode"] mode: i32 = 1;
+        [message, repeated] uids: Vec<IdMapping> = 2;
+        [message, repeated] gids: Vec<IdMapping> = 3;
+    }
+    IdMapping {
+        [uint32] host_id: u32 = 1;
+        [uint32] container_id: u32 = 2;
+        [uint32] length: u32 = 3;
     }
     SecurityProfile {
         [enumeration = "Profile"] profile_type: i32 = 1;
@@ -253,6 +264,8 @@ messages! {
         [string] host_path: String = 2;
         [bool] readonly: bool = 3;
         [enumeration = "Propagation"] propagation: i32 = 5;
+        [message, repeated] uid_mappings: Vec<IdMapping> = 6;
+        [message, repeated] gid_mappings: Vec<IdMapping> = 7;
         [bool] recursive_read_only: bool = 8;
     }
     Device {
