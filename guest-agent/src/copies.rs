@@ -110,19 +110,17 @@ fn switch(copy: &Path, data: &str) -> Result<()> {
     let (new, link) = (copy.join(NEW_DATA), copy.join(DATA_LINK));
     // Of a renewal that was broken off.
     let _ = fs::remove_file(&new);
-    symlink(data, &new).map_err(failed("make the link", &new))?;
+    self::link(data.as_ref(), &new, &owner_of(copy)?)?;
     fs::rename(&new, &link).map_err(failed("replace the link", &link))
 }
 
 /// Makes a link for each file of the valid directory, and removes those of files that are gone.
 fn name_files(copy: &Path, valid: &Path) -> Result<()> {
+    let owner = owner_of(copy)?;
     for entry in entries(valid)? {
         let (name, link) = (entry.file_name(), copy.join(entry.file_name()));
-        match symlink(Path::new(DATA_LINK).join(name), &link) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                return Err(failed("make the link", &link)(error));
-            }
-            _ => {}
+        if fs::symlink_metadata(&link).is_err() {
+            self::link(&Path::new(DATA_LINK).join(name), &link, &owner)?;
         }
     }
     for entry in entries(copy)? {
@@ -157,12 +155,22 @@ fn copy_directory(source: &Path, copy: &Path, budget: &mut Budget, depth: usize)
             copy_file(&source, &copy, &like, budget)?;
         } else if like.is_symlink() {
             let target = fs::read_link(&source).map_err(failed("read the link", &source))?;
-            symlink(target, &copy).map_err(failed("make the link", &copy))?;
+            link(&target, &copy, &like)?;
         } else {
             return Err(CopyError::Kind(source));
         }
     }
     Ok(())
+}
+
+fn owner_of(path: &Path) -> Result<Metadata> {
+    fs::symlink_metadata(path).map_err(failed("look at", path))
+}
+
+/// Makes a link to `target` at `path`, with the owner of another file.
+fn link(target: &Path, path: &Path, like: &Metadata) -> Result<()> {
+    symlink(target, path).map_err(failed("make the link", path))?;
+    lchown(path, Some(like.uid()), Some(like.gid())).map_err(failed("set the owner of", path))
 }
 
 fn make_directory(path: &Path, like: &Metadata) -> Result<()> {

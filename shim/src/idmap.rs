@@ -37,7 +37,14 @@ const MOUNT_ATTR_IDMAP: u64 = 0x0010_0000;
 #[derive(Debug, Clone, Default)]
 pub struct Namespaces {
     /// Nearly all mounts of a pod have the same users.
-    last: Arc<Mutex<Option<(Users, Arc<OwnedFd>)>>>,
+    last: Arc<Mutex<Option<Made>>>,
+}
+
+/// A namespace, and whom it maps.
+#[derive(Debug)]
+struct Made {
+    users: Users,
+    namespace: Arc<OwnedFd>,
 }
 
 impl Namespaces {
@@ -47,11 +54,11 @@ impl Namespaces {
     /// The host allows none.
     pub fn with(&self, users: Users) -> io::Result<Arc<OwnedFd>> {
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, namespace)) = last.as_ref().filter(|(others, _)| *others == users) {
-            return Ok(namespace.clone());
+        if let Some(made) = last.as_ref().filter(|made| made.users == users) {
+            return Ok(made.namespace.clone());
         }
         let namespace = Arc::new(make_namespace(users)?);
-        *last = Some((users, namespace.clone()));
+        *last = Some(Made { users, namespace: namespace.clone() });
         Ok(namespace)
     }
 }

@@ -106,7 +106,9 @@ fn in_a_volume(pod: &Pod, container: &Container<'_>, volume: &Path) -> Result<St
     let mut told = container.exec(
         "exec 2>&1; cd /data; stat -c '%u:%g %n' roots theirs; touch new; mkdir dir; chown 7:8 dir; \
          echo more >>theirs; chown 9 roots; stat -c '%u:%g %n' new dir roots; \
-         chown 70000 new 2>/dev/null; echo $?",
+         chown 70000 new 2>/dev/null; echo $?; \
+         touch once; mv once dir/twice; ln dir/twice thrice; ln -s thrice soft; mkfifo pipe; \
+         stat -c '%u:%g %h %n' dir/twice thrice soft pipe; rm thrice; mv dir/twice new; ls",
     )?;
     for name in ["new", "dir", "roots", "theirs"] {
         let about = fs::metadata(volume.join(name)).with_context(|| format!("{name}: {told}"))?;

@@ -9,12 +9,15 @@ use std::ffi::CStr;
 use std::io;
 use std::time::Duration;
 
+use rustix::process::{getegid, geteuid};
+use rustix::thread::{Gid, Uid, set_thread_res_gid, set_thread_res_uid};
 use virtiofsd::filesystem::{
     Context, Entry, Extensions, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions,
     SetattrValid, SetxattrFlags, ZeroCopyReader, ZeroCopyWriter,
 };
 use virtiofsd::fuse::{Attr, SetattrIn};
 use virtiofsd::passthrough::PassthroughFs;
+use virtiofsd::soft_idmap::Id;
 
 /// `NAME_MAX` of Linux.
 const MAX_NAME_BYTES: usize = 255;
@@ -33,6 +36,56 @@ fn checked(name: &CStr) -> io::Result<&CStr> {
 
 /// A [`PassthroughFs`] that takes entries' names only.
 pub(super) struct Confined(pub(super) PassthroughFs);
+
+impl Confined {
+    /// Does what makes a name in the directory `parent`, as its owner if it has to be somebody who exists there.
+    ///
+    /// In an idmapped mount nobody else can make one, whatever they may do: Linux refuses it with EOVERFLOW
+    /// (`may_create`). Who asks is in no request but those that make files. The guest's kernel has checked whether they
+    /// may, and no file comes to belong to anybody by it.
+    fn as_owner<T>(
+        &self,
+        context: Context,
+        parent: Node,
+        request: impl Fn() -> io::Result<T>,
+    ) -> io::Result<T> {
+        match request() {
+            Err(error) if error.raw_os_error() == Some(libc::EOVERFLOW) => {}
+            done => return done,
+        }
+        let (attributes, _) = self.0.getattr(context, parent, None)?;
+        let _owner = Owner::become_one(attributes.uid.into_inner(), attributes.gid.into_inner())?;
+        request()
+    }
+}
+
+/// This thread is somebody else until this is dropped, and keeps its capabilities.
+struct Owner {
+    uid: Uid,
+    gid: Gid,
+}
+
+impl Owner {
+    fn become_one(uid: u32, gid: u32) -> io::Result<Self> {
+        let before = Self { uid: geteuid(), gid: getegid() };
+        set_thread_res_gid(None, Gid::from_raw(gid), None)?;
+        // Dropped, and so taken back, if it fails.
+        set_thread_res_uid(None, Uid::from_raw(uid), None)?;
+        Ok(before)
+    }
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        // To what its real and saved ids still are, which is always allowed.
+        let back = set_thread_res_uid(None, self.uid, None)
+            .and_then(|()| set_thread_res_gid(None, self.gid, None));
+        if let Err(error) = back {
+            // Whatever it did next it would do as somebody of the guest's choice.
+            panic!("cannot become the file server again: {error}");
+        }
+    }
+}
 
 type Node = <PassthroughFs as FileSystem>::Inode;
 type Handle = <PassthroughFs as FileSystem>::Handle;
@@ -148,11 +201,13 @@ impl FileSystem for Confined {
         to_name: &CStr,
         flags: u32,
     ) -> io::Result<()> {
-        self.0.rename(context, from, checked(from_name)?, to, checked(to_name)?, flags)
+        let (from_name, to_name) = (checked(from_name)?, checked(to_name)?);
+        self.as_owner(context, to, || self.0.rename(context, from, from_name, to, to_name, flags))
     }
 
     fn link(&self, context: Context, node: Node, parent: Node, name: &CStr) -> io::Result<Entry> {
-        self.0.link(context, node, parent, checked(name)?)
+        let name = checked(name)?;
+        self.as_owner(context, parent, || self.0.link(context, node, parent, name))
     }
 
     fn create(
