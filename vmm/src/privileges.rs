@@ -7,7 +7,8 @@
 use rustix::io::Errno;
 use rustix::process::{DumpableBehavior, Gid, Uid, set_dumpable_behavior};
 use rustix::thread::{
-    CapabilitySet, CapabilitySets, capabilities, set_capabilities, set_name, set_thread_res_gid,
+    CapabilitiesSecureBits, CapabilitySet, CapabilitySets, capabilities, capabilities_secure_bits,
+    set_capabilities, set_capabilities_secure_bits, set_name, set_thread_res_gid,
     set_thread_res_uid,
 };
 
@@ -52,7 +53,9 @@ pub fn give_up_capabilities() -> Result<(), PrivilegeError> {
 }
 
 /// Leaves the calling thread what a file server needs. It acts as root from here on: that is who
-/// files belong to that the guest's root makes. The library then takes on other users for theirs.
+/// files belong to that the guest's root makes. The library then takes on other users for theirs, and
+/// keeps its capabilities: whether a process may make a file, its guest's kernel has checked, and one
+/// with `CAP_DAC_OVERRIDE` may where the directory's mode does not let its user.
 ///
 /// Without the right to do so, as when a user runs this program, all files are that user's.
 ///
@@ -60,6 +63,12 @@ pub fn give_up_capabilities() -> Result<(), PrivilegeError> {
 /// The kernel refuses.
 pub fn become_file_server() -> Result<(), PrivilegeError> {
     let has = capabilities(None).map_err(failed("look at the thread's capabilities"))?.permitted;
+    // A jail has set that before it took away the right to.
+    if has.contains(CapabilitySet::SETPCAP) {
+        let bits = capabilities_secure_bits().map_err(failed("look at the thread's rules"))?;
+        set_capabilities_secure_bits(bits | CapabilitiesSecureBits::NO_SETUID_FIXUP)
+            .map_err(failed("keep capabilities as another user"))?;
+    }
     if has.contains(CapabilitySet::SETUID | CapabilitySet::SETGID) {
         let (user, group) = (Uid::ROOT, Gid::ROOT);
         set_thread_res_gid(group, group, group).map_err(failed("take on the root group"))?;

@@ -53,8 +53,8 @@ const CLONE_INTO_CGROUP: u64 = 1 << 33;
 
 /// `_LINUX_CAPABILITY_VERSION_3` (linux/capability.h).
 const CAPABILITY_VERSION: u32 = 0x2008_0522;
-/// `SECBIT_NOROOT`, its lock, and `SECBIT_KEEP_CAPS` (linux/securebits.h).
-const SECURE_BITS: libc::c_ulong = 1 << 0 | 1 << 1 | 1 << 4;
+/// `SECBIT_NOROOT` and `SECBIT_NO_SETUID_FIXUP`, each with its lock (linux/securebits.h).
+const SECURE_BITS: libc::c_ulong = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 3;
 
 /// What a process is confined to.
 #[derive(Debug)]
@@ -492,7 +492,8 @@ fn drop_bounding_set() -> Result<(), Step> {
 }
 
 /// Becomes the pod's user, without losing capabilities by it. Being root means nothing from here
-/// on, in this process and what it executes.
+/// on, in this process and what it executes, and to be another user takes no capability away: the file
+/// server needs its own while it makes a file as whom the guest says.
 fn become_user(id: u32) -> Result<(), Step> {
     // SAFETY: no pointers but that of an empty list.
     unsafe {

@@ -84,6 +84,7 @@ fn who(container: &Container<'_>) -> Result<String> {
          stat -c '%u:%g %a %n' / /bin /etc/hosts /etc/resolv.conf /proc/1/ /dev/null /dev/pts; stat -c '%u %a %n' /dev/mqueue; \
          touch /made; mkdir -p /a/b; stat -c '%u:%g %n' /made /a/b; \
          chown 1000:1000 /a; chmod 755 /a; touch /a/file; stat -c '%u:%g %n' /a /a/file; \
+         mkdir -m 555 /shut; touch /shut/file; stat -c '%u:%g %n' /shut/file; \
          chown 70000 /made 2>/dev/null; echo $?; mknod /n c 1 3 2>/dev/null; echo $?; \
          mkfifo /pipe; ln -s made /link; echo again >/dev/stdout; echo x >/dev/shm/x; \
          stat -c '%u:%g' /dev/shm/x; grep Cap /proc/self/status",
@@ -177,7 +178,8 @@ pub(crate) fn users_of_two_pods_are_others(bed: &Bed) -> Result<()> {
         config
     };
     first.prints(plain(HOST, "umask 077; echo secret >/data/file"))?;
-    ensure!(fs::metadata(shared.join("file"))?.uid() == HOST, "not the owner on the host");
+    let owner = fs::metadata(shared.join("file"))?.uid();
+    ensure!(owner == HOST, "the file's owner is {owner} on the host");
     let told =
         second.prints(plain(HOST + COUNT, "stat -c %u /data/file; cat /data/file 2>&1 || :"))?;
     ensure!(told.starts_with("65534\n") && told.contains("denied"), "{told}");

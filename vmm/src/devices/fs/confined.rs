@@ -59,7 +59,7 @@ impl Confined {
     }
 }
 
-/// This thread is somebody else until this is dropped, and keeps its capabilities.
+/// This thread is somebody else until this is dropped, with the capabilities that it has.
 struct Owner {
     uid: Uid,
     gid: Gid,

@@ -25,6 +25,8 @@ struct Share {
     bench: Bench,
     directory: tempfile::TempDir,
     device: Fs,
+    /// Who asks: user and group.
+    asker: (u32, u32),
     _alone: MutexGuard<'static, ()>,
 }
 
@@ -35,7 +37,7 @@ fn share() -> Share {
     let mut device =
         Fs::new("vial", OwnedFd::from(File::open(directory.path()).unwrap()), None).unwrap();
     let bench = Bench::activate(&mut device, &ram());
-    Share { bench, directory, device, _alone: alone }
+    Share { bench, directory, device, asker: (0, 0), _alone: alone }
 }
 
 impl Share {
@@ -58,7 +60,9 @@ impl Share {
         request.extend(opcode.to_le_bytes());
         request.extend(77_u64.to_le_bytes());
         request.extend(node.to_le_bytes());
-        request.extend([0; 16]);
+        request.extend(self.asker.0.to_le_bytes());
+        request.extend(self.asker.1.to_le_bytes());
+        request.extend([0; 8]);
         request.extend(body);
         self.bench.write(IN, &request);
         bytes
@@ -232,10 +236,58 @@ fn device_is_served_again_after_a_reset() {
     let mut share = share();
     share.init();
     assert!(share.lookup("hello").is_ok());
-    let Share { bench, directory, mut device, _alone } = share;
+    let Share { bench, directory, mut device, asker, _alone } = share;
     bench.reset();
     let bench = Bench::activate(&mut device, &ram());
-    let mut share = Share { bench, directory, device, _alone };
+    let mut share = Share { bench, directory, device, asker, _alone };
     share.init();
     assert!(share.lookup("hello").is_ok());
+}
+
+/// The guest's kernel has checked whether a process may, which can have `CAP_DAC_OVERRIDE`.
+#[test]
+fn directory_of_another_user_takes_what_the_guest_allows() {
+    // As the file server's thread, which there is no way back from.
+    let served = std::thread::spawn(|| {
+        crate::privileges::become_file_server().unwrap();
+        make_in_directory_of_another_user();
+    });
+    served.join().unwrap();
+}
+
+fn make_in_directory_of_another_user() {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+    let mut share = share();
+    // Groups come with the requests: FUSE_INIT_EXT, FUSE_CREATE_SUPP_GROUP.
+    let mut body = Vec::new();
+    for field in [7_u32, 38, 1 << 20, 1 << 30, 1 << (34 - 32)].into_iter().chain([0; 11]) {
+        body.extend(field.to_le_bytes());
+    }
+    assert_eq!(share.call(INIT, 0, &body, 80).0, 0);
+    let directory = share.directory.path().join("theirs");
+    std::fs::create_dir(&directory).unwrap();
+    chown(&directory, Some(1000), Some(1001)).expect("run the tests as root");
+    let node = share.lookup("theirs").unwrap();
+    let make = |share: &mut Share, (name, mode): (&str, u32), asker: (u32, u32)| {
+        std::fs::set_permissions(&directory, PermissionsExt::from_mode(mode)).unwrap();
+        let mut body = 0o700_u32.to_le_bytes().to_vec();
+        body.extend(0_u32.to_le_bytes());
+        body.extend(format!("{name}\0").as_bytes());
+        share.asker = asker;
+        let (error, entry) = share.call(MKDIR, node, &body, 256);
+        assert_eq!(error, 0, "{name}");
+        assert_eq!(rustix::process::geteuid().as_raw(), 0, "the server is itself again");
+        let made = std::fs::metadata(directory.join(name)).unwrap();
+        // `uid` and `gid` of the reply's attributes (linux/fuse.h, `fuse_entry_out`).
+        let told = [108, 112].map(|at| u32::from_le_bytes(entry[at..at + 4].try_into().unwrap()));
+        assert_eq!(told, [made.uid(), made.gid()], "{name}");
+        (made.uid(), made.gid())
+    };
+    assert_eq!(make(&mut share, ("open", 0o777), (70, 71)), (70, 71));
+    assert_eq!(make(&mut share, ("shut", 0o755), (70, 71)), (70, 71));
+    // A directory's group can be that of all that is in it.
+    assert_eq!(make(&mut share, ("group's", 0o2755), (70, 71)), (70, 1001));
+    // As whoever runs a package manager has them, who is no root of the host's.
+    assert_eq!(make(&mut share, ("read-only", 0o555), (1000, 1001)), (1000, 1001));
+    assert_eq!(make(&mut share, ("root's", 0o555), (0, 0)), (0, 0));
 }
