@@ -54,9 +54,13 @@ pub fn check(path: &Path) -> Result<(), TrustError> {
     // The way by names, and, where links are on it, that by which it really goes.
     for place in there.ancestors().chain(real.ancestors()) {
         let about = place.metadata().map_err(|error| look(place, error))?;
-        let (owner, mode) = (about.uid(), about.mode() & 0o7777);
-        let kept = mode & OTHERS_WRITE == 0 || (about.is_dir() && mode & STICKY != 0);
-        if owner != 0 || !kept {
+        let link = place.symlink_metadata().map_err(|error| look(place, error))?;
+        let mode = about.mode() & 0o7777;
+        // What is not there yet, whoever may write there may make.
+        let makes = there != path && (place == there || place == real);
+        let sticky = about.is_dir() && mode & STICKY != 0 && !makes;
+        let owner = if link.uid() == 0 { about.uid() } else { link.uid() };
+        if owner != 0 || (mode & OTHERS_WRITE != 0 && !sticky) {
             return Err(TrustError::Others { path: place.into(), of: path.into(), owner, mode });
         }
     }
@@ -67,7 +71,7 @@ pub fn check(path: &Path) -> Result<(), TrustError> {
 mod tests {
     use std::{
         fs,
-        os::unix::fs::{PermissionsExt, chown, symlink},
+        os::unix::fs::{PermissionsExt, chown, lchown, symlink},
     };
 
     use super::*;
@@ -133,6 +137,12 @@ mod tests {
         assert_eq!(blamed(&ours.join("out")).as_ref(), Some(&theirs));
         assert_eq!(blamed(&theirs.join("in")).as_ref(), Some(&theirs));
         assert_eq!(blamed(&ours.join("file")), None);
+        // Where the link leads is its owner's to say.
+        let link = ours.join("link");
+        symlink(ours.join("file"), &link).unwrap();
+        assert_eq!(blamed(&link), None);
+        lchown(&link, Some(1000), None).unwrap();
+        assert_eq!(blamed(&link), Some(link));
     }
 
     #[test]
@@ -140,7 +150,9 @@ mod tests {
         let top = tempfile::tempdir().unwrap();
         let top = top.path().canonicalize().unwrap();
         assert_eq!(blamed(&top.join("run/vial")), None);
-        set_mode(&top, 0o777);
-        assert_eq!(blamed(&top.join("run/vial")).as_ref(), Some(&top));
+        for mode in [0o777, 0o1777] {
+            set_mode(&top, mode);
+            assert_eq!(blamed(&top.join("run/vial")).as_ref(), Some(&top), "{mode:o}");
+        }
     }
 }
