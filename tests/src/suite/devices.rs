@@ -3,10 +3,11 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -171,15 +172,35 @@ impl Drop for Bound {
     }
 }
 
+/// A server for one connection. Its port is free again when this is dropped, whether somebody came or not.
+pub(super) struct Echo(JoinHandle<std::io::Result<()>>);
+
 /// Sends back what comes, once all of it has.
-pub(super) fn echo() -> Result<std::thread::JoinHandle<std::io::Result<()>>> {
+pub(super) fn echo() -> Result<Echo> {
     let listener = TcpListener::bind((HOST, PORT))?;
-    Ok(std::thread::spawn(move || {
+    Ok(Echo(std::thread::spawn(move || {
         let (mut stream, _) = listener.accept()?;
+        drop(listener);
         let mut bytes = Vec::new();
         stream.read_to_end(&mut bytes)?;
         stream.write_all(&bytes)
-    }))
+    })))
+}
+
+impl Echo {
+    /// Whether it has sent all back.
+    pub(super) fn is_finished(&self) -> bool {
+        self.0.is_finished()
+    }
+}
+
+impl Drop for Echo {
+    fn drop(&mut self) {
+        if !self.is_finished() {
+            // It may still wait for somebody.
+            let _ = TcpStream::connect((HOST, PORT));
+        }
+    }
 }
 
 /// What a container does with a virtual function: tells its driver, and exchanges data with the host through it.
