@@ -170,12 +170,10 @@ impl Drop for VmmClient {
 }
 
 async fn read(socket: Arc<UnixDatagram>, waiting: Arc<Waiting>, events: mpsc::Sender<VmmEvent>) {
-    let mut buffer = vec![0; MAX_MESSAGE_BYTES];
     loop {
-        let received =
-            socket.async_io(Interest::READABLE, || receive(socket.as_fd(), &mut buffer)).await;
+        let received = socket.async_io(Interest::READABLE, || receive_next(socket.as_fd())).await;
         let (message, descriptors) = match received {
-            Ok(Some((bytes, descriptors))) => match decode::<Message>(&buffer[..bytes]) {
+            Ok(Some((bytes, descriptors))) => match decode::<Message>(&bytes) {
                 Ok(message) => (message, descriptors),
                 Err(error) => {
                     tracing::error!("the VMM sent what it must not: {error}");
@@ -239,6 +237,19 @@ pub(crate) fn send(
     }
     rustix::net::sendmsg(socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)?;
     Ok(())
+}
+
+/// One packet and its descriptors, in no more memory than it needs: a shim waits for the next for as long as its pod lives.
+fn receive_next(socket: BorrowedFd<'_>) -> std::io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
+    let look = RecvFlags::PEEK | RecvFlags::TRUNC;
+    let next = rustix::net::recvmsg(socket, &mut [], &mut RecvAncillaryBuffer::default(), look);
+    let next = match next {
+        Ok(packet) => packet.bytes.min(MAX_MESSAGE_BYTES),
+        Err(rustix::io::Errno::CONNRESET) => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    let mut bytes = vec![0; next];
+    Ok(receive(socket, &mut bytes)?.map(|(_, descriptors)| (bytes, descriptors)))
 }
 
 /// One packet: its length and descriptors; `None` when the other end is closed.
@@ -370,6 +381,14 @@ mod tests {
         let (_client, mut events) = VmmClient::new(ours).unwrap();
         let event = Event::GuestConnected { port: 1, socket: Descriptor(0) };
         give(&theirs, &Message::Event(event), &[]);
+        assert!(events.recv().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn message_over_the_limit_ends_the_connection() {
+        let (ours, theirs) = socket_pair().unwrap();
+        let (_client, mut events) = VmmClient::new(ours).unwrap();
+        send(theirs.as_fd(), &vec![0; MAX_MESSAGE_BYTES + 1], &[]).unwrap();
         assert!(events.recv().await.is_none());
     }
 

@@ -368,9 +368,25 @@ impl Control {
         })
     }
 
+    /// How long the next packet is.
+    fn next_bytes(&self) -> rustix::io::Result<usize> {
+        let flags = RecvFlags::PEEK | RecvFlags::TRUNC;
+        loop {
+            match recvmsg(&self.socket, &mut [], &mut RecvAncillaryBuffer::default(), flags) {
+                Err(rustix::io::Errno::INTR) => {}
+                result => return result.map(|packet| packet.bytes),
+            }
+        }
+    }
+
     /// The next packet and its descriptors, or nothing when the other side is gone.
     fn receive(&self) -> Result<Option<(Vec<u8>, Descriptors)>, ControlError> {
-        let mut bytes = vec![0; MAX_MESSAGE_BYTES];
+        let next = match self.next_bytes() {
+            Err(rustix::io::Errno::CONNRESET) => return Ok(None),
+            result => result.map_err(|error| ControlError::Socket("look at", error))?,
+        };
+        // Not as long as any can be: most have a hundredth of that, and what was written once stays with the process.
+        let mut bytes = vec![0; next.min(MAX_MESSAGE_BYTES)];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let received = loop {
