@@ -23,6 +23,9 @@ struct Cli {
     serve: Serve,
 }
 
+/// What goes to standard error unless it is said.
+const LEVEL: tracing::Level = tracing::Level::INFO;
+
 #[derive(Debug, Args)]
 struct Serve {
     /// The number of an inherited descriptor: one end of a SOCK_SEQPACKET pair, over which the VM
@@ -30,7 +33,7 @@ struct Serve {
     #[arg(long, value_name = "NUMBER")]
     api_fd: Option<RawFd>,
     /// The least serious messages that go to standard error
-    #[arg(long, value_name = "LEVEL", default_value = "info")]
+    #[arg(long, value_name = "LEVEL", default_value_t = LEVEL)]
     log: tracing::Level,
 }
 
@@ -45,8 +48,18 @@ enum Command {
     },
 }
 
+/// The command line as the shim has it. To build a parser of all that there can be takes longer than what a VM waits for
+/// besides until it is configured, so it is built for others only.
+fn as_the_shim_starts_it() -> Option<Cli> {
+    let mut words = std::env::args_os().skip(1);
+    let (option, number) = (words.next()?, words.next()?);
+    let number = number.to_str()?.parse().ok()?;
+    (option == "--api-fd" && words.next().is_none())
+        .then(|| Cli { command: None, serve: Serve { api_fd: Some(number), log: LEVEL } })
+}
+
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = as_the_shim_starts_it().unwrap_or_else(Cli::parse);
     let result = match cli.command {
         Some(Command::Probe { kvm }) => run_probe(&kvm),
         None => serve(&cli.serve),
