@@ -1,5 +1,7 @@
 //! A thread that runs device workers: it waits for their events and calls them.
 
+use std::sync::{Arc, OnceLock};
+
 use event_manager::{EventManager, RemoteEndpoint, SubscriberId};
 
 use crate::virtio::Worker;
@@ -50,9 +52,9 @@ pub struct EventLoop {
     endpoint: RemoteEndpoint<Subscriber>,
 }
 
-/// A worker on an event loop.
+/// A worker on an event loop, or on its way there.
 #[derive(Debug)]
-pub struct WorkerId(SubscriberId);
+pub struct WorkerId(Arc<OnceLock<SubscriberId>>);
 
 impl EventLoop {
     /// Starts a thread that runs workers. `prepare` runs first on it; there the thread gives up
@@ -98,14 +100,27 @@ impl EventLoop {
         Ok(Self { endpoint })
     }
 
-    /// Moves a worker to the loop's thread and waits until it listens.
+    /// Moves a worker to the loop's thread. It listens before anything is done that this loop is asked for later; what it
+    /// waits for may have happened by then.
     ///
     /// # Errors
     /// The thread has ended.
     pub fn add(&self, worker: Subscriber) -> Result<WorkerId, EventLoopError> {
-        self.endpoint
-            .call_blocking::<_, _, EventLoopError>(move |ops| Ok(ops.add_subscriber(worker)))
-            .map(WorkerId)
+        let id = Arc::new(OnceLock::new());
+        let known = id.clone();
+        self.endpoint.fire(move |ops| {
+            // Nobody else sets it.
+            let _ = known.set(ops.add_subscriber(worker));
+        })?;
+        Ok(WorkerId(id))
+    }
+
+    /// Waits until all workers that were added listen.
+    ///
+    /// # Errors
+    /// The thread has ended.
+    pub fn settle(&self) -> Result<(), EventLoopError> {
+        self.endpoint.call_blocking(|_| Ok(()))
     }
 
     /// Takes a worker off the loop and drops it on the loop's thread. When this returns, the
@@ -114,8 +129,10 @@ impl EventLoop {
     /// # Errors
     /// The thread has ended.
     pub fn remove(&self, id: WorkerId) -> Result<(), EventLoopError> {
-        self.endpoint.call_blocking::<_, _, EventLoopError>(move |ops| {
-            ops.remove_subscriber(id.0).map(drop).map_err(EventLoopError::from)
+        self.endpoint.call_blocking::<_, _, EventLoopError>(move |ops| match id.0.get() {
+            Some(id) => ops.remove_subscriber(*id).map(drop).map_err(EventLoopError::from),
+            // It is asked for in order, so that the worker was added before this.
+            None => Err(EventLoopError::Gone(event_manager::Error::InvalidId)),
         })
     }
 }

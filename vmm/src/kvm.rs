@@ -362,6 +362,15 @@ impl Vm {
         self.fd.register_irqfd(event, gsi).map_err(refused("attach an interrupt pin"))
     }
 
+    /// Raises the edge-triggered pin `gsi` of the I/O APIC once.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn raise_pin(&self, gsi: u32) -> Result<(), KvmError> {
+        let set = |level| self.fd.set_irq_line(gsi, level);
+        set(true).and_then(|()| set(false)).map_err(refused("raise an interrupt pin"))
+    }
+
     /// Attaches lines only when [`Vm::attach_held`] is called: all at once, since for each table of messages KVM waits until
     /// nobody looks at the one before.
     pub fn hold_lines(&self) {

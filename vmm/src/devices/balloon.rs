@@ -72,7 +72,7 @@ impl VirtioDevice for Balloon {
         &CONFIG
     }
 
-    fn has_constant_config(&self) -> bool {
+    fn config_is_as_saved(&self) -> bool {
         true
     }
 

@@ -46,7 +46,7 @@ impl VirtioDevice for Rng {
         &[]
     }
 
-    fn has_constant_config(&self) -> bool {
+    fn config_is_as_saved(&self) -> bool {
         true
     }
 

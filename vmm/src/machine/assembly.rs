@@ -12,6 +12,7 @@ use crate::devices::vhost_user::{self, BackendGone, Handover, VhostUser};
 use crate::devices::{balloon, block, fs, mem, net, rng, vsock};
 use crate::kvm::Vm;
 use crate::memory::{Discards, GuestRam};
+use crate::pci::bus::lock;
 use crate::virtio::pci::{DeviceState, VirtioPci, Workers};
 use crate::virtio::{VirtioDevice, WorkerThread};
 
@@ -110,6 +111,21 @@ impl<'a> Assembly<'a> {
             reason: error.to_string(),
         })?;
         self.backends.extend(self.handover.take().map(|handover| (at, handover)));
+        Ok(())
+    }
+
+    /// Waits until all devices that were restored serve their queues.
+    pub(super) fn settle(&self) -> Result<(), MachineError> {
+        self.workers.settle()?;
+        for (number, function) in self.functions.iter().enumerate() {
+            let function = lock(function);
+            let kind = "virtio";
+            function.check_queues().map_err(|error| MachineError::Restore {
+                number,
+                kind,
+                error,
+            })?;
+        }
         Ok(())
     }
 

@@ -8,7 +8,6 @@ use std::sync::Arc;
 
 use kvm_bindings::kvm_cpuid_entry2;
 use vial_vmm_api::{BootReport, DeviceConfig, GROWTH_STEP_MIB, RestoreConfig};
-use vmm_sys_util::eventfd::EventFd;
 
 use super::disks::Disks;
 use super::interfaces::Interfaces;
@@ -151,6 +150,7 @@ impl Machine {
         for ((number, device), saved) in config.devices.into_iter().enumerate().zip(saved) {
             assembly.add(number, device, saved, &mut descriptors, &mut guest_connected)?;
         }
+        assembly.settle()?;
         vm.attach_held()?;
         let Assembly { vsock, passed, demand, .. } = assembly;
         let grows = demand.filter(|_| config.max_memory_mib.is_some());
@@ -189,7 +189,6 @@ impl Machine {
 /// Gives the guest another generation, and tells it as soon as it runs.
 fn renew_generation(vm: &Vm, ram: &crate::memory::GuestRam) -> Result<(), MachineError> {
     generation::renew(ram)?;
-    let pin = EventFd::new(libc::EFD_NONBLOCK).map_err(MachineError::Event)?;
-    vm.attach_pin(layout::GENERATION_GSI, &pin)?;
-    pin.write(1).map_err(MachineError::Event)
+    // Not by an event, which KVM would take off its list again, and wait until nobody looks at it.
+    Ok(vm.raise_pin(layout::GENERATION_GSI)?)
 }

@@ -61,9 +61,9 @@ pub trait VirtioDevice: Send {
     /// The driver writes to it from `offset` on. Most devices have nothing that it can change.
     fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
 
-    /// Whether the configuration space is the same for as long as the device lives, and in each
-    /// machine that goes on from a saved one.
-    fn has_constant_config(&self) -> bool {
+    /// Whether a driver that goes on in another machine finds the configuration space as it was when
+    /// its own was saved, so that it need not look again.
+    fn config_is_as_saved(&self) -> bool {
         false
     }
 

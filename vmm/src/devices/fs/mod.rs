@@ -191,7 +191,7 @@ impl VirtioDevice for Fs {
         &self.config
     }
 
-    fn has_constant_config(&self) -> bool {
+    fn config_is_as_saved(&self) -> bool {
         true
     }
 

@@ -139,6 +139,11 @@ impl VirtioDevice for Mem {
         crate::virtio::read_at(&config, offset, data);
     }
 
+    fn config_is_as_saved(&self) -> bool {
+        // A machine is saved before it is asked to grow.
+        !self.asks
+    }
+
     fn activate(&mut self, mut activation: Activation) -> Result<Box<dyn Worker>, ActivateError> {
         let queue = activation.take_queue(DEVICE, 0)?;
         if self.asks {

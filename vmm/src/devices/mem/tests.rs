@@ -126,6 +126,13 @@ fn device_without_memory_asks_for_nothing() {
 }
 
 #[test]
+fn driver_that_goes_on_looks_again_where_there_is_memory_for_it() {
+    assert!(!device().config_is_as_saved());
+    let without = Room { start: START, bytes: 1 << 30, present: 0 };
+    assert!(Mem::new(without, Discards::default()).config_is_as_saved());
+}
+
+#[test]
 fn driver_learns_of_memory_that_comes_and_goes() {
     let mut device = device();
     let demand = device.demand();

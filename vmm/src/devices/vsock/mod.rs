@@ -152,7 +152,7 @@ impl VirtioDevice for Vsock {
         &self.config
     }
 
-    fn has_constant_config(&self) -> bool {
+    fn config_is_as_saved(&self) -> bool {
         true
     }
 

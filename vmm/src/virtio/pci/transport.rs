@@ -103,6 +103,26 @@ impl Workers {
         };
         own.as_ref().unwrap_or(&self.io)
     }
+
+    /// Waits until all of them have what they were given.
+    ///
+    /// # Errors
+    /// A thread has ended.
+    pub fn settle(&self) -> Result<(), EventLoopError> {
+        let others = [&self.file_server, &self.vhost_user].into_iter().flatten();
+        others.chain([&self.io]).try_for_each(EventLoop::settle)
+    }
+}
+
+/// How the driver's writes to a queue's doorbell arrive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Bell {
+    /// By exits: it has not been rung where it is.
+    Silent,
+    /// By its event, without an exit.
+    Watched,
+    /// By exits for good: the host does not watch it.
+    Refused,
 }
 
 /// A virtio device on the PCI bus.
@@ -114,6 +134,8 @@ pub struct VirtioPci {
     msix_control: u16,
     needs_reset: Arc<FaultFlag>,
     kicks: Vec<Arc<EventFd>>,
+    /// How the driver rings each queue.
+    bells: Vec<Bell>,
     /// Where each queue is to begin, and where it was when its worker was dropped.
     positions: Vec<Arc<Position>>,
     doorbells: Arc<dyn Doorbells>,
@@ -129,7 +151,7 @@ impl VirtioPci {
     /// the caller's.
     ///
     /// # Errors
-    /// No interrupt, doorbell, descriptor or address is left.
+    /// No interrupt, descriptor or address is left.
     pub fn new(
         device: Box<dyn VirtioDevice>,
         bus: Option<&PciBus>,
@@ -157,7 +179,7 @@ impl VirtioPci {
             .map(|_| EventFd::new(EFD_NONBLOCK).map(Arc::new).map_err(TransportError::Event))
             .collect::<Result<Vec<_>, _>>()?;
         let registers = Registers::new(device.features(), device.queue_sizes(), vectors);
-        let this = Self {
+        Ok(Self {
             device,
             registers,
             config,
@@ -165,44 +187,48 @@ impl VirtioPci {
             msix_control,
             needs_reset: Arc::default(),
             kicks,
+            bells: vec![Bell::Silent; queues],
             positions: (0..queues).map(|_| Arc::default()).collect(),
             doorbells,
             workers,
             worker: None,
             ram,
             gone: false,
+        })
+    }
+
+    fn doorbell(bar: u64, queue: usize) -> u64 {
+        bar + NOTIFY + queue as u64 * u64::from(NOTIFY_MULTIPLIER)
+    }
+
+    /// The driver rings a queue by an exit. The next time it is to be without one: many queues are never rung, and for each
+    /// doorbell that is watched the kernel waits until nobody looks at the list of those before.
+    fn ring(&mut self, queue: usize) {
+        let (Some(kick), Some(bell)) = (self.kicks.get(queue), self.bells.get_mut(queue)) else {
+            return;
         };
-        for (_, address, _) in this.config.decoded_bars() {
-            this.ring_at(address)?;
-        }
-        Ok(this)
-    }
-
-    fn doorbell_addresses(bar: u64) -> impl Iterator<Item = u64> {
-        (0..).map(move |queue: u64| bar + NOTIFY + queue * u64::from(NOTIFY_MULTIPLIER))
-    }
-
-    fn ring_at(&self, bar: u64) -> Result<(), TransportError> {
-        for (address, kick) in Self::doorbell_addresses(bar).zip(&self.kicks) {
-            self.doorbells.watch(address, kick)?;
-        }
-        Ok(())
-    }
-
-    fn move_doorbells(&self, change: BarChange) {
-        if let Some(old) = change.old {
-            for (address, kick) in Self::doorbell_addresses(old).zip(&self.kicks) {
-                if let Err(error) = self.doorbells.unwatch(address, kick) {
-                    tracing::warn!(%error, "a doorbell stays where its device was");
+        let _ = kick.write(1); // Full means pending.
+        let Some((_, bar, _)) = self.config.decoded_bars().next() else { return };
+        if *bell == Bell::Silent {
+            *bell = match self.doorbells.watch(Self::doorbell(bar, queue), kick) {
+                Ok(()) => Bell::Watched,
+                Err(error) => {
+                    // The guest chose an address that another device has, for one.
+                    tracing::warn!(%error, "a device's queue is rung by exits");
+                    Bell::Refused
                 }
-            }
+            };
         }
-        if let Some(new) = change.new
-            && let Err(error) = self.ring_at(new)
-        {
-            // The guest chose an address that another device has. Writes there still arrive as
-            // exits, and are served by `write_bar`.
-            tracing::warn!(%error, "a device was moved to where it cannot be rung");
+    }
+
+    fn move_doorbells(&mut self, change: BarChange) {
+        for (queue, (bell, kick)) in self.bells.iter_mut().zip(&self.kicks).enumerate() {
+            if let (Some(old), Bell::Watched) = (change.old, *bell)
+                && let Err(error) = self.doorbells.unwatch(Self::doorbell(old, queue), kick)
+            {
+                tracing::warn!(%error, "a doorbell stays where its device was");
+            }
+            *bell = Bell::Silent;
         }
     }
 
@@ -210,6 +236,7 @@ impl VirtioPci {
         self.msix.event(vector).map_or_else(Interrupt::none, Interrupt::new)
     }
 
+    /// Lets the device serve its queues, from a moment on that comes soon.
     fn activate(&mut self) {
         let config_interrupt = self.interrupt(self.registers.config_vector());
         let fault = Fault::new(self.needs_reset.clone(), config_interrupt.clone());
@@ -297,8 +324,19 @@ impl VirtioPci {
     fn perform(&mut self, action: Action) {
         match action {
             Action::None => {}
-            Action::Activate => self.activate(),
+            Action::Activate => {
+                self.activate();
+                self.settle();
+            }
             Action::Reset => self.reset(),
+        }
+    }
+
+    /// Waits until the device serves its queues, if it is to.
+    fn settle(&self) {
+        let thread = self.worker.as_ref().map(|(thread, _)| self.workers.of(*thread));
+        if let Err(error) = thread.map_or(Ok(()), EventLoop::settle) {
+            tracing::error!(%error, "a device's worker does not begin");
         }
     }
 }
@@ -387,13 +425,7 @@ impl PciFunction for VirtioPci {
                 self.perform(action);
             }
             DEVICE_CONFIG => self.device.write_config(within as usize, data),
-            // Only when the doorbell could not be watched.
-            NOTIFY => {
-                let queue = (within / u64::from(NOTIFY_MULTIPLIER)) as usize;
-                if let Some(kick) = self.kicks.get(queue) {
-                    let _ = kick.write(1); // Full means pending.
-                }
-            }
+            NOTIFY => self.ring((within / u64::from(NOTIFY_MULTIPLIER)) as usize),
             MSIX_TABLE => self.msix.write_table(within, data),
             _ => {}
         }
@@ -410,5 +442,109 @@ impl PciFunction for VirtioPci {
                 new: None,
             });
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+    use crate::devices::rng::Rng;
+    use crate::devices::testing;
+    use crate::pci::line::MsiMessage;
+
+    struct NoLines;
+
+    impl MsiRouter for NoLines {
+        fn allocate(&self) -> Result<u32, MsiError> {
+            Ok(24)
+        }
+        fn attach(&self, _: u32, _: &EventFd, _: MsiMessage) -> Result<(), MsiError> {
+            Ok(())
+        }
+        fn detach(&self, _: u32, _: &EventFd) -> Result<(), MsiError> {
+            Ok(())
+        }
+        fn release(&self, _: u32) {}
+    }
+
+    /// What was asked of the host, and whether it refuses.
+    #[derive(Default)]
+    struct Recorder(Mutex<Vec<(&'static str, u64)>>, AtomicBool);
+
+    impl Recorder {
+        fn take(&self) -> Vec<(&'static str, u64)> {
+            std::mem::take(&mut self.0.lock().unwrap())
+        }
+    }
+
+    impl Doorbells for Recorder {
+        fn watch(&self, address: u64, _: &EventFd) -> Result<(), TransportError> {
+            self.0.lock().unwrap().push(("watch", address));
+            match self.1.load(Ordering::Relaxed) {
+                true => Err(TransportError::Doorbell { address, reason: "taken".into() }),
+                false => Ok(()),
+            }
+        }
+        fn unwatch(&self, address: u64, _: &EventFd) -> Result<(), TransportError> {
+            self.0.lock().unwrap().push(("unwatch", address));
+            Ok(())
+        }
+    }
+
+    const COMMAND: u16 = 4;
+    const BAR: u16 = 0x10;
+    const MEMORY: [u8; 2] = [2, 0];
+
+    /// A device of one queue, its doorbells, and where those are.
+    fn function() -> (VirtioPci, Arc<Recorder>, u64) {
+        let (bus, recorder) = (PciBus::new(), Arc::new(Recorder::default()));
+        let io = EventLoop::start("tested", || Ok(())).unwrap();
+        let workers = Workers { io, file_server: None, vhost_user: None };
+        let (device, doorbells) = (Box::new(Rng::new()), recorder.clone());
+        let ram = testing::ram();
+        let function =
+            VirtioPci::new(device, Some(&bus), ram, Arc::new(NoLines), doorbells, workers).unwrap();
+        let bell = function.config.decoded_bars().next().unwrap().1 + NOTIFY;
+        (function, recorder, bell)
+    }
+
+    #[test]
+    fn doorbell_is_watched_once_it_was_rung_and_follows_its_device() {
+        let (mut function, recorder, bell) = function();
+        assert!(recorder.take().is_empty());
+        function.write_bar(0, NOTIFY, &[0, 0]);
+        assert_eq!(function.kicks[0].read().unwrap(), 1, "what is rung by an exit is heard");
+        function.write_bar(0, NOTIFY, &[0, 0]);
+        assert_eq!(recorder.take(), [("watch", bell)]);
+        // A queue that it has not.
+        function.write_bar(0, NOTIFY + 4, &[0, 0]);
+        function.write_bar(0, NOTIFY + 0xffc, &[0, 0]);
+        assert!(recorder.take().is_empty());
+        function.write_config(COMMAND, &[0, 0]);
+        function.write_config(BAR, &0xd000_0000u32.to_le_bytes());
+        function.write_config(COMMAND, &MEMORY);
+        assert_eq!(recorder.take(), [("unwatch", bell)]);
+        function.write_bar(0, NOTIFY, &[0, 0]);
+        assert_eq!(recorder.take(), [("watch", 0xd000_0000 + NOTIFY)]);
+        function.detach();
+        assert_eq!(recorder.take(), [("unwatch", 0xd000_0000 + NOTIFY)]);
+        function.write_bar(0, NOTIFY, &[0, 0]);
+        assert!(recorder.take().is_empty());
+    }
+
+    #[test]
+    fn doorbell_that_cannot_be_watched_is_tried_once_where_it_is() {
+        let (mut function, recorder, bell) = function();
+        recorder.1.store(true, Ordering::Relaxed);
+        for _ in 0..3 {
+            function.write_bar(0, NOTIFY, &[0, 0]);
+        }
+        assert_eq!(function.kicks[0].read().unwrap(), 3);
+        assert_eq!(recorder.take(), [("watch", bell)]);
+        function.write_config(COMMAND, &[0, 0]);
+        assert!(recorder.take().is_empty(), "what is not watched is not let go of");
     }
 }

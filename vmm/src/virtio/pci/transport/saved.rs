@@ -80,8 +80,10 @@ impl VirtioPci {
     }
 
     /// Gives the device, which no guest has seen yet and which is not on the bus, the state of
-    /// the same device in another machine. Its queues are served from here on, so memory and
-    /// interrupt controllers have to be in place.
+    /// the same device in another machine. Its queues are served from a moment on that comes soon, so
+    /// memory and interrupt controllers have to be in place. Whether they are is told by
+    /// [`VirtioPci::check_queues`], once the workers have settled ([`super::Workers::settle`]): to
+    /// wait for each device's by itself would be two switches of threads for each.
     ///
     /// # Errors
     /// [`RestoreError`].
@@ -109,8 +111,16 @@ impl VirtioPci {
         if self.registers.is_active() {
             self.activate();
         }
+        self.check_queues()
+    }
+
+    /// Whether the device has taken its queues.
+    ///
+    /// # Errors
+    /// [`RestoreError::Queues`].
+    pub fn check_queues(&self) -> Result<(), RestoreError> {
         match self.needs_reset.is_raised() {
-            true => Err(RestoreError::Queues(id)),
+            true => Err(RestoreError::Queues(self.device.id())),
             false => Ok(()),
         }
     }
@@ -119,7 +129,7 @@ impl VirtioPci {
     /// way when the state was taken is not in it, and drivers bear one that has no reason. But each
     /// costs a guest that has just begun to go on some of its time, and most of its pages are to come.
     fn interrupt_what_is_due(&self, positions: &[(u16, u16)]) {
-        let config = (!self.device.has_constant_config()).then(|| self.registers.config_vector());
+        let config = (!self.device.config_is_as_saved()).then(|| self.registers.config_vector());
         let events = self.registers.features() & FEATURE_EVENT_IDX != 0;
         let queues = self.registers.queues().iter().zip(positions.iter().map(|(_, used)| *used));
         let mut due = vectors_due(&self.ram, events, queues);
