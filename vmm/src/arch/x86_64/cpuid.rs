@@ -19,6 +19,11 @@ const INDEXED: u32 = kvm_bindings::KVM_CPUID_FLAG_SIGNIFCANT_INDEX;
 /// APIC's timer, in kHz.
 const LEAF_TIMING: u32 = 0x4000_0010;
 const LEAF_HYPERVISOR: u32 = 0x4000_0000;
+/// What KVM offers its guests (Linux `Documentation/virt/kvm/x86/cpuid.rst`), and of that in EAX: faults of the host's that the
+/// guest is told of, and of whose end it is interrupted (KVM_FEATURE_ASYNC_PF, _VMEXIT and _INT). A guest that has turned them
+/// on is interrupted whenever its state is set, so each that goes on from a template would begin with that.
+const LEAF_FEATURES: u32 = 0x4000_0001;
+const FEATURES_ASYNC_FAULTS: u32 = 1 << 4 | 1 << 10 | 1 << 14;
 /// The local APIC's timer as KVM implements it counts nanoseconds.
 const LOCAL_APIC_TIMER_KHZ: u32 = 1_000_000;
 
@@ -95,6 +100,7 @@ fn set_topology(entry: &mut kvm_cpuid_entry2, index: u8, vcpus: u8, nodes: usize
                 entry.eax |= ((1 << core_bits(vcpus)) - 1) << 26;
             }
         }
+        LEAF_FEATURES => entry.eax &= !FEATURES_ASYNC_FAULTS,
         0x8000_0008 => entry.ecx = (entry.ecx & !0xf0ff) | (core_bits(vcpus) << 12) | (count - 1),
         0x8000_001e => {
             entry.eax = index;
@@ -143,10 +149,17 @@ mod tests {
             kvm_cpuid_entry2 { flags: INDEXED, ..entry(4, 0x3c00_4163) },
             kvm_cpuid_entry2 { edx: 99, ..entry(0xb, 7) },
             entry(LEAF_HYPERVISOR, 0x4000_0001),
+            entry(LEAF_FEATURES, 0x0100_7efb),
             entry(0x8000_0008, 0),
             entry(0x8000_001e, 55),
         ])
         .unwrap()
+    }
+
+    #[test]
+    fn guest_is_not_told_of_the_hosts_faults_and_of_all_else_that_kvm_offers() {
+        let entries = for_vcpu(&supported(), 0, 1, 0, None);
+        assert_eq!(leaf(&entries, LEAF_FEATURES, 0).eax, 0x0100_3aeb);
     }
 
     #[test]
