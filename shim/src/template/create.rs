@@ -21,7 +21,7 @@ use rustix::{
 };
 use sha2::{Digest, Sha256};
 use tokio::{io::AsyncReadExt, sync::mpsc};
-use vial_agent_protocol::READY_PORT;
+use vial_agent_protocol::{AGENT_PORT, READY_PORT};
 use vial_vmm_api::{
     API_VERSION, Action, Descriptor, DeviceConfig, FailureKind, Placement, TemplateConfig, VmConfig,
 };
@@ -31,9 +31,11 @@ use super::{
     prefix,
 };
 use crate::{
+    agent::{Agent, AgentError},
     config::Config,
     jail::descriptors,
     sandbox::base_devices,
+    timeline::Timeline,
     vmm_client::{self, VmmClient, VmmError, VmmEvent},
     vmm_process::{VmmProcess, VmmProcessError},
 };
@@ -75,6 +77,9 @@ pub enum CreateError {
         /// Its answer.
         error: VmmError,
     },
+    /// The agent.
+    #[error("the guest of a template: {0}")]
+    Agent(AgentError),
     /// The VM ended.
     #[error("the VM has ended: {0}")]
     Ended(String),
@@ -263,7 +268,9 @@ async fn save_guest(config: &Config, memory: &File, state: &File) -> Result<(), 
     let saved = async {
         let (client, mut events) = VmmClient::new(ours).map_err(vmm("reach the VMM"))?;
         boot(config, &process, &client).await?;
-        wait_until_idle(&mut events).await?;
+        wait_until_ready(&mut events).await?;
+        rehearse(config, &client).await?;
+        tokio::time::sleep(SETTLE).await;
         save(&client, memory, state).await
     };
     let result = tokio::select! {
@@ -313,8 +320,19 @@ async fn boot(
     booted.map(drop).map_err(vmm("boot the guest of a template"))
 }
 
-/// Waits until the agent has said that it can serve, and a moment.
-async fn wait_until_idle(events: &mut mpsc::Receiver<VmmEvent>) -> Result<(), CreateError> {
+/// Greets the agent once, as each pod's shim does. What of its code it needs for that, and what memory of its own, it has
+/// then, and no guest that goes on from here has to bring it in.
+async fn rehearse(config: &Config, client: &VmmClient) -> Result<(), CreateError> {
+    let stream = client.connect(AGENT_PORT).await.map_err(vmm("reach the agent"))?;
+    let forgotten = Timeline::default();
+    Agent::greet(stream, config.boot_timeout, &forgotten)
+        .await
+        .map(drop)
+        .map_err(CreateError::Agent)
+}
+
+/// Waits until the agent has said that it can serve.
+async fn wait_until_ready(events: &mut mpsc::Receiver<VmmEvent>) -> Result<(), CreateError> {
     let socket = loop {
         match events.recv().await {
             Some(VmmEvent::GuestConnected { port: READY_PORT, socket }) => break socket,
@@ -332,7 +350,6 @@ async fn wait_until_idle(events: &mut mpsc::Receiver<VmmEvent>) -> Result<(), Cr
     let mut stream = tokio::net::UnixStream::from_std(stream).map_err(failed)?;
     // The guest closes it at once.
     while stream.read(&mut [0; 64]).await.map_err(failed)? > 0 {}
-    tokio::time::sleep(SETTLE).await;
     Ok(())
 }
 
