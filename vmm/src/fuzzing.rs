@@ -169,7 +169,7 @@ impl MsiRouter for NoLines {
         *next += 1;
         Ok(*next)
     }
-    fn attach(&self, _: u32, _: &EventFd, _: MsiMessage) -> Result<(), MsiError> {
+    fn attach(&self, _: u32, _: &Arc<EventFd>, _: MsiMessage) -> Result<(), MsiError> {
         Ok(())
     }
     fn detach(&self, _: u32, _: &EventFd) -> Result<(), MsiError> {

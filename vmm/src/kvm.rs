@@ -169,7 +169,7 @@ struct Lines {
     routes: BTreeMap<u32, MsiMessage>,
     attached: std::collections::BTreeSet<u32>,
     /// While many are attached one after the other: those of which KVM is to be told, and by which events.
-    held: Option<Vec<(u32, EventFd)>>,
+    held: Option<Vec<(u32, Arc<EventFd>)>>,
 }
 
 impl Vm {
@@ -439,7 +439,7 @@ impl MsiRouter for Vm {
         Ok(gsi)
     }
 
-    fn attach(&self, gsi: u32, event: &EventFd, message: MsiMessage) -> Result<(), MsiError> {
+    fn attach(&self, gsi: u32, event: &Arc<EventFd>, message: MsiMessage) -> Result<(), MsiError> {
         let failed = |action| {
             move |error: kvm_ioctls::Error| MsiError { action, gsi, reason: error.to_string() }
         };
@@ -447,10 +447,7 @@ impl MsiRouter for Vm {
         if lines.held.is_some() {
             lines.routes.insert(gsi, message);
             if lines.attached.insert(gsi) {
-                let reason = |error: io::Error| error.to_string();
-                let event = event.try_clone().map_err(reason);
-                let event = event.map_err(|reason| MsiError { action: "attach", gsi, reason })?;
-                lines.held.get_or_insert_default().push((gsi, event));
+                lines.held.get_or_insert_default().push((gsi, event.clone()));
             }
             return Ok(());
         }

@@ -97,17 +97,17 @@ fn compile(kind: ThreadKind) -> Result<BpfProgram, RuleError> {
             Entry::Occupied(mut entry) => entry.get_mut().extend(more),
         }
     }
-    vial_seccomp::program(&rules, SeccompAction::KillProcess, SeccompAction::Allow)
+    let (kill, allow) = (SeccompAction::KillProcess, SeccompAction::Allow);
+    vial_seccomp::program_without(&rules, absent(kind), kill, allow)
 }
 
-/// Answers clone3(2) as an older kernel would: its flags are in memory, where no filter looks. glibc
+/// What a kind of threads is told that the kernel has not. The flags of clone3(2) are in memory, where no filter looks; glibc
 /// then uses clone(2), which has them as an argument.
-fn without_clone3() -> Result<BpfProgram, RuleError> {
-    vial_seccomp::program(
-        &[(libc::SYS_clone3, Vec::new())].into(),
-        SeccompAction::Allow,
-        SeccompAction::Errno(libc::ENOSYS as u32),
-    )
+fn absent(kind: ThreadKind) -> &'static [i64] {
+    match kind {
+        ThreadKind::ControlThatGrows => &[libc::SYS_clone3],
+        _ => &[],
+    }
 }
 
 /// Makes the allocator one that confined threads can use: before the process's second thread.
@@ -129,14 +129,8 @@ pub fn keep_one_heap() {
 /// # Errors
 /// [`SeccompError`].
 pub fn confine(kind: ThreadKind) -> Result<(), SeccompError> {
-    let apply = |program: Result<BpfProgram, RuleError>| {
-        let program = program.map_err(|error| SeccompError::Compile(kind, error))?;
-        seccompiler::apply_filter(&program).map_err(|error| SeccompError::Apply(kind, error))
-    };
-    if kind == ThreadKind::ControlThatGrows {
-        apply(without_clone3())?;
-    }
-    apply(compile(kind))
+    let program = compile(kind).map_err(|error| SeccompError::Compile(kind, error))?;
+    seccompiler::apply_filter(&program).map_err(|error| SeccompError::Apply(kind, error))
 }
 
 #[cfg(test)]

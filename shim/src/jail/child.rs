@@ -135,7 +135,7 @@ struct Prepared {
     user_id: u32,
     open_files: libc::rlimit,
     rings_filter: BpfProgram,
-    filters: [BpfProgram; 2],
+    filter: BpfProgram,
 }
 
 /// What the child waits on before it does anything.
@@ -271,7 +271,7 @@ impl Prepared {
             user_id: confinement.user_id,
             open_files: libc::rlimit { rlim_cur: files, rlim_max: files },
             rings_filter: rings::filter(),
-            filters: system_calls::filters()?,
+            filter: system_calls::filter()?,
         })
     }
 }
@@ -385,19 +385,17 @@ fn steps(prepared: &Prepared) -> Result<(), Step> {
     done(Step::NoNewPrivileges, unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) })?;
     // Below the base filter, which lets no other listener in.
     rings::install(&prepared.rings_filter, RINGS_FD);
-    for filter in &prepared.filters {
-        let program = libc::sock_fprog {
-            len: filter.len() as u16,
-            // The kernel only reads it.
-            filter: filter.as_ptr().cast_mut().cast(),
-        };
-        // SAFETY: the program is as long as it says, and its instructions have the kernel's
-        // layout, in which they were made.
-        let result = unsafe {
-            libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const program)
-        };
-        done(Step::SystemCalls, result)?;
-    }
+    let program = libc::sock_fprog {
+        len: prepared.filter.len() as u16,
+        // The kernel only reads it.
+        filter: prepared.filter.as_ptr().cast_mut().cast(),
+    };
+    // SAFETY: the program is as long as it says, and its instructions have the kernel's layout, in
+    // which they were made.
+    let result = unsafe {
+        libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const program)
+    };
+    done(Step::SystemCalls, result)?;
     // The number is that of API_FD.
     let words = [c"vial-vmm".as_ptr(), c"--api-fd".as_ptr(), c"3".as_ptr(), std::ptr::null()];
     let environment: [*const c_char; 1] = [std::ptr::null()];

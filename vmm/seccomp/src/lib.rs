@@ -2,8 +2,8 @@
 //!
 //! For each instruction of a program that is installed the kernel does some thousand of its own: it checks it, translates it
 //! twice, and compiles it in several passes. A VM installs half a dozen programs before its guest runs. seccompiler makes
-//! several instructions of each call, and of each value that an argument may have; here it is one of either. Its programs are
-//! what the tests compare with.
+//! several instructions of each call, and of each value that an argument may have; here it is one of either. Its programs
+//! are what the tests compare with.
 
 use std::collections::BTreeMap;
 
@@ -51,10 +51,8 @@ pub type Rules = BTreeMap<i64, CallRules>;
 /// The rules make no program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RuleError {
-    /// There are more calls than a jump reaches.
-    Calls(usize),
-    /// There are more rules for a call than a jump reaches.
-    Rules(i64),
+    /// A rule for a call has more conditions than a jump reaches over.
+    Rule(i64),
     /// No call has that many arguments.
     Argument(u8),
 }
@@ -62,8 +60,7 @@ pub enum RuleError {
 impl std::fmt::Display for RuleError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Calls(calls) => write!(f, "{calls} system calls are more than a jump reaches"),
-            Self::Rules(call) => write!(f, "system call {call} has too many rules"),
+            Self::Rule(call) => write!(f, "a rule for system call {call} has too many conditions"),
             Self::Argument(argument) => write!(f, "no system call has an argument {argument}"),
         }
     }
@@ -84,8 +81,9 @@ const ARGUMENTS: u32 = 16;
 /// Linux include/uapi/linux/audit.h, AUDIT_ARCH_X86_64.
 const X86_64: u32 = 0xc000_003e;
 
-/// The most instructions that find a call, so that a jump leads from the first of them to what follows the last.
-const MOST_OF_HEAD: usize = u8::MAX as usize;
+/// How many values are looked for before the answer for them: as far as a jump reaches. More answers, nearer to what leads to
+/// them, make the kernel's compiler slower.
+const REACH: usize = 256;
 
 /// The program that answers with `matched` for what the rules let through, with `otherwise` for everything else, and kills
 /// what calls by another architecture's numbers.
@@ -97,42 +95,59 @@ pub fn program(
     otherwise: SeccompAction,
     matched: SeccompAction,
 ) -> Result<BpfProgram, RuleError> {
+    program_without(rules, &[], otherwise, matched)
+}
+
+/// As [`program`], of a kernel that has no calls of the numbers of `absent`: it answers those with `ENOSYS`, whatever the rules
+/// say of them.
+///
+/// # Errors
+/// [`RuleError`].
+pub fn program_without(
+    rules: &Rules,
+    absent: &[i64],
+    otherwise: SeccompAction,
+    matched: SeccompAction,
+) -> Result<BpfProgram, RuleError> {
     let kill = answer(SeccompAction::KillProcess);
+    let none = answer(SeccompAction::Errno(libc::ENOSYS.cast_unsigned()));
     let (otherwise, matched) = (answer(otherwise), answer(matched));
-    let mut blocks = Vec::new();
-    let mut starts = BTreeMap::new();
-    for (call, rules) in rules.iter().filter(|(_, rules)| !rules.is_empty()) {
-        starts.insert(*call, blocks.len());
-        blocks.extend(block(*call, rules, &otherwise, &matched)?);
-    }
+    // The kernel's numbers have 32 bits.
+    let is = |call: i64, yes, no| instruction(JUMP_IF_EQUAL, (yes, no), call as u32);
     let mut program = vec![
         instruction(LOAD_WORD, (0, 0), ARCHITECTURE),
         instruction(JUMP_IF_EQUAL, (1, 0), X86_64),
         kill,
         instruction(LOAD_WORD, (0, 0), NUMBER),
     ];
-    // First all calls, then the two answers, then what looks at arguments.
-    let head = rules.len() + starts.len();
-    if head > MOST_OF_HEAD {
-        return Err(RuleError::Calls(rules.len()));
+    for call in absent {
+        program.extend([is(*call, 0, 1), none.clone()]);
     }
-    let mut at = 0;
-    for call in rules.keys() {
-        let number = *call as u32; // The kernel's numbers have 32 bits.
-        match starts.get(call) {
-            // To the second answer.
-            None => program.push(instruction(JUMP_IF_EQUAL, ((head - at) as u8, 0), number)),
-            Some(start) => {
-                program.push(instruction(JUMP_IF_EQUAL, (0, 1), number));
-                at += 1;
-                program.push(instruction(JUMP, (0, 0), (head - at + 1 + start) as u32));
-            }
-        }
-        at += 1;
+    let (always, asked): (Vec<_>, Vec<_>) = rules.iter().partition(|(_, rules)| rules.is_empty());
+    let numbers: Vec<u32> = always.iter().map(|(call, _)| **call as u32).collect();
+    look_for(&numbers, &matched, &mut program);
+    // What looks at arguments comes behind the answer for all other calls.
+    let mut blocks = Vec::new();
+    for (left, (call, rules)) in (1..=asked.len()).rev().zip(&asked) {
+        let over = 2 * (left - 1) + 1 + blocks.len();
+        program.extend([is(**call, 0, 1), instruction(JUMP, (0, 0), over as u32)]);
+        blocks.extend(block(**call, rules, &otherwise, &matched)?);
     }
-    program.extend([otherwise, matched]);
+    program.push(otherwise);
     program.extend(blocks);
     Ok(program)
+}
+
+/// Answers when the word that was loaded is one of some values.
+fn look_for(values: &[u32], matched: &sock_filter, program: &mut BpfProgram) {
+    for reached in values.chunks(REACH) {
+        for (left, value) in (0..reached.len()).rev().zip(reached) {
+            // Over the others, or over the answer behind the last.
+            let no = u8::from(left == 0);
+            program.push(instruction(JUMP_IF_EQUAL, (left as u8, no), *value));
+        }
+        program.push(matched.clone());
+    }
 }
 
 /// What looks at the arguments of a call, and comes to an answer.
@@ -154,12 +169,7 @@ fn block(
     if let Some(word) = word {
         let values: Vec<u32> = rules.iter().filter(is_value).map(|rule| rule[0].value).collect();
         block.push(load(&word)?);
-        for (index, value) in values.iter().enumerate() {
-            // Over the other values, and over the jump behind them.
-            let over = u8::try_from(values.len() - index).map_err(|_| RuleError::Rules(call))?;
-            block.push(instruction(JUMP_IF_EQUAL, (over, 0), *value));
-        }
-        block.extend([instruction(JUMP, (0, 0), 1), matched.clone()]);
+        look_for(&values, matched, &mut block);
     }
     for rule in rules.iter().filter(|rule| !is_value(rule)) {
         let mut steps = Vec::new();
@@ -175,7 +185,7 @@ fn block(
         for (index, step) in steps.iter_mut().enumerate() {
             if step.code == JUMP_IF_EQUAL {
                 // To the next rule.
-                step.jf = u8::try_from(length - index - 1).map_err(|_| RuleError::Rules(call))?;
+                step.jf = u8::try_from(length - index - 1).map_err(|_| RuleError::Rule(call))?;
             }
         }
         block.extend(steps);

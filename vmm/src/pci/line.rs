@@ -39,7 +39,7 @@ pub trait MsiRouter: Send + Sync {
     ///
     /// # Errors
     /// KVM refuses.
-    fn attach(&self, gsi: u32, event: &EventFd, message: MsiMessage) -> Result<(), MsiError>;
+    fn attach(&self, gsi: u32, event: &Arc<EventFd>, message: MsiMessage) -> Result<(), MsiError>;
 
     /// Ends what [`MsiRouter::attach`] began. What is written meanwhile stays in `event`.
     ///

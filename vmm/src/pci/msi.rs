@@ -123,7 +123,7 @@ mod tests {
             state.0 += 1;
             Ok(23 + state.0)
         }
-        fn attach(&self, gsi: u32, _: &EventFd, message: MsiMessage) -> Result<(), MsiError> {
+        fn attach(&self, gsi: u32, _: &Arc<EventFd>, message: MsiMessage) -> Result<(), MsiError> {
             self.0.lock().unwrap().1.push((gsi, Some(message)));
             Ok(())
         }

@@ -200,7 +200,7 @@ mod tests {
         fn allocate(&self) -> Result<u32, MsiError> {
             Ok(24)
         }
-        fn attach(&self, gsi: u32, _: &EventFd, message: MsiMessage) -> Result<(), MsiError> {
+        fn attach(&self, gsi: u32, _: &Arc<EventFd>, message: MsiMessage) -> Result<(), MsiError> {
             self.0.lock().unwrap().push((gsi, Some(message)));
             Ok(())
         }

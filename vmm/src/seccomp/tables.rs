@@ -330,8 +330,6 @@ const GROWTH: &[Call] = &[
     ),
     // A thread and no process.
     (libc::SYS_clone, With(0, libc::CLONE_THREAD as u64)),
-    // Answered as if the kernel had none (`super::without_clone3`).
-    (libc::SYS_clone3, Any),
     // What a thread does of itself when it starts.
     (libc::SYS_prctl, OneOf(0, &[libc::PR_SET_NAME as u64, libc::PR_SET_NO_NEW_PRIVS as u64])),
     (libc::SYS_rseq, Any),

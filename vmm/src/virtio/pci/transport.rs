@@ -461,7 +461,7 @@ mod tests {
         fn allocate(&self) -> Result<u32, MsiError> {
             Ok(24)
         }
-        fn attach(&self, _: u32, _: &EventFd, _: MsiMessage) -> Result<(), MsiError> {
+        fn attach(&self, _: u32, _: &Arc<EventFd>, _: MsiMessage) -> Result<(), MsiError> {
             Ok(())
         }
         fn detach(&self, _: u32, _: &EventFd) -> Result<(), MsiError> {
