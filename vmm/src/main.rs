@@ -55,7 +55,7 @@ fn as_the_shim_starts_it() -> Option<Cli> {
     let (option, number) = (words.next()?, words.next()?);
     let number = number.to_str()?.parse().ok()?;
     (option == "--api-fd" && words.next().is_none())
-        .then(|| Cli { command: None, serve: Serve { api_fd: Some(number), log: LEVEL } })
+        .then_some(Cli { command: None, serve: Serve { api_fd: Some(number), log: LEVEL } })
 }
 
 fn main() -> ExitCode {
