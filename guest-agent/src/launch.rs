@@ -23,6 +23,9 @@ const MAX_ANSWER: u64 = 16 << 10;
 const HELPER_WAIT: Duration = Duration::from_secs(45);
 /// Descendants of a helper that are ended with it: it has three at most.
 const MAX_DESCENDANTS: usize = 64;
+/// How often one of them is looked at until it has stopped, and how long between.
+const STOP_TRIES: u32 = 200;
+const STOP_PAUSE: Duration = Duration::from_millis(1);
 
 /// Why no process was made.
 #[derive(Debug, thiserror::Error)]
@@ -129,8 +132,14 @@ fn end_with_descendants(pid: i32) {
     let mut at = 0;
     while at < all.len() && all.len() < MAX_DESCENDANTS {
         let pid = all[at];
-        // It has no more children from here on: a fork that is under way fails.
         let _ = sys::kill(pid, libc::SIGSTOP);
+        // A fork that is under way goes on (Linux `copy_process`: only what kills ends it): there may be one more child until
+        // the process has stopped. One that waits for a child's execve(2) cannot, and has that child by then.
+        let mut tries = 0;
+        while !is_at_rest(pid) && tries < STOP_TRIES {
+            std::thread::sleep(STOP_PAUSE);
+            tries += 1;
+        }
         let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
         let text = text.unwrap_or_default();
         all.extend(text.split_whitespace().filter_map(|pid| pid.parse::<i32>().ok()));
@@ -140,6 +149,14 @@ fn end_with_descendants(pid: i32) {
         // One that is gone needs no signal.
         let _ = sys::kill(pid, libc::SIGKILL);
     }
+}
+
+/// Whether a process has stopped, or is no more.
+fn is_at_rest(pid: i32) -> bool {
+    let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { return true };
+    // The name before the state can have any characters (proc_pid_stat(5)).
+    let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+    matches!(state, None | Some('T' | 't' | 'Z' | 'X'))
 }
 
 /// The number under which a helper finds a descriptor that it inherits.
