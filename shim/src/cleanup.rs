@@ -3,7 +3,11 @@
 //! containerd runs `containerd-shim-vial-v2 delete` when it finds a shim dead or cannot reach it.
 //! Everything is found by the state directory, whichever step the start had come to.
 
-use std::{os::unix::net::UnixStream, path::Path, time::Duration};
+use std::{
+    os::unix::net::UnixStream,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
@@ -21,6 +25,10 @@ use crate::{
 
 /// How long a killed process may take to be gone.
 const KILL_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a shim may still be asked for containers that its VM took along.
+const DELETE_PATIENCE: Duration = Duration::from_secs(2);
+/// How long between two looks at whether they are gone.
+const DELETE_PAUSE: Duration = Duration::from_millis(20);
 
 /// Why something is left.
 #[derive(Debug, thiserror::Error)]
@@ -79,7 +87,10 @@ pub fn clean(
     });
     let vmm = state.as_ref().and_then(|state| state.vmm);
     let killed = match &state {
-        Some(state) => kill_both(state),
+        Some(state) => {
+            let_containers_go(state, &dir.share().containers, DELETE_PATIENCE);
+            kill_both(state)
+        }
         // It had not come to write anything down, or still is about to.
         None => server_of(socket).map_or(Ok(()), |shim| kill("shim", shim)),
     };
@@ -110,6 +121,28 @@ pub fn clean(
     given_back?;
     released?;
     Ok(vmm.map_or(0, |vmm| vmm.pid))
+}
+
+/// Waits while containerd deletes the containers of a VM that has ended, as long as the shim is there to answer.
+///
+/// containerd deletes a sandbox as soon as it hears of its end, and has its remains taken away, whatever containers there are. Of
+/// one for which it is about to ask then, it says that there is none when the shim is gone, and leaves its bundle.
+fn let_containers_go(state: &State, containers: &Path, patience: Duration) {
+    let start = Instant::now();
+    let has_ended = |process: ProcessIdentity| !process.is_alive();
+    while state.vmm.is_none_or(has_ended)
+        && state.shim.is_alive()
+        && has_containers(containers)
+        && start.elapsed() < patience
+    {
+        std::thread::sleep(DELETE_PAUSE);
+    }
+}
+
+/// Whether a container is there that was not deleted ([`share`]).
+fn has_containers(containers: &Path) -> bool {
+    let entries = std::fs::read_dir(containers).into_iter().flatten().flatten();
+    entries.into_iter().any(|entry| entry.path().join("rootfs").exists())
 }
 
 /// Removes the cgroups in which something connected to sockets of the host for a container. It has
@@ -188,6 +221,52 @@ mod tests {
         Config::parse(&text, Path::new("test.toml")).unwrap()
     }
 
+    fn state(shim: Option<ProcessIdentity>, vmm: Option<ProcessIdentity>) -> State {
+        State {
+            version: STATE_VERSION,
+            namespace: "default".into(),
+            id: "demo".into(),
+            shim: shim.unwrap_or(ProcessIdentity { pid: 1, start_ticks: u64::MAX }),
+            vmm,
+            network: None,
+            devices: Vec::new(),
+            jail: None,
+            socket: "/nowhere".into(),
+            vcpus: 1,
+            memory_mib: 128,
+            created_unix_seconds: 0,
+        }
+    }
+
+    #[test]
+    fn shim_has_the_time_in_which_its_last_containers_are_deleted() {
+        let containers = tempfile::tempdir().unwrap();
+        let (of, here) = (ProcessIdentity::of, containers.path());
+        let alive = of(std::process::id());
+        std::fs::create_dir_all(here.join("one/rootfs")).unwrap();
+        std::fs::create_dir(here.join("volume")).unwrap();
+        let waits = |state: &State, patience: Duration| {
+            let start = Instant::now();
+            let_containers_go(state, here, patience);
+            start.elapsed()
+        };
+        let (long, short) = (Duration::from_secs(60), Duration::from_millis(100));
+        // Nobody could answer, or nothing has ended.
+        for state in [state(None, None), state(alive, alive)] {
+            assert!(waits(&state, long) < long);
+        }
+        let ended = state(alive, Some(ProcessIdentity { pid: 1, start_ticks: u64::MAX }));
+        assert!(waits(&ended, short) >= short);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(short);
+                std::fs::remove_dir_all(here.join("one")).unwrap();
+            });
+            let waited = waits(&ended, long);
+            assert!((short / 2..long).contains(&waited), "{waited:?}");
+        });
+    }
+
     #[test]
     fn recorded_processes_are_killed_and_files_removed() {
         let root = tempfile::tempdir().unwrap();
@@ -201,18 +280,9 @@ mod tests {
         let user_id = claims.claim(range, "default/demo").unwrap();
         std::fs::write(&socket, "").unwrap();
         dir.write_state(&State {
-            version: STATE_VERSION,
-            namespace: "default".into(),
-            id: "demo".into(),
-            shim: ProcessIdentity { pid: 1, start_ticks: u64::MAX },
-            vmm: ProcessIdentity::of(child.id()),
-            network: None,
-            devices: Vec::new(),
             jail: Some(jail::Record { user_id, cgroup: "vial-test/absent".into() }),
             socket: socket.clone(),
-            vcpus: 1,
-            memory_mib: 128,
-            created_unix_seconds: 0,
+            ..state(None, ProcessIdentity::of(child.id()))
         })
         .unwrap();
         let nowhere = Path::new("/nowhere");
