@@ -15,6 +15,7 @@ use rustix::{
 };
 
 use crate::{
+    bundles::{self, BundleError},
     config::Config,
     devices::{DeviceError, binding, pci::Sysfs},
     jail::{self, cgroup::Cgroup},
@@ -48,6 +49,9 @@ pub enum CleanupError {
     /// See [`jail::RecordError`].
     #[error(transparent)]
     Jail(#[from] jail::RecordError),
+    /// See [`BundleError`].
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
     /// A process cannot be ended.
     #[error("cannot end the {what} (process {pid}): {error}")]
     Kill {
@@ -109,6 +113,11 @@ pub fn clean(
         Some(record) => jail::release(&config.state_directory, namespace, id, record),
         None => jail::release_unrecorded(&config.state_directory, namespace, id),
     };
+    // While something of it may run, they are in use.
+    let forgotten = match &killed {
+        Ok(()) => bundles::remove_all(&dir, id),
+        Err(_) => Ok(()),
+    };
     dir.remove()?;
     // They may have gone with their shim. An older shim may have had another.
     let _ = std::fs::remove_file(socket);
@@ -120,6 +129,7 @@ pub fn clean(
     detached?;
     given_back?;
     released?;
+    forgotten?;
     Ok(vmm.map_or(0, |vmm| vmm.pid))
 }
 

@@ -4,6 +4,7 @@ use ttrpc::Code;
 
 use crate::{
     agent::AgentError,
+    bundles::BundleError,
     core_scheduling::CoreSchedulingError,
     devices::{DeviceError, passed::WrongNumbers},
     disks::DiskError,
@@ -100,6 +101,9 @@ pub enum ServiceError {
     /// See [`RecordError`].
     #[error(transparent)]
     Jail(#[from] RecordError),
+    /// See [`BundleError`].
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
     /// See [`StateDirError`].
     #[error(transparent)]
     StateDir(#[from] StateDirError),

@@ -25,6 +25,7 @@
 //! - [`config`] is the operator's file, which nobody else may change ([`trust`]); [`check`], [`ps`] and [`export`] are behind the `vial` command.
 
 pub mod agent;
+pub mod bundles;
 pub mod check;
 pub mod cleanup;
 pub mod config;

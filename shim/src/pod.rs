@@ -28,6 +28,7 @@ use vial_agent_protocol::{MAX_SPEC_BYTES, is_valid_id, users::Users};
 use guest::{explain, forget, make, start_exec, start_init, wait, write_timeline};
 
 use crate::{
+    bundles,
     container::Container,
     error::ServiceError,
     events::{EventSink, task_exit, timestamp},
@@ -559,6 +560,7 @@ impl Pod {
         sandbox.take_functions(id).await;
         sandbox.take_disks(id).await;
         sandbox.share.remove_container(id)?;
+        bundles::forget(&sandbox.dir, id);
         sandbox.placed.release(id);
         sandbox.growth.put_back(id, None).await;
         self.containers_mut().remove(id);

@@ -5,6 +5,7 @@
 //! - `placement.json`: the CPUs and NUMA nodes of the VM, when it does not have them all.
 //! - `size.json`: the VM's size, when it is not what the VM started with or was not for some time.
 //! - `staging/`, `containers/`, `share/`: what the guest sees, see [`crate::share`].
+//! - `bundles/`: a link to the bundle of each container, see [`crate::bundles`].
 //! - `console.log`: the guest's serial console, with `debug_console`.
 //!
 //! Files are written beside their place and renamed, so that a reader never sees half of one.
@@ -178,6 +179,11 @@ impl StateDir {
     /// The pod's own files, see [`crate::pod_files`].
     pub fn pod_files(&self) -> PathBuf {
         self.path.join("files")
+    }
+
+    /// Where the bundles of the pod's containers are remembered.
+    pub fn bundles(&self) -> PathBuf {
+        self.path.join("bundles")
     }
 
     /// Where the guest's serial console goes.

@@ -7,6 +7,7 @@ use vial_agent_protocol::agent;
 
 use super::{KILL_PATIENCE, NewContainer};
 use crate::{
+    bundles,
     container::Container,
     disks::Wanted,
     error::ServiceError,
@@ -32,6 +33,9 @@ pub(super) async fn make(
     }
     let shared_memory = spec.take_shared_memory();
     let made = async {
+        if new.id != plan.id {
+            bundles::remember(&sandbox.dir, &new.id, &new.bundle)?;
+        }
         let mut served = sandbox.served.clone();
         served.extend(sandbox.give_disks(&new.id, disks).await?);
         let mut shared =
@@ -81,6 +85,7 @@ pub(super) async fn make(
             if let Err(leftover) = sandbox.share.remove_container(&new.id) {
                 tracing::error!("cannot take back the mounts of {}: {leftover}", new.id);
             }
+            bundles::forget(&sandbox.dir, &new.id);
             Err(error)
         }
     }

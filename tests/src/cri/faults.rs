@@ -55,6 +55,51 @@ pub(crate) fn pod_killed_while_it_starts_leaves_nothing(bed: &Bed) -> Result<()>
     Ok(())
 }
 
+/// Where containerd keeps the bundles of its tasks.
+const BUNDLES: &str = "/run/containerd/io.containerd.runtime.v2.task/k8s.io";
+
+/// Starts a container, and kills the shim so long after there is a bundle. Returns how long after that the request was
+/// answered.
+fn started_and_shim_killed(pod: &Pod, after: Option<Duration>) -> Result<Duration> {
+    let created = pod.create(idle())?;
+    let (bundle, id) = (Path::new(BUNDLES).join(&created.id), created.id.as_str());
+    std::thread::scope(|scope| {
+        let starts = scope.spawn(|| Cri::new().start(id));
+        while !bundle.exists() && !starts.is_finished() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let begun = Instant::now();
+        if let Some(after) = after {
+            std::thread::sleep(after);
+            kill(process("containerd-shim", "vial")?)?;
+        }
+        let started = starts.join().map_err(|_| anyhow::anyhow!("the client panicked"))?;
+        if after.is_none() {
+            started?;
+        }
+        Ok(begun.elapsed())
+    })
+}
+
+/// Between the creation and the start of its task, containerd gives a container up and leaves its bundle.
+pub(crate) fn pod_whose_shim_is_killed_while_a_container_starts_leaves_nothing(
+    bed: &Bed,
+) -> Result<()> {
+    let pod = Pod::new(Runtime::Vial)?;
+    let long = started_and_shim_killed(&pod, None)?;
+    pod.end()?;
+    for tenth in 2..=10 {
+        let after = long * tenth / 10;
+        let pod = Pod::new(Runtime::Vial)?;
+        started_and_shim_killed(&pod, Some(after))?;
+        // Until containerd has noticed that the container has ended, it refuses to remove it.
+        super::pod::clear()?;
+        drop(pod);
+        bed.nothing_left().with_context(|| format!("the shim was killed after {after:?}"))?;
+    }
+    Ok(())
+}
+
 /// Who is killed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Victim {

@@ -98,6 +98,7 @@ pub(crate) fn cases() -> Vec<Case> {
         faults::pod_whose_vmm_is_killed_ends_and_goes,
         faults::pod_whose_shim_is_killed_ends_and_goes,
         faults::pod_killed_while_it_starts_leaves_nothing,
+        faults::pod_whose_shim_is_killed_while_a_container_starts_leaves_nothing,
         faults::pod_whose_requests_are_given_up_can_be_removed,
         faults::pod_outlives_a_killed_containerd,
     ]
