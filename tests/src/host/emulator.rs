@@ -13,7 +13,7 @@ use tempfile::TempDir;
 
 use super::devices;
 use super::options::Machine;
-use super::process;
+use super::{process, vmrun};
 
 const QEMU: &str = "qemu-system-x86_64";
 /// The host's PID 1, see there.
@@ -64,7 +64,8 @@ impl Emulator {
         File::create(&console)
             .with_context(|| format!("cannot write the console to {}", console.display()))?;
 
-        let mut command = Command::new(QEMU);
+        let program = vmrun::emulator(QEMU, directory.path())?;
+        let mut command = Command::new(&program);
         command.args(arguments(machine, task, &disk, directory.path(), &console)?);
         let errors = File::create(directory.path().join("qemu.err"))?;
         command.stderr(errors);
@@ -73,7 +74,10 @@ impl Emulator {
         }
         process::die_with_parent(&mut command);
         let child = command.spawn().with_context(|| {
-            format!("cannot start {QEMU}; 'make deps' installs it on Debian and Ubuntu")
+            let program = program.display();
+            format!(
+                "cannot start {program}; is the temporary directory mounted noexec? Then set TMPDIR"
+            )
         })?;
         Ok(Self { child, control, output, console, directory })
     }
