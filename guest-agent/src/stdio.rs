@@ -27,6 +27,8 @@ use crate::users;
 
 /// What one direction of one stream holds at most.
 pub(crate) const BUFFER_BYTES: usize = 64 << 10;
+/// What it holds before there was much to hold.
+const FIRST_BYTES: usize = 4096;
 /// What a pipe of output holds, so that its writer can go on while a buffer of it is sent. The
 /// kernel takes the memory only for what is in the pipe.
 const OUTPUT_PIPE_BYTES: usize = 4 * BUFFER_BYTES;
@@ -230,11 +232,15 @@ fn gather(pipe: &pipe::Receiver, buffer: &mut [u8], mut length: usize) -> usize 
 }
 
 async fn pipe_input(mut stream: Stream, mut pipe: pipe::Sender) {
-    let mut buffer = vec![0; BUFFER_BYTES];
+    // Most stdin is silent: it has a whole buffer only once it has filled a small one.
+    let mut buffer = vec![0; FIRST_BYTES];
     while let Ok(length @ 1..) = stream.read(&mut buffer).await {
         // An error of the pipe: nobody reads stdin any more.
         if pipe.write_all(&buffer[..length]).await.is_err() {
             return;
+        }
+        if length == FIRST_BYTES {
+            buffer.resize(BUFFER_BYTES, 0);
         }
     }
 }

@@ -1,7 +1,7 @@
 //! A process's streams, copied between containerd's pipes and the guest.
 //!
-//! Each stream is a vsock connection of its own. Nothing is kept but one buffer a stream: whoever
-//! does not read makes whoever writes wait, as with a pipe.
+//! Each stream is a vsock connection of its own. Nothing is kept but one buffer a stream, and that
+//! only while something is in it: whoever does not read makes whoever writes wait, as with a pipe.
 //!
 //! Where a stream goes is a URI of containerd's: a path or `fifo://` for a named pipe (or a
 //! regular file), `file://` for a log file, nothing for `/dev/null`.
@@ -264,35 +264,77 @@ async fn open_log(path: &Path) -> io::Result<tokio::fs::File> {
     tokio::fs::OpenOptions::new().append(true).create(true).mode(0o600).open(path).await
 }
 
-async fn copy_in(mut source: pipe::Receiver, mut guest: UnixStream) -> io::Result<()> {
-    let mut buffer = vec![0; BUFFER_BYTES];
+/// What can be read without waiting.
+trait Ready {
+    /// Waits for bytes or the end.
+    async fn ready(&self) -> io::Result<()>;
+    /// Takes what is there; nothing is the end.
+    fn take(&self, buffer: &mut Vec<u8>) -> io::Result<usize>;
+}
+
+impl Ready for pipe::Receiver {
+    async fn ready(&self) -> io::Result<()> {
+        self.readable().await
+    }
+
+    fn take(&self, buffer: &mut Vec<u8>) -> io::Result<usize> {
+        self.try_read_buf(buffer)
+    }
+}
+
+impl Ready for UnixStream {
+    async fn ready(&self) -> io::Result<()> {
+        self.readable().await
+    }
+
+    fn take(&self, buffer: &mut Vec<u8>) -> io::Result<usize> {
+        self.try_read_buf(buffer)
+    }
+}
+
+/// The next bytes, with a buffer of their own: most streams are silent for most of a pod's life,
+/// and none holds memory while it is. Nothing is the end.
+async fn next(source: &impl Ready) -> io::Result<Vec<u8>> {
     loop {
-        match source.read(&mut buffer).await? {
-            0 => break,
-            bytes => guest.write_all(&buffer[..bytes]).await?,
+        source.ready().await?;
+        let mut buffer = Vec::with_capacity(BUFFER_BYTES);
+        match source.take(&mut buffer) {
+            Ok(_) => return Ok(buffer),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
         }
+    }
+}
+
+async fn copy_in(source: pipe::Receiver, mut guest: UnixStream) -> io::Result<()> {
+    loop {
+        let bytes = next(&source).await?;
+        if bytes.is_empty() {
+            break;
+        }
+        guest.write_all(&bytes).await?;
     }
     // The half-close is the end of the container's input. The rest of the connection stays until
     // the guest has taken all and closes it.
     guest.shutdown().await?;
-    while guest.read(&mut buffer).await? > 0 {}
+    while guest.read(&mut [0; 16]).await? > 0 {}
     Ok(())
 }
 
 async fn copy_out(
-    mut guest: UnixStream,
+    guest: UnixStream,
     mut sink: impl AsyncWrite + Unpin,
     copied: &AtomicU64,
 ) -> io::Result<()> {
-    let mut buffer = vec![0; BUFFER_BYTES];
     loop {
-        let mut rest = match guest.read(&mut buffer).await {
-            Ok(0) => break,
-            Ok(bytes) => &buffer[..bytes],
+        let bytes = match next(&guest).await {
+            Ok(bytes) if bytes.is_empty() => break,
+            Ok(bytes) => bytes,
             // The VM is gone; what it said before has been read.
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => break,
             Err(error) => return Err(error),
         };
+        let mut rest = &bytes[..];
         while !rest.is_empty() {
             let written = sink.write(rest).await?;
             if written == 0 {
