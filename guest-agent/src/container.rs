@@ -25,6 +25,7 @@ use crate::cgroup::resources::ResourceError;
 use crate::cgroup::{Cgroup, CgroupError};
 use crate::copies::{self, CopyError};
 use crate::devices::DeviceError;
+use crate::functions::FunctionError;
 use crate::launch::LaunchError;
 use crate::nodes::NodeError;
 use crate::pod::{Pod, PodError};
@@ -105,6 +106,8 @@ pub(crate) enum ContainerError {
     Pod(#[from] PodError),
     #[error(transparent)]
     Served(#[from] ServedError),
+    #[error(transparent)]
+    Function(#[from] FunctionError),
     #[error(transparent)]
     Socket(#[from] SocketError),
     #[error(transparent)]

@@ -2,7 +2,10 @@
 //!
 //! There is no hot-plug in the machine: the host says what has come, and the kernel is told to look.
 //! The kernel's own drivers take what they know, within the call: on a bus that is looked at again,
-//! it waits for them (Linux drivers/pci/bus.c, `pci_bus_add_device`).
+//! it waits for them (Linux drivers/pci/bus.c, `pci_bus_add_device`). Which device nodes they have made is
+//! found by [`nodes`].
+
+pub(crate) mod nodes;
 
 use std::fs;
 use std::io::{self, ErrorKind};
@@ -11,6 +14,8 @@ use std::path::{Path, PathBuf};
 use vial_agent_protocol::{FUNCTION_DEVICES, MAX_FUNCTIONS};
 
 const BUS: &str = "/sys/bus/pci";
+/// The most device nodes that a container has of functions.
+pub(crate) const MAX_NODES: usize = 256;
 
 /// Why functions do not come or go.
 #[derive(Debug, thiserror::Error)]
@@ -25,12 +30,21 @@ pub(crate) enum FunctionError {
     Rescan { path: PathBuf, source: io::Error },
     #[error("cannot remove the PCI function {address}: {source}")]
     Remove { address: String, source: io::Error },
+    #[error("{0:?} cannot be the device by which a container asks for a PCI function")]
+    Path(String),
+    #[error("cannot list the guest's devices in {path}: {source}")]
+    List { path: PathBuf, source: io::Error },
+    #[error(
+        "with the PCI function {0}, the container would have more than {MAX_NODES} device nodes; give \
+         it fewer functions, or a disk with fewer namespaces or partitions"
+    )]
+    TooManyNodes(String),
 }
 
 impl FunctionError {
     /// Whether another request could do better.
     pub(crate) fn is_of_the_request(&self) -> bool {
-        matches!(self, Self::Count(_) | Self::Number(_))
+        matches!(self, Self::Count(_) | Self::Number(_) | Self::Path(_))
     }
 }
 

@@ -65,6 +65,7 @@ fn code(error: &ContainerError) -> Code {
         | E::Stdio(StdioError::TerminalStderr | StdioError::Twice(_)) => Code::INVALID_ARGUMENT,
         E::Pod(error) if error.is_of_the_request() => Code::INVALID_ARGUMENT,
         E::Served(error) if error.is_of_the_request() => Code::INVALID_ARGUMENT,
+        E::Function(error) if error.is_of_the_request() => Code::INVALID_ARGUMENT,
         E::Socket(error) if error.is_of_the_request() => Code::INVALID_ARGUMENT,
         E::Resource(error) if error.is_of_the_request() => Code::INVALID_ARGUMENT,
         E::NoOomCount(_) => Code::UNIMPLEMENTED,
@@ -83,6 +84,7 @@ fn code(error: &ContainerError) -> Code {
         | E::Resource(_)
         | E::Pod(_)
         | E::Served(_)
+        | E::Function(_)
         | E::Socket(_)
         | E::Device(_)
         | E::Node(_)
@@ -268,6 +270,7 @@ impl agent_ttrpc::Agent for AgentService {
                 Some(namespace) => PidNamespace::Of(namespace.container_id),
             },
             functions: names(request.functions),
+            given_functions: request.given_functions,
             served: request.served,
             sockets: request.sockets,
         };

@@ -25,7 +25,7 @@ use containerd_shim_protos::{
 use protobuf::MessageField;
 use vial_agent_protocol::{MAX_SPEC_BYTES, is_valid_id, users::Users};
 
-use guest::{explain, forget, make, start_exec, start_init, wait, write_timeline};
+use guest::{Wants, explain, forget, make, start_exec, start_init, wait, write_timeline};
 
 use crate::{
     bundles,
@@ -305,7 +305,8 @@ impl Pod {
                 let room = sandbox.growth.claim(&new.id, resources, Shortage::Borne).await;
                 let made = match room.map_err(ServiceError::from).and(placed).and(pids) {
                     Ok(pids) => {
-                        make(plan, &sandbox, &new, (bytes, &mut spec), (pids, &disks)).await
+                        let wants = Wants { pids, disks: &disks, devices: &devices };
+                        make(plan, &sandbox, &new, (bytes, &mut spec), wants).await
                     }
                     Err(error) => Err(error),
                 };

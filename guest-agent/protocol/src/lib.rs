@@ -38,7 +38,7 @@ pub mod agent_ttrpc {
 }
 
 /// The version of this protocol. Shim and agent refuse each other when it differs.
-pub const PROTOCOL_VERSION: u32 = 12;
+pub const PROTOCOL_VERSION: u32 = 13;
 
 /// The host's vsock port that the agent connects to when it can serve.
 pub const READY_PORT: u32 = 1024;

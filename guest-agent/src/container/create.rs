@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::timeout;
-use vial_agent_protocol::agent::{HostSocket, ServedDevice, SharedMount};
+use vial_agent_protocol::agent::{GivenFunction, HostSocket, ServedDevice, SharedMount};
 
 use super::life::{ContainerEvent, ContainerState};
 use super::{
@@ -19,6 +19,7 @@ use crate::cgroup::Cgroup;
 use crate::cgroup::events::OomWatch;
 use crate::copies;
 use crate::devices::Program;
+use crate::functions::nodes::{self as function_nodes, Node};
 use crate::helper::{Order, Task};
 use crate::launch;
 use crate::nodes;
@@ -48,6 +49,8 @@ pub(crate) struct Create {
     pub(crate) stdio: StdioIds,
     /// The VM's functions of the host.
     pub(crate) functions: Names,
+    /// Those of them whose device nodes it has.
+    pub(crate) given_functions: Vec<GivenFunction>,
     /// The VM's devices that other processes of the host serve.
     pub(crate) served: Vec<ServedDevice>,
     /// Sockets of the host in its volumes.
@@ -136,7 +139,8 @@ impl Containers {
         container: &Arc<Container>,
         create: Create,
     ) -> Result<u32, ContainerError> {
-        let (devices, user) = self.write_bundle(container, &create)?;
+        let functions = function_nodes::of(&create.given_functions).await?;
+        let (devices, user) = self.write_bundle(container, &create, &functions)?;
         let claimed = Claimed::claim(&self.streams, create.stdio, user).await?;
         let (exec_errors, theirs) = stdio::error_pipe()?;
         let task = Task::Create { exec_errors: launch::number(&theirs) };
@@ -182,6 +186,7 @@ impl Containers {
         &self,
         container: &Container,
         create: &Create,
+        functions: &[Node],
     ) -> Result<(Program, u32), ContainerError> {
         let directory = &container.directory;
         fs::create_dir(directory).map_err(file_error("create directory", directory))?;
@@ -233,8 +238,13 @@ impl Containers {
             devices,
             disks: create.served.iter().map(|device| PathBuf::from(&device.path)).collect(),
         };
+        let asked_by = function_nodes::asked_by(&spec, functions);
         let (mut spec, dropped) = spec::rewrite(spec, &guest)?;
         served::add_to(&mut spec, &served::prepare(&create.served)?);
+        for path in function_nodes::add_to(&mut spec, functions, &asked_by) {
+            let (id, path) = (&container.id, path.display());
+            tracing::warn!("container {id} has no {path} of its PCI function, but its spec's own");
+        }
         if let Some(pod) = users::of_pod() {
             nodes::bind(&mut spec, &pod.users, &self.places.nodes, &container.id)?;
         }

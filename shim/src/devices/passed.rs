@@ -3,11 +3,14 @@
 //! Functions come in sets: those that are known when the VM starts, which it keeps, and those that
 //! a container asks for, which go when the last container that uses one of them has gone.
 
-use std::collections::BTreeSet;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+};
 
 use vial_agent_protocol::FUNCTION_DEVICES;
 
-use super::{address::Address, binding::Record};
+use super::{address::Address, binding::Record, wanted::group_path, ways::Node};
 
 /// Functions that came together, and go together.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,6 +50,26 @@ impl Set {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Passed {
     sets: Vec<Set>,
+}
+
+/// Which functions a container asks for.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Asked {
+    /// By groups: all of them.
+    pub groups: BTreeSet<u32>,
+    /// By devices of their own.
+    pub nodes: BTreeMap<Address, Node>,
+    /// As its pod does, for all its containers.
+    pub addresses: BTreeSet<Address>,
+}
+
+/// A function that a container asks for, and its VM has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Granted {
+    /// Its device number on the guest's bus 0.
+    pub device: u8,
+    /// The device by which the container asks for it, if it is not the pod that does.
+    pub asked_by: Option<PathBuf>,
 }
 
 /// The VMM tells of numbers that no function can have.
@@ -135,6 +158,21 @@ impl Passed {
         self.sets.iter().flat_map(Set::records)
     }
 
+    /// The functions that are a container's, by what it asks for, in the order in which they came.
+    pub fn given(&self, asked: &Asked) -> Vec<Granted> {
+        let functions = self.sets.iter().flat_map(|set| &set.functions);
+        let given = |(record, device): &(Record, u8)| {
+            let asked_by = match asked.nodes.get(&record.address) {
+                Some(node) => Some(node.path()),
+                None if asked.groups.contains(&record.group) => Some(group_path(record.group)),
+                None if asked.addresses.contains(&record.address) => None,
+                None => return None,
+            };
+            Some(Granted { device: *device, asked_by })
+        };
+        functions.filter_map(given).collect()
+    }
+
     /// All functions, and their device numbers.
     pub fn devices(&self) -> impl Iterator<Item = (&Record, u8)> {
         let functions = self.sets.iter().flat_map(|set| &set.functions);
@@ -150,8 +188,6 @@ impl Passed {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use proptest::prelude::*;
 
     use super::*;
@@ -185,6 +221,33 @@ mod tests {
         passed.remove(1);
         assert_eq!(passed.leave("c"), []);
         assert_eq!(passed.missing(&groups(&[1, 2])), groups(&[2]));
+    }
+
+    #[test]
+    fn container_has_the_functions_that_it_or_its_pod_asks_for() {
+        let mut passed = Passed::default();
+        let twin = Record { address: "0000:3b:07.7".parse().unwrap(), ..record(2) };
+        passed.add(None, 0, &[record(1)], &[5]).unwrap();
+        passed.add(Some("a"), 1, &[record(2), twin.clone()], &[6, 7]).unwrap();
+        passed.add(Some("b"), 2, &[record(3)], &[8]).unwrap();
+        let given = |asked: &Asked| -> Vec<(u8, Option<String>)> {
+            let path = |path: PathBuf| path.display().to_string();
+            let given = passed.given(asked).into_iter();
+            given.map(|one| (one.device, one.asked_by.map(path))).collect()
+        };
+        assert_eq!(given(&Asked::default()), []);
+        let by_pod = Asked { addresses: [record(1).address].into(), ..Default::default() };
+        assert_eq!(given(&by_pod), [(5, None)]);
+        let group = |number: u32| Some(format!("/dev/vfio/{number}"));
+        let by_groups = Asked { groups: groups(&[2, 4]), ..by_pod.clone() };
+        assert_eq!(given(&by_groups), [(5, None), (6, group(2)), (7, group(2))]);
+        // One function of a group, by its own device.
+        let nodes = [(twin.address, Node(9)), (record(5).address, Node(1))].into();
+        let by_node = Asked { nodes, ..Default::default() };
+        assert_eq!(given(&by_node), [(7, Some("/dev/vfio/devices/vfio9".into()))]);
+        // What the pod asks for is the container's own to ask for, too.
+        let both = Asked { groups: groups(&[1]), ..by_pod };
+        assert_eq!(given(&both), [(5, group(1))]);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use vial_vmm_api::MAX_PASSED_FUNCTIONS;
@@ -12,6 +12,7 @@ use super::{
     ANNOTATION, DeviceError,
     address::Address,
     number,
+    passed::Asked,
     pci::Sysfs,
     ways::{self, Node},
 };
@@ -90,12 +91,27 @@ impl Wanted {
         Ok(found)
     }
 
+    /// The functions that a container's devices stand for, beside those that its pod asks for by address.
+    ///
+    /// # Errors
+    /// [`DeviceError::NoFunction`] and [`DeviceError::NoIommu`].
+    pub fn asked(&self, sysfs: &Sysfs, of_pod: &BTreeSet<Address>) -> Result<Asked, DeviceError> {
+        let nodes = self.nodes.iter().map(|node| Ok((place_of(sysfs, *node)?.0, *node)));
+        let nodes = nodes.collect::<Result<_, DeviceError>>()?;
+        Ok(Asked { groups: self.groups.clone(), nodes, addresses: of_pod.clone() })
+    }
+
     /// Asks for what the other asks for, too.
     pub fn extend(&mut self, other: Self) {
         self.groups.extend(other.groups);
         self.nodes.extend(other.nodes);
         self.addresses.extend(other.addresses);
     }
+}
+
+/// The device of a group.
+pub fn group_path(group: u32) -> PathBuf {
+    Path::new(NODES).join(group.to_string())
 }
 
 /// The function that a device is of, and its group.

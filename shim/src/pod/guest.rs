@@ -9,6 +9,7 @@ use super::{KILL_PATIENCE, NewContainer};
 use crate::{
     bundles,
     container::Container,
+    devices,
     disks::Wanted,
     error::ServiceError,
     pids::Joined,
@@ -19,13 +20,23 @@ use crate::{
     stdio::Streams,
 };
 
+/// What a container wants beside what its spec alone says.
+pub(super) struct Wants<'a> {
+    /// Whose process ids it has, if not its own.
+    pub(super) pids: Option<Joined>,
+    /// Block devices of the host.
+    pub(super) disks: &'a [Wanted],
+    /// PCI functions of the host.
+    pub(super) devices: &'a devices::wanted::Wanted,
+}
+
 /// Makes a container on the host and in the guest, or nothing of it.
 pub(super) async fn make(
     plan: &Plan,
     sandbox: &Sandbox,
     new: &NewContainer,
     (mut bytes, spec): (Vec<u8>, &mut Spec),
-    (pids, disks): (Option<Joined>, &[Wanted]),
+    Wants { pids, disks, devices }: Wants<'_>,
 ) -> Result<Container, ServiceError> {
     if plan.files.is_some() {
         pod_files::substitute(spec, &mut bytes, &sandbox.dir.pod_files())
@@ -38,6 +49,7 @@ pub(super) async fn make(
         }
         let mut served = sandbox.served.clone();
         served.extend(sandbox.give_disks(&new.id, disks).await?);
+        let given_functions = sandbox.given_functions(devices, &plan.devices.addresses).await?;
         let mut shared =
             sandbox.share.add_container(&new.id, &new.bundle, &new.root_mounts, spec).await?;
         plan.timeline.mark(&format!("root mounted: {}", new.id));
@@ -65,6 +77,7 @@ pub(super) async fn make(
                 .collect(),
             pid_namespace: MessageField::from_option(pids.map(pid_namespace)),
             functions: sandbox.function_names().await,
+            given_functions,
             served,
             sockets,
             ..Default::default()

@@ -10,7 +10,7 @@ use std::{collections::BTreeSet, path::PathBuf, time::Duration};
 
 use tokio::time::timeout;
 use vial_agent_protocol::agent::{
-    ChangeNetworkRequest, ConfigureNetworkRequest, FunctionName, InterfaceChange,
+    ChangeNetworkRequest, ConfigureNetworkRequest, FunctionName, GivenFunction, InterfaceChange,
 };
 use vial_vmm_api::{Action, AddedFunctions, Descriptor, MAX_PASSED_FUNCTIONS, PassedBy, Reply};
 
@@ -23,7 +23,7 @@ use crate::{
         binding,
         binding::Record,
         handles::{By, Handles, Opener},
-        passed::{Passed, Set, WrongNumbers},
+        passed::{Granted, Passed, Set, WrongNumbers},
         pci::Sysfs,
         wanted::Wanted,
         ways::Way,
@@ -89,6 +89,20 @@ impl Functions {
             passed.add(None, *set, &state.devices, devices)?;
         }
         Ok(Self { passed, caches: caches.into(), state, hot_plug, opener })
+    }
+
+    /// The groups that a container's devices are in, and what of them the VM has not.
+    fn missing(&self, wanted: &Wanted) -> Result<(BTreeSet<u32>, Wanted), DeviceError> {
+        let by_group = wanted.by_group(&Sysfs::default())?;
+        let groups: BTreeSet<u32> = by_group.keys().copied().collect();
+        let missing = self.passed.missing(&groups);
+        if let Some(group) = missing.first().filter(|_| !self.hot_plug) {
+            return Err(DeviceError::Late(*group));
+        }
+        let mut wanted = Wanted::default();
+        let due = by_group.into_iter().filter(|(group, _)| missing.contains(group));
+        due.for_each(|(_, one)| wanted.extend(one));
+        Ok((groups, wanted))
     }
 
     /// What CNI has chosen for those of the functions that no interface tells of.
@@ -242,29 +256,42 @@ impl Sandbox {
         wanted: &Wanted,
     ) -> Result<(), ServiceError> {
         let mut functions = self.functions.lock().await;
-        let mut wanted = wanted.by_group(&Sysfs::default())?;
-        let groups: BTreeSet<u32> = wanted.keys().copied().collect();
-        let missing = functions.passed.missing(&groups);
-        if let Some(group) = missing.first() {
-            if !functions.hot_plug {
-                return Err(DeviceError::Late(*group).into());
-            }
-            wanted.retain(|group, _| missing.contains(group));
-            self.plug(&mut functions, container, wanted.into_values()).await?;
+        let (groups, missing) = functions.missing(wanted)?;
+        if !missing.is_empty() {
+            self.plug(&mut functions, container, &missing).await?;
         }
         functions.passed.join(container, &groups);
         Ok(())
+    }
+
+    /// The functions whose device nodes a container has: those that its devices stand for, and those that
+    /// its pod asks for by address.
+    ///
+    /// # Errors
+    /// [`DeviceError`]: a device stands for no function any more.
+    pub async fn given_functions(
+        &self,
+        wanted: &Wanted,
+        of_pod: &BTreeSet<Address>,
+    ) -> Result<Vec<GivenFunction>, DeviceError> {
+        let asked = wanted.asked(&Sysfs::default(), of_pod)?;
+        let given = self.functions.lock().await.passed.given(&asked).into_iter();
+        let wire = |Granted { device, asked_by }| GivenFunction {
+            device: device.into(),
+            // Of the names that VFIO's devices have.
+            asked_by: asked_by.map(|path| path.display().to_string()).unwrap_or_default(),
+            ..Default::default()
+        };
+        Ok(given.map(wire).collect())
     }
 
     async fn plug(
         &self,
         functions: &mut Functions,
         container: &str,
-        missing: impl Iterator<Item = Wanted>,
+        missing: &Wanted,
     ) -> Result<(), ServiceError> {
-        let mut wanted = Wanted::default();
-        missing.for_each(|one| wanted.extend(one));
-        let records = binding::check(&Sysfs::default(), &wanted)?;
+        let records = binding::check(&Sysfs::default(), missing)?;
         if functions.passed.records().count() + records.len() > MAX_PASSED_FUNCTIONS {
             return Err(DeviceError::TooMany(MAX_PASSED_FUNCTIONS).into());
         }

@@ -9,6 +9,7 @@ mod cores;
 mod devices;
 mod export;
 pub(crate) mod faults;
+mod function_nodes;
 mod growth;
 mod hot_plug;
 mod input;
@@ -173,6 +174,9 @@ pub(crate) fn cases_of_devices() -> Vec<Case> {
         hot_plug::cri_function_comes_into_a_vm_from_a_template,
         hot_plug::cri_function_is_free_when_vmm_or_shim_is_killed_after_it_came,
         hot_plug::cri_pod_that_gets_no_functions_later_refuses_them_and_lives,
+        function_nodes::cri_container_has_the_nodes_of_its_function_and_others_have_not,
+        function_nodes::cri_containers_have_the_nodes_of_their_pods_functions,
+        function_nodes::nodes_of_a_function_are_the_users_who_may_have_it,
         chosen::cri_function_bound_to_vfio_is_what_cni_chose,
         chosen::cri_results_of_cni_that_say_nothing_or_two_things_are_told_of,
         placement::memory_comes_from_the_node_that_the_spec_names,
