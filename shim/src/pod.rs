@@ -293,17 +293,24 @@ impl Pod {
         let claim = spec.claim()?;
         let devices = spec.wanted_devices(&plan.config.pci_devices)?;
         let disks = spec.wanted_disks()?;
-        sandbox.give_functions(&new.id, &devices).await?;
+        if !matches!(role, Role::Sandbox) {
+            // A function that is in the wrong place is refused before it is touched.
+            let functions = sandbox.nodes_of_functions(&devices).await?;
+            sandbox.placed.claim(&new.id, claim, functions)?;
+        }
+        if let Err(error) = sandbox.give_functions(&new.id, &devices).await {
+            sandbox.placed.release(&new.id);
+            return Err(error);
+        }
         let made = match role {
             Role::Sandbox => {
                 Ok(Container::new(new.id.clone(), new.bundle.clone(), false, pause(&new)))
             }
             Role::Alone | Role::Member(_) => {
                 let pids = spec.joins_pids().then(|| self.joined_pids()).transpose();
-                let placed = sandbox.placed.claim(&new.id, claim).map_err(ServiceError::from);
                 let resources = &spec.linux.resources;
                 let room = sandbox.growth.claim(&new.id, resources, Shortage::Borne).await;
-                let made = match room.map_err(ServiceError::from).and(placed).and(pids) {
+                let made = match room.map_err(ServiceError::from).and(pids) {
                     Ok(pids) => {
                         let wants = Wants { pids, disks: &disks, devices: &devices };
                         make(plan, &sandbox, &new, (bytes, &mut spec), wants).await

@@ -158,6 +158,12 @@ impl Passed {
         self.sets.iter().flat_map(Set::records)
     }
 
+    /// Those of the groups that the VM has by containers, and not by its pod.
+    pub fn brought<'a>(&'a self, groups: &'a BTreeSet<u32>) -> impl Iterator<Item = &'a Record> {
+        let brought = self.sets.iter().filter(|set| set.users != Users::Pod);
+        brought.flat_map(Set::records).filter(|record| groups.contains(&record.group))
+    }
+
     /// The functions that are a container's, by what it asks for, in the order in which they came.
     pub fn given(&self, asked: &Asked) -> Vec<Granted> {
         let functions = self.sets.iter().flat_map(|set| &set.functions);
@@ -248,6 +254,10 @@ mod tests {
         // What the pod asks for is the container's own to ask for, too.
         let both = Asked { groups: groups(&[1]), ..by_pod };
         assert_eq!(given(&both), [(5, group(1))]);
+        let brought = |numbers: &[u32]| -> Vec<Record> {
+            passed.brought(&groups(numbers)).cloned().collect()
+        };
+        assert_eq!(brought(&[1, 2, 4]), [record(2), twin]);
     }
 
     #[test]

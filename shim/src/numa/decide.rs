@@ -31,6 +31,9 @@ pub struct Pod<'a> {
     pub claims: Vec<&'a Claim>,
     /// Its PCI functions and their nodes, where those are known.
     pub functions: &'a [(Address, u32)],
+    /// Those that came with containers, which have to be where the pod is and do not decide that: memory that
+    /// functions may write to stays where it is.
+    pub late: &'a [(Address, u32)],
     /// The CPUs that its cgroup may use.
     pub allowed: &'a Set,
     /// Those that other VMs' vCPUs are pinned to.
@@ -114,6 +117,10 @@ pub fn decide(host: &Topology, pod: &Pod<'_>) -> Result<(Placement, Vec<Mismatch
             Some((node, cpus)) => of_node(pod, node, cpus, mems),
             None => Placement { mems, ..Default::default() },
         };
+        if !alone {
+            let own = if placement.cpus.is_empty() { pod.allowed } else { &placement.cpus };
+            check_functions(pod, pod.late, &host.nodes_of(own), &mut mismatches)?;
+        }
         return Ok((placement, mismatches));
     }
     let online = host.cpus();
@@ -227,15 +234,22 @@ fn check_nodes(
         }
         mismatches.push(Mismatch::Memory(cpu_nodes.clone(), mems.clone()));
     }
-    for (address, node) in pod.functions {
-        if cpu_nodes.contains(node) {
-            continue;
+    check_functions(pod, pod.functions, cpu_nodes, mismatches)?;
+    check_functions(pod, pod.late, cpu_nodes, mismatches)
+}
+
+/// Whether functions are where the pod has CPUs.
+fn check_functions(
+    pod: &Pod<'_>,
+    functions: &[(Address, u32)],
+    cpu_nodes: &Set,
+    mismatches: &mut Vec<Mismatch>,
+) -> Result<(), NumaError> {
+    for (address, node) in functions.iter().copied().filter(|(_, node)| !cpu_nodes.contains(node)) {
+        if pod.wanted.mode == Mode::Strict {
+            return Err(NumaError::FunctionApart { address, node, cpu_nodes: show(cpu_nodes) });
         }
-        if strict {
-            let (address, node, cpu_nodes) = (*address, *node, show(cpu_nodes));
-            return Err(NumaError::FunctionApart { address, node, cpu_nodes });
-        }
-        mismatches.push(Mismatch::Function(*address, *node, cpu_nodes.clone()));
+        mismatches.push(Mismatch::Function(address, node, cpu_nodes.clone()));
     }
     Ok(())
 }

@@ -39,12 +39,24 @@ fn of(
     claims: &[Claim],
     functions: &[(Address, u32)],
 ) -> Result<(Placement, Vec<Mismatch>), NumaError> {
+    with_late(host, mode, claims, functions, &[])
+}
+
+/// The same, with functions that came later.
+fn with_late(
+    host: &Topology,
+    mode: Mode,
+    claims: &[Claim],
+    functions: &[(Address, u32)],
+    late: &[(Address, u32)],
+) -> Result<(Placement, Vec<Mismatch>), NumaError> {
     let pod = Pod {
         wanted: Wanted { mode, huge_pages: None },
         vcpus: 2,
         memory_mib: 512,
         claims: claims.iter().collect(),
         functions,
+        late,
         allowed: &host.cpus(),
         taken: &Set::new(),
     };
@@ -125,6 +137,7 @@ fn cpus_that_others_use_too_confine_and_pin_nothing() {
         memory_mib: 128,
         claims: vec![&own],
         functions: &[],
+        late: &[],
         allowed: &host.cpus(),
         taken: &taken,
     };
@@ -161,6 +174,36 @@ fn strict_pod_that_is_apart_is_refused_with_both_nodes_named() {
 }
 
 #[test]
+fn function_that_comes_later_has_to_be_where_the_pod_is() {
+    let memory_only = host(&[&[0, 1, 2, 3], &[]]);
+    let on_0 = claim(&[2, 3], &[]);
+    for (host, claims, functions) in [
+        (two(), vec![on_0.clone()], vec![]),
+        // Where another function has it.
+        (two(), vec![], vec![function(0)]),
+        (two(), vec![on_0], vec![function(0)]),
+        (memory_only, vec![], vec![]),
+    ] {
+        let with = |mode, late| with_late(&host, mode, &claims, &functions, &[function(late)]);
+        let error = with(Mode::Strict, 1).unwrap_err();
+        let words = "function 0000:01:10.0 is on NUMA node 1 and the pod's CPUs are on node 0";
+        assert!(error.to_string().contains(words), "{error}");
+        let (_, wrong) = with(Mode::Preferred, 1).unwrap();
+        assert_eq!(wrong, [Mismatch::Function(function(1).0, 1, Set::from([0]))]);
+        assert_eq!(with(Mode::None, 1).unwrap().1, []);
+        for mode in [Mode::Strict, Mode::Preferred, Mode::None] {
+            let without = of(&host, mode, &claims, &functions).unwrap();
+            assert_eq!(with(mode, 0).unwrap(), without, "one that is near changes nothing");
+        }
+    }
+    // A pod that may be anywhere is not anywhere else, and one that comes later does not move it.
+    let (found, wrong) = with_late(&two(), Mode::Strict, &[], &[], &[function(1)]).unwrap();
+    assert_eq!((found, wrong), Default::default());
+    let one = host(&[&[0, 1]]);
+    assert!(with_late(&one, Mode::Strict, &[], &[], &[function(1)]).is_ok());
+}
+
+#[test]
 fn pod_with_a_function_goes_to_its_node() {
     let (found, wrong) = of(&two(), Mode::Preferred, &[], &[function(1)]).unwrap();
     assert_eq!((show(&found.cpus).as_str(), &found.nodes[..]), ("4-7", &[share(1, 512, 2)][..]));
@@ -191,6 +234,7 @@ proptest! {
         cpus in proptest::collection::vec((sets(), sets(), proptest::option::of(0u64..8)), 0..3),
         vcpus in 1u8..=8, memory in 32u32..9000, nodes in proptest::collection::vec(0u32..4, 0..3),
         mode in 0usize..3, pages in 0usize..3, taken in sets(),
+        late in proptest::collection::vec(0u32..4, 0..3),
     ) {
         let quarter = |n: u32| (n * 4..n * 4 + 4).collect::<Vec<u32>>();
         let quarters: Vec<Vec<u32>> = (0..4).map(quarter).collect();
@@ -205,10 +249,11 @@ proptest! {
         let page = huge_pages.map_or(1, HugePages::mib);
         let memory_mib = memory.next_multiple_of(page);
         let functions: Vec<(Address, u32)> = nodes.into_iter().map(function).collect();
+        let late: Vec<(Address, u32)> = late.into_iter().map(function).collect();
         let wanted = Wanted { mode, huge_pages };
         let pod = Pod {
             wanted, vcpus, memory_mib, claims: claims.iter().collect(), functions: &functions,
-            allowed: &host.cpus(), taken: &taken,
+            late: &late, allowed: &host.cpus(), taken: &taken,
         };
         let Ok((found, wrong)) = decide(&host, &pod) else {
             prop_assert_eq!(mode, Mode::Strict);
@@ -238,6 +283,15 @@ proptest! {
                 prop_assert_eq!(pin / 4, node.node);
             }
         }
+        // What comes later moves nothing, and is told of where it is apart.
+        let (without, _) = decide(&host, &Pod { late: &[], ..pod.clone() }).unwrap();
+        prop_assert_eq!(&found, &without);
+        let bound = if found.cpus.is_empty() { host.cpus() } else { found.cpus.clone() };
+        let near = host.nodes_of(&bound);
+        let told = |one: &(Address, u32)| {
+            wrong.contains(&Mismatch::Function(one.0, one.1, near.clone()))
+        };
+        prop_assert!(mode == Mode::None || late.iter().all(|one| near.contains(&one.1) || told(one)));
         if mode == Mode::Strict {
             prop_assert!(wrong.is_empty() && host.nodes_of(&found.cpus).len() <= 1);
         }

@@ -6,7 +6,7 @@
 //! threads; one that lies only misplaces itself, within its cgroup.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs, io,
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, OnceLock},
@@ -59,10 +59,18 @@ pub struct Subject {
     pub state_directory: PathBuf,
 }
 
+/// What a container asks for.
+#[derive(Debug, Clone, Default)]
+struct Asked {
+    claim: Claim,
+    /// The PCI functions that it brings, and their nodes.
+    functions: Vec<(Address, u32)>,
+}
+
 #[derive(Debug)]
 struct Now {
     size: Size,
-    claims: BTreeMap<String, Claim>,
+    asked: BTreeMap<String, Asked>,
     placement: Placement,
     /// What was warned of.
     mismatches: Vec<Mismatch>,
@@ -81,14 +89,14 @@ impl Placed {
         let pages = subject.wanted.huge_pages;
         let now = Now {
             size: subject.size,
-            claims: BTreeMap::new(),
+            asked: BTreeMap::new(),
             placement: Placement::default(),
             mismatches: Vec::new(),
         };
         let placed = Self { subject, vmm: OnceLock::new(), now: now.into() };
         let mut now = placed.lock();
-        let claims: BTreeMap<String, Claim> = first.into_iter().collect();
-        placed.change(&mut now, claims)?;
+        let asked = |(id, claim)| (id, Asked { claim, functions: Vec::new() });
+        placed.change(&mut now, first.into_iter().map(asked).collect())?;
         let subject = &placed.subject;
         let told = match now.placement == Placement::default() {
             true => api::Placement { huge_pages: pages, ..Default::default() },
@@ -133,8 +141,8 @@ impl Placed {
     pub fn resized(&self, size: Size) -> Result<(), NumaError> {
         let mut now = self.lock();
         now.size = size;
-        let (before, claims) = (now.placement.clone(), now.claims.clone());
-        self.change(&mut now, claims)?;
+        let (before, asked) = (now.placement.clone(), now.asked.clone());
+        self.change(&mut now, asked)?;
         match now.placement == before {
             // Threads that are new have the CPUs of the one that started them.
             true => self.forgive(self.pin(&before, &before)),
@@ -142,15 +150,32 @@ impl Placed {
         }
     }
 
-    /// Makes room for a container. One that asks for nothing changes nothing.
+    /// Makes room for a container, which brings functions whose nodes are known. One that asks for nothing
+    /// changes nothing.
     ///
     /// # Errors
     /// [`NumaError`]; everything is as before then.
-    pub fn claim(&self, id: &str, claim: Claim) -> Result<(), NumaError> {
+    pub fn claim(
+        &self,
+        id: &str,
+        claim: Claim,
+        functions: Vec<(Address, u32)>,
+    ) -> Result<(), NumaError> {
         let mut now = self.lock();
-        let mut claims = now.claims.clone();
-        claims.insert(id.into(), claim);
-        self.change(&mut now, claims)
+        let mut asked = now.asked.clone();
+        asked.insert(id.into(), Asked { claim, functions });
+        self.change(&mut now, asked)
+    }
+
+    /// A container asks again for what it asked for before an update.
+    ///
+    /// # Errors
+    /// [`NumaError`]; everything is as before then.
+    pub fn put_back(&self, id: &str, claim: Claim) -> Result<(), NumaError> {
+        let mut now = self.lock();
+        let mut asked = now.asked.clone();
+        asked.entry(id.into()).or_default().claim = claim;
+        self.change(&mut now, asked)
     }
 
     /// Changes what a container asks for, as far as `resources` say something of it, and returns
@@ -160,8 +185,9 @@ impl Placed {
     /// [`NumaError`]; everything is as before then.
     pub fn update(&self, id: &str, resources: &Resources) -> Result<Claim, NumaError> {
         let mut now = self.lock();
-        let mut claims = now.claims.clone();
-        let before = claims.remove(id).unwrap_or_default();
+        let mut asked = now.asked.clone();
+        let one = asked.entry(id.into()).or_default();
+        let before = std::mem::take(&mut one.claim);
         let mut claim = Claim::new(resources)?;
         for (new, old) in [(&mut claim.cpus, &before.cpus), (&mut claim.mems, &before.mems)] {
             if new.is_empty() {
@@ -170,25 +196,25 @@ impl Placed {
         }
         // Of one that has told nothing, nothing is to be learnt.
         claim.count = before.count.map(|before| claim.count.unwrap_or(before));
-        claims.insert(id.into(), claim);
-        self.change(&mut now, claims)?;
+        one.claim = claim;
+        self.change(&mut now, asked)?;
         Ok(before)
     }
 
     /// Forgets a container.
     pub fn release(&self, id: &str) {
         let mut now = self.lock();
-        let mut claims = now.claims.clone();
-        claims.remove(id);
-        if let Err(error) = self.change(&mut now, claims) {
+        let mut asked = now.asked.clone();
+        asked.remove(id);
+        if let Err(error) = self.change(&mut now, asked) {
             tracing::warn!("the VM stays where the container {id} wanted it: {error}");
-            now.claims.remove(id);
+            now.asked.remove(id);
         }
     }
 
-    /// Goes to where `claims` say, or stays.
-    fn change(&self, now: &mut Now, claims: BTreeMap<String, Claim>) -> Result<(), NumaError> {
-        let (mut placement, mismatches) = self.decide(now.size, &claims)?;
+    /// Goes to where containers want it, or stays.
+    fn change(&self, now: &mut Now, asked: BTreeMap<String, Asked>) -> Result<(), NumaError> {
+        let (mut placement, mismatches) = self.decide(now.size, &asked)?;
         for mismatch in mismatches.iter().filter(|mismatch| !now.mismatches.contains(mismatch)) {
             tracing::warn!(
                 "{mismatch}; a pod with `{}: strict` is refused then",
@@ -197,7 +223,7 @@ impl Placed {
         }
         now.mismatches = mismatches;
         if placement == now.placement {
-            now.claims = claims;
+            now.asked = asked;
             return Ok(());
         }
         let dir = &self.subject.dir;
@@ -206,7 +232,7 @@ impl Placed {
         let pins: Set = placement.pins.iter().copied().collect();
         let moved = (|| {
             if !pins.is_disjoint(&self.taken()) {
-                (placement, _) = self.decide(now.size, &claims)?;
+                (placement, _) = self.decide(now.size, &asked)?;
                 dir.write_placement(&placement)?;
             }
             self.forgive(self.confine(&placement))?;
@@ -229,7 +255,7 @@ impl Placed {
             placement.cpus_shown(),
             placement.nodes_shown()
         );
-        now.claims = claims;
+        now.asked = asked;
         now.placement = placement;
         Ok(())
     }
@@ -237,10 +263,15 @@ impl Placed {
     fn decide(
         &self,
         size: Size,
-        claims: &BTreeMap<String, Claim>,
+        asked: &BTreeMap<String, Asked>,
     ) -> Result<(Placement, Vec<Mismatch>), NumaError> {
         let Subject { wanted, functions, cgroup, .. } = &self.subject;
-        if functions.is_empty() && claims.values().all(Claim::is_empty) {
+        // Several containers can bring one.
+        let late: BTreeSet<(Address, u32)> =
+            asked.values().flat_map(|one| &one.functions).copied().collect();
+        let late: Vec<(Address, u32)> = late.into_iter().collect();
+        let no_functions = functions.is_empty() && late.is_empty();
+        if no_functions && asked.values().all(|one| one.claim.is_empty()) {
             return Ok(Default::default());
         }
         let host = Topology::of_host()?;
@@ -253,8 +284,9 @@ impl Placed {
             wanted: *wanted,
             vcpus: size.vcpus,
             memory_mib: size.memory_mib,
-            claims: claims.values().collect(),
+            claims: asked.values().map(|one| &one.claim).collect(),
             functions,
+            late: &late,
             allowed: &allowed,
             taken: &self.taken(),
         };
@@ -528,10 +560,10 @@ mod tests {
         placed.release("a");
         assert_eq!(dir.read_placement().unwrap(), None);
         let all = Topology::of_host().unwrap().cpus();
-        placed.claim("b", Claim { cpus: all.clone(), ..Default::default() }).unwrap();
+        placed.claim("b", Claim { cpus: all.clone(), ..Default::default() }, vec![]).unwrap();
         assert_eq!(dir.read_placement().unwrap().unwrap().cpus, all);
         let absent = Claim { cpus: Set::from([8000]), ..Default::default() };
-        assert!(placed.claim("c", absent).unwrap_err().to_string().contains("8000"));
+        assert!(placed.claim("c", absent, vec![]).unwrap_err().to_string().contains("8000"));
         assert_eq!(dir.read_placement().unwrap().unwrap().cpus, all);
     }
 }

@@ -61,7 +61,7 @@ impl Pod {
         let had = match sandbox.growth.claim(id, &asked, Shortage::Refused).await {
             Ok(had) => had,
             Err(error) => {
-                if let Err(error) = sandbox.placed.claim(id, before) {
+                if let Err(error) = sandbox.placed.put_back(id, before) {
                     tracing::warn!("the VM stays where the failed update wanted it: {error}");
                 }
                 return Err(explain(&sandbox, error.into()).await);
@@ -74,7 +74,7 @@ impl Pod {
             }
             Err(error) => {
                 sandbox.growth.put_back(id, had).await;
-                if let Err(error) = sandbox.placed.claim(id, before) {
+                if let Err(error) = sandbox.placed.put_back(id, before) {
                     tracing::warn!("the VM stays where the failed update wanted it: {error}");
                 }
                 Err(explain(&sandbox, error.into()).await)

@@ -264,6 +264,29 @@ impl Sandbox {
         Ok(())
     }
 
+    /// The functions that a container's devices stand for and its pod did not ask for, with their NUMA nodes
+    /// where those are known. Nothing is touched.
+    ///
+    /// # Errors
+    /// [`DeviceError`]: the VM cannot have them.
+    pub async fn nodes_of_functions(
+        &self,
+        wanted: &Wanted,
+    ) -> Result<Vec<(Address, u32)>, DeviceError> {
+        if wanted.groups.is_empty() && wanted.nodes.is_empty() {
+            return Ok(Vec::new());
+        }
+        let sysfs = Sysfs::default();
+        let functions = self.functions.lock().await;
+        let (groups, missing) = functions.missing(wanted)?;
+        let mut addresses: Vec<Address> =
+            functions.passed.brought(&groups).map(|record| record.address).collect();
+        let records = binding::check(&sysfs, &missing)?;
+        addresses.extend(records.iter().map(|record| record.address));
+        let node = |address| sysfs.node(address).map(|node| (address, node));
+        Ok(addresses.into_iter().filter_map(node).collect())
+    }
+
     /// The functions whose device nodes a container has: those that its devices stand for, and those that
     /// its pod asks for by address.
     ///

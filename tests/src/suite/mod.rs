@@ -182,6 +182,7 @@ pub(crate) fn cases_of_devices() -> Vec<Case> {
         placement::memory_comes_from_the_node_that_the_spec_names,
         placement::pod_that_asks_for_no_place_has_none,
         placement::strict_pod_that_is_apart_is_refused,
+        placement::cri_function_of_a_container_that_is_apart_is_refused_before_it_is_touched,
         placement::huge_pages_are_the_vms_from_its_start_and_given_back,
     ];
     cases.extend(cri::cases_of_nodes());

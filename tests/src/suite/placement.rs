@@ -12,11 +12,14 @@ use serde_json::{Value, json};
 use vial_tests::node::Configuration;
 
 use super::bed::{Bed, Detached, Runtime, run};
-use super::devices::{annotation, detached, driver, listed, refused, text, virtual_function};
+use super::devices::{
+    Bound, annotation, detached, driver, listed, refused, text, virtual_function,
+};
 use super::faults::process;
+use super::hot_plug::{is_free, with};
 use super::sizes;
 use super::templates::Node;
-use crate::cri::pod::{eventually, idle};
+use crate::cri::pod::{Pod, eventually, idle};
 use crate::cri::wire::LinuxContainerResources;
 
 /// The memory of a VM of which nothing is asked, in pages of 4 KiB.
@@ -139,6 +142,64 @@ pub(crate) fn strict_pod_that_is_apart_is_refused(bed: &Bed) -> Result<()> {
     let warned = bed.lines_since(log, &words);
     ensure!(warned.len() == 1, "{} warnings of the function's node", warned.len());
     Ok(())
+}
+
+/// A function that comes with a container, in pods whose CPUs are elsewhere.
+pub(crate) fn cri_function_of_a_container_that_is_apart_is_refused_before_it_is_touched(
+    bed: &Bed,
+) -> Result<()> {
+    let bound = Bound::new(virtual_function(0)?)?;
+    let node = text(&bound.function, "numa_node")?;
+    let on_0 = || {
+        idle().resources(LinuxContainerResources {
+            cpu_shares: 2,
+            cpuset_cpus: "0".into(),
+            ..Default::default()
+        })
+    };
+    let pod = |mode: &str| {
+        Pod::with(Runtime::Vial, |config| {
+            config.annotations.insert("io.vial/numa".into(), mode.into());
+        })
+    };
+    let strict = pod("strict")?;
+    let log = bed.log_length();
+    for round in 0..2 {
+        let refused = strict.start(with(&bound, on_0())?).err();
+        let told = refused.map(|error| format!("{error:#}")).unwrap_or_default();
+        for words in [
+            &bound.function,
+            &format!("on NUMA node {node}"),
+            "CPUs are on node 0",
+            "topology manager",
+        ] {
+            ensure!(told.contains(words), "round {round}: {words:?} was due in {told:?}");
+        }
+        let opened = bed.lines_since(log, "opened by");
+        ensure!(opened.is_empty(), "the function was opened: {opened:?}");
+        is_free(&bound)?;
+        // The pod goes on, where it was.
+        let container = strict.start(on_0())?;
+        let seen = container.exec("grep -l 0x10ca /sys/bus/pci/devices/*/device; true")?;
+        ensure!(seen.is_empty(), "the guest has {seen}");
+        container.remove()?;
+    }
+    strict.end()?;
+
+    let words =
+        format!("{} is on NUMA node {node}, and the pod's CPUs are on node 0", bound.function);
+    for (mode, warnings) in [("preferred", 1), ("none", 0)] {
+        let log = bed.log_length();
+        let pod = pod(mode)?;
+        let container = pod.start(with(&bound, on_0())?)?;
+        container.exec("grep -l 0x10ca /sys/bus/pci/devices/*/device")?;
+        let warned = bed.lines_since(log, &words);
+        ensure!(warned.len() == warnings, "{mode}: {} warnings", warned.len());
+        container.remove()?;
+        is_free(&bound)?;
+        pod.end()?;
+    }
+    bed.nothing_left()
 }
 
 /// Huge pages of a node, until dropped.
