@@ -406,7 +406,12 @@ pub(crate) fn group_with_a_function_of_another_driver_is_refused(bed: &Bed) -> R
     }
 }
 
-/// The first disk of the NVMe function, once its driver has made it.
+/// Has `disk` be the name of what the guest has of an NVMe function's first namespace. The kernel looks at all of
+/// them at once and numbers them as they answer.
+pub(super) const FIRST: &str =
+    "for at in /sys/block/nvme*; do [ \"$(cat $at/nsid)\" = 1 ] && disk=${at##*/}; done;";
+
+/// The disk of the NVMe function's first namespace, once its driver has made it.
 pub(super) fn disk(function: &str) -> Result<PathBuf> {
     let start = Instant::now();
     let at = Path::new(FUNCTIONS).join(function).join("nvme");
@@ -414,9 +419,14 @@ pub(super) fn disk(function: &str) -> Result<PathBuf> {
         // The controller's first namespace; where several paths can lead to it, it is not below the controller.
         let controller = fs::read_dir(&at).into_iter().flatten().flatten().next();
         if let Some(controller) = controller {
-            let node = format!("/dev/{}n1", controller.file_name().to_string_lossy());
-            if Path::new(&node).exists() {
-                return Ok(node.into());
+            let of = format!("{}n", controller.file_name().to_string_lossy());
+            for entry in fs::read_dir("/sys/block")?.flatten() {
+                let name = entry.file_name().to_string_lossy().into_owned();
+                let number = fs::read_to_string(entry.path().join("nsid")).unwrap_or_default();
+                let node = Path::new("/dev").join(&name);
+                if name.starts_with(&of) && number.trim() == "1" && node.exists() {
+                    return Ok(node);
+                }
             }
         }
         std::thread::sleep(Duration::from_millis(100));
@@ -485,13 +495,15 @@ pub(crate) fn nvme_disk_holds_what_the_guest_wrote(bed: &Bed) -> Result<()> {
         .expect(0)?
         .stdout;
     let _configuration = listed(&[&function])?;
-    let script = "until [ -b /dev/nvme0n1 ]; do sleep 0.1; done; \
-         dd if=/dev/nvme0n1 bs=1M skip=1 count=4 2>/dev/null | sha256sum; \
-         dd if=/dev/nvme0n1 of=/dev/nvme0n1 bs=1M skip=1 seek=20 count=4 conv=notrunc,fsync 2>/dev/null && echo copied; \
-         cat /sys/block/nvme0n1/device/serial";
+    let script = format!(
+        "until {FIRST} [ -b \"/dev/$disk\" ]; do sleep 0.1; done; \
+         dd if=/dev/$disk bs=1M skip=1 count=4 2>/dev/null | sha256sum; \
+         dd if=/dev/$disk of=/dev/$disk bs=1M skip=1 seek=20 count=4 conv=notrunc,fsync 2>/dev/null && echo copied; \
+         cat /sys/block/$disk/device/serial"
+    );
     let annotation = annotation(&[&function]);
     let options = ["--annotation", annotation.as_str(), "--privileged"];
-    let outcome = bed.run(Runtime::Vial, &options, &["sh", "-c", script])?.expect(0)?;
+    let outcome = bed.run(Runtime::Vial, &options, &["sh", "-c", &script])?.expect(0)?;
     ensure!(
         outcome.stdout.contains("copied") && outcome.stdout.contains(serial.trim()),
         "the disk did not work: {outcome:?}"

@@ -9,7 +9,8 @@ use anyhow::{Context, Result, ensure};
 
 use super::bed::{Bed, Runtime, run};
 use super::devices::{
-    Bound, CLASS_NVME, annotation, disk, listed, reaches_driver, virtual_function, with_class,
+    Bound, CLASS_NVME, FIRST, annotation, disk, listed, reaches_driver, virtual_function,
+    with_class,
 };
 use super::hot_plug::{is_free, with};
 use crate::cri::pod::{Container, Pod, idle, sh};
@@ -40,8 +41,8 @@ fn nvme(seed: u32) -> Result<(String, Vec<u8>)> {
 fn copies() -> String {
     let (mib, at) = (DATA_BYTES >> 20, COPY_AT >> 20);
     format!(
-        "dd if=/dev/nvme0n1 bs=1M count={mib} 2>/dev/null | sha256sum; \
-         dd if=/dev/nvme0n1 of=/dev/nvme0n1 bs=1M count={mib} seek={at} conv=notrunc,fsync 2>/dev/null && echo copied"
+        "{FIRST} dd if=/dev/$disk bs=1M count={mib} 2>/dev/null | sha256sum; \
+         dd if=/dev/$disk of=/dev/$disk bs=1M count={mib} seek={at} conv=notrunc,fsync 2>/dev/null && echo copied"
     )
 }
 

@@ -10,8 +10,8 @@ use vial_tests::node::Configuration;
 
 use super::bed::{Bed, Runtime, run};
 use super::devices::{
-    Bound, CLASS_NVME, checks_out, disk, driver, echo, reaches_driver, script, virtual_function,
-    with_class,
+    Bound, CLASS_NVME, FIRST, checks_out, disk, driver, echo, reaches_driver, script,
+    virtual_function, with_class,
 };
 use super::templates::Node;
 use super::{faults, ways};
@@ -155,13 +155,15 @@ pub(crate) fn cri_function_comes_into_a_vm_from_a_template(bed: &Bed) -> Result<
     ensure!(!bed.lines_since(log, RESTORED).is_empty(), "the VM came from elsewhere");
     // The second time into other pages, since some of the first are in use: and the guest has told that it has the others
     // free, which functions of the host would still write to if they had been taken from it.
-    let script = "until [ -f /sys/block/nvme0n1/dev ]; do sleep 0.1; done; \
-        mknod /dev/disk b $(tr : ' ' < /sys/block/nvme0n1/dev); \
-        look() { head -c 12582912 /dev/disk | sha256sum; }; look; \
+    let script = format!(
+        "until {FIRST} [ -f \"/sys/block/$disk/dev\" ]; do sleep 0.1; done; \
+        mknod /dev/disk b $(tr : ' ' < /sys/block/$disk/dev); \
+        look() {{ head -c 12582912 /dev/disk | sha256sum; }}; look; \
         echo 3 > /proc/sys/vm/drop_caches; sleep 6; \
-        dd if=/dev/zero of=/dev/shm/full bs=1M count=24 2>/dev/null; look";
+        dd if=/dev/zero of=/dev/shm/full bs=1M count=24 2>/dev/null; look"
+    );
     let privileged = |security: &mut LinuxContainerSecurityContext| security.privileged = true;
-    let told = pod.run(with(&bound, sh(script))?.security(privileged))?;
+    let told = pod.run(with(&bound, sh(&script))?.security(privileged))?;
     ensure!(told.stdout == sum.repeat(2), "{sum:?} was due, and not {told:?}");
     pod.end()?;
     is_free(&bound)?;
