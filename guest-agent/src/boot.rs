@@ -27,9 +27,9 @@ const MAX_OPEN_FILES: u64 = 1 << 20;
 const PID_MAX: &str = "4194304";
 /// How much of a mapped file is read where a program touches it. Each page of it is one of the pod's
 /// own, although the host has the file in memory, too. By Linux's 128 KiB, nearly all of a program
-/// comes of which less than half is used. What a program reads by itself comes in as large pieces as it
-/// asks for, up to 128 KiB.
-const READ_AHEAD_KIB: &str = "16";
+/// comes of which less than half is used; with less than 32, who reads a file by a few KiB at a time asks the
+/// host too often. What a program reads by itself comes in as large pieces as it asks for, up to 128 KiB.
+const READ_AHEAD_KIB: &str = "32";
 /// The agent's own cgroup: processes may not stay in the root when it controls others.
 const OWN_CGROUP: &str = "vial";
 

@@ -362,9 +362,7 @@ impl Bench<'_> {
         script: &str,
         given: impl Fn() -> Result<(T, Vec<String>)>,
     ) -> Result<()> {
-        // The emulator delivers an interrupt to a nested guest twice when it stops to look at its clock
-        // right after the first time, which it does often when that counts instructions. Few starts
-        // are lost by that, but nearly every run of thousands of requests.
+        // Thousands of requests take long to count: they are only when they are asked for by name.
         let too_many = self.plan.mode == "icount" && self.plan.only.is_empty();
         if too_many || !self.wanted(ids) {
             return Ok(());
